@@ -1,0 +1,2488 @@
+// nanogpt: chat with nanochat checkpoints from the terminal, and look inside them.
+//
+// ==== 0. manual ==================================================================================
+//
+//   nanogpt -i sft -g d12 -p "Hello"     one answer; nanochat's flags keep their letters and meaning
+//   nanogpt chat                         a conversation; /help lists what else can be typed
+//   nanogpt sample -p "Once upon" -n 3   three continuations, without the chat template
+//   nanogpt models                       every checkpoint found, one row each
+//   nanogpt show sft/d12                 one of them in full: settings, tensors, sizes
+//   nanogpt tokenize "Hello"             ids and bytes of every token; detokenize goes back
+//   nanogpt logits --ids 1,2 --out F     raw logits of all positions
+//   nanogpt check FILE...                is this file safe and whole? Nothing in it is executed
+//   nanogpt help [COMMAND]               everything else
+//
+// stdout carries what was asked for and nothing else; notes, progress and errors go to stderr.
+// Exit codes: 0 done, 1 failed while running, 2 wrong usage, 3 not found, 4 file refused or not
+// supported, 5 not enough memory, 6 device missing, 130 Ctrl-C, 143 SIGTERM.
+//
+// Words: `text` is valid UTF-8, `piece` the bytes of one token, `id` a checkpoint's name such as
+// sft/d12/2000. Everything that may reach a terminal passes through safe() (section 2).
+
+#include "nanogpt.hpp"
+
+#include <algorithm>         // sort, find, min, max
+#include <array>             // array
+#include <atomic>            // atomic
+#include <cerrno>            // errno
+#include <charconv>          // from_chars, to_chars
+#include <chrono>            // steady_clock
+#include <cmath>             // isfinite, round
+#include <concepts>          // integral, same_as
+#include <cstdint>           // int64_t
+#include <cstdio>            // fwrite, fputs
+#include <cstdlib>           // getenv
+#include <cstring>           // strerror
+#include <ctime>             // strftime
+#include <filesystem>        // path, directory_iterator
+#include <functional>        // function
+#include <initializer_list>  // initializer_list
+#include <limits>            // numeric_limits
+#include <memory>            // unique_ptr
+#include <new>               // bad_alloc
+#include <optional>          // optional
+#include <span>              // span
+#include <string>            // string
+#include <string_view>       // string_view
+#include <utility>           // pair, move
+#include <vector>            // vector
+
+#include <fcntl.h>      // open, fcntl
+#include <poll.h>       // poll
+#include <signal.h>     // sigaction
+#include <sys/ioctl.h>  // TIOCGWINSZ
+#include <unistd.h>     // read, write, isatty
+
+namespace nanogpt::demo {
+namespace {
+
+namespace fs = std::filesystem;
+using Clock = std::chrono::steady_clock;
+
+double seconds_since(Clock::time_point start) {
+    return std::chrono::duration<double>(Clock::now() - start).count();
+}
+
+// ==== 1. flags ===================================================================================
+// Two tables, commands and flags. They drive parsing, help and "did you mean"; a flag that is not in
+// the table does not exist.
+
+struct Options {
+    std::string command;                 // as in kCommands; empty: nothing was typed
+    std::vector<std::string> arguments;  // what is no flag
+    std::string source, tag, model;      // -i, -g, --model; empty: not given
+    std::int64_t step = -1;              // -s; -1: the last one
+    std::string base_dir, tokenizer;     // empty: found by the rules
+    Overrides overrides;                 // --softcap and its kind
+    std::optional<std::string> prompt;   // -p
+    std::string system;                  // --system
+    SamplingParams sampling = {.temperature = 0.6f, .top_k = 50};
+    int max_tokens = 256;           // -m
+    int num_samples = 1;            // -n
+    std::vector<std::string> stop;  // --stop
+    std::string device_type;        // --device-type; empty: whatever is there
+    DType dtype = DType::f32;       // -d
+    int threads = 0;                // 0: physical cores
+    bool json = false, stream_json = false, jsonl = false;
+    std::optional<bool> stats;  // unset: if stderr is a terminal
+    std::string color = "auto";
+    bool quiet = false, verbose = false, help = false, version = false;
+    std::vector<std::string> types;    // --type
+    std::string sort;                  // --sort
+    bool all = false, values = false;  // --all, --values
+    std::string ids, ids_file, out;    // logits
+};
+
+int run_chat(Options&);
+int run_sample(Options&);
+int run_models(Options&);
+int run_show(Options&);
+int run_tokenize(Options&);
+int run_detokenize(Options&);
+int run_logits(Options&);
+int run_check(Options&);
+int run_help(Options&);
+int run_version(Options&);
+
+struct Command {
+    unsigned bit;
+    std::string_view name, aliases, arguments, summary;
+    std::size_t most_arguments;
+    int (*run)(Options&);
+};
+enum : unsigned {
+    kChat = 1,
+    kSample = 2,
+    kModels = 4,
+    kShow = 8,
+    kTokenize = 16,
+    kDetokenize = 32,
+    kLogits = 64,
+    kCheck = 128,
+    kHelp = 256,
+    kVersion = 512,
+    kGenerate = kChat | kSample,
+    kRun = kGenerate | kLogits,
+    kNameModel = kRun | kShow | kTokenize | kDetokenize,
+    kAll = 1023
+};
+constexpr std::size_t kMany = 1'000'000;
+
+// clang-format off
+constexpr Command kCommands[] = {
+    {kChat, "chat", "", "", "talk with a model, or one answer with -p", 0, run_chat},
+    {kSample, "sample", "", "-p TEXT", "let a model continue a text, without the chat template", 0, run_sample},
+    {kModels, "models", "list ls", "", "every checkpoint found, one row each", 0, run_models},
+    {kShow, "show", "", "[MODEL]", "one checkpoint in full: metadata, settings, tensors, sizes", 1, run_show},
+    {kTokenize, "tokenize", "", "[TEXT]", "text to token ids, with the bytes of every token; reads stdin without TEXT", 1, run_tokenize},
+    {kDetokenize, "detokenize", "", "[ID...]", "token ids to text; reads stdin without ids", kMany, run_detokenize},
+    {kLogits, "logits", "", "--ids LIST", "the raw logits after every token of a sequence", 0, run_logits},
+    {kCheck, "check", "", "FILE...", "is this file safe and whole? Executes nothing", kMany, run_check},
+    {kHelp, "help", "", "[COMMAND]", "this text, or all flags of one command", 1, run_help},
+    {kVersion, "version", "", "", "the version", 0, run_version},
+};
+// clang-format on
+
+[[noreturn]] void bad_usage(const std::string& message) { throw Error(ErrorKind::usage, message); }
+
+struct Given {  // one flag on the command line, or one setting typed in the conversation
+    std::string_view flag, text;
+};
+[[noreturn]] void bad_value(const Given& given, const std::string& needed) {
+    bad_usage(std::string(given.flag) + ": found " + detail::quote(given.text) + ", needed is " +
+              needed);
+}
+
+// Numbers are read whole and refused otherwise: "5x", "", "nan", "1e999" are nobody's wish.
+template <class Number>
+Number number(const Given& given, Number least, Number most, const char* what) {
+    Number value{};
+    const char* end = given.text.data() + given.text.size();
+    const auto [stop, error] = std::from_chars(given.text.data(), end, value);
+    if (error != std::errc() || stop != end || !(value >= least && value <= most))
+        bad_value(given, what);
+    return value;
+}
+int whole(const Given& given, int least, int most = std::numeric_limits<int>::max()) {
+    const std::string range =
+        most == std::numeric_limits<int>::max()
+            ? "a whole number from " + std::to_string(least) + " on"
+            : "a whole number from " + std::to_string(least) + " to " + std::to_string(most);
+    return number<int>(given, least, most, range.c_str());
+}
+float positive(const Given& given) { return number<float>(given, 1e-6f, 1e9f, "a number above 0"); }
+std::string one_of(const Given& given, std::initializer_list<std::string_view> words) {
+    std::string list;
+    for (const std::string_view word : words) {
+        if (given.text == word) return std::string(word);
+        list += (list.empty() ? "" : ", ") + std::string(word);
+    }
+    bad_value(given, "one of " + list);
+}
+std::string not_empty(const Given& given, std::size_t most = 4096) {
+    if (given.text.empty()) bad_value(given, "some text");
+    if (given.text.size() > most) bad_value(given, "at most " + std::to_string(most) + " bytes");
+    return std::string(given.text);
+}
+std::vector<std::string> split(std::string_view text, std::string_view separators) {
+    std::vector<std::string> parts;
+    while (!text.empty()) {
+        const std::size_t end = std::min(text.find_first_of(separators), text.size());
+        if (end > 0) parts.emplace_back(text.substr(0, end));
+        text.remove_prefix(std::min(end + 1, text.size()));
+    }
+    return parts;
+}
+
+void set_temperature(Options& o, const Given& g) {
+    o.sampling.temperature = number<float>(g, 0.0f, 100.0f, "a number from 0 (greedy) to 100");
+}
+void set_top_k(Options& o, const Given& g) { o.sampling.top_k = whole(g, 0); }
+void set_top_p(Options& o, const Given& g) {
+    o.sampling.top_p = number<float>(g, 1e-6f, 1.0f, "a number above 0, at most 1 (off)");
+}
+void set_max_tokens(Options& o, const Given& g) { o.max_tokens = whole(g, 1); }
+// -1 asks for a random seed; it is drawn here, once, so that the stats line can tell it.
+void set_seed(Options& o, const Given& g) {
+    constexpr auto kMost = std::numeric_limits<std::int64_t>::max();
+    const auto seed = number<std::int64_t>(g, -1, kMost, "-1 (random) or a whole number from 0 on");
+    o.sampling.seed = static_cast<std::uint64_t>(seed);
+    if (seed >= 0) return;
+    std::uint32_t random = 0;
+    if (::getentropy(&random, sizeof random) != 0)
+        random = static_cast<std::uint32_t>(std::time(nullptr));
+    o.sampling.seed = random >> 1;  // 31 bits, as nanochat's chat_web draws
+}
+void set_stop(Options& o, const Given& g) {
+    if (o.stop.size() == 8)
+        bad_usage(std::string(g.flag) + ": found a ninth stop text, 8 are the most");
+    o.stop.push_back(not_empty(g, 64));
+}
+void set_device(Options& o, const Given& g) { o.device_type = one_of(g, {"cuda", "cpu", "mps"}); }
+void set_dtype(Options& o, const Given& g) {
+    o.dtype = one_of(g, {"bfloat16", "float32"}) == "float32" ? DType::f32 : DType::bf16;
+}
+void set_generation(Options& o, const Given& g) {
+    static constexpr std::string_view kNames[] = {"g0", "g1", "g2", "g2e", "g3", "g4"};
+    const std::string name = one_of(g, {"g0", "g1", "g2", "g2e", "g3", "g4"});
+    o.overrides.generation = Generation(std::find(kNames, kNames + 6, name) - kNames);
+}
+void set_window_pattern(Options& o, const Given& g) {
+    if (g.text.empty() || g.text.size() > 256 || g.text.find_first_not_of("SLsl") != g.text.npos) {
+        bad_value(g, "1 to 256 letters S (sliding) or L (full), as in SSSL");
+    }
+    o.overrides.window_pattern = std::string(g.text);
+}
+void set_types(Options& o, const Given& g) {
+    o.types = split(g.text, ",");
+    if (o.types.empty()) bad_value(g, "a list such as base,sft");
+    for (const std::string& type : o.types) one_of({g.flag, type}, {"base", "mid", "sft", "rl"});
+}
+
+struct Flag {
+    char letter;  // 0: none
+    std::string_view name, value;
+    unsigned commands;
+    std::string_view help;
+    void (*apply)(Options&, const Given&);
+};
+#define SET(statement) [](Options& o, [[maybe_unused]] const Given& g) { statement; }
+// clang-format off
+constexpr Flag kFlags[] = {
+    {'i', "source", "base|mid|sft|rl", kNameModel, "family of checkpoints (default: sft; for sample: base)", SET(o.source = one_of(g, {"base", "mid", "sft", "rl"}))},
+    {'g', "model-tag", "TAG", kNameModel, "directory name such as d12 (default: the d with the largest number)", SET(o.tag = not_empty(g))},
+    {'s', "step", "N", kNameModel, "training step (default: the last)", SET(o.step = number<std::int64_t>(g, 0, 999'999'999'999, "a whole number from 0 on"))},
+    {0, "model", "ID|PATH", kNameModel, "all three in one, such as sft/d12/2000; or a model_*.pt or its directory", SET(o.model = not_empty(g))},
+    {0, "base-dir", "DIR", kNameModel | kModels, "nanochat's directory (default: $NANOCHAT_BASE_DIR, else ~/.cache/nanochat)", SET(o.base_dir = not_empty(g))},
+    {0, "tokenizer", "FILE", kNameModel & ~kShow, "tokenizer.pkl (default: found beside the model or in the base directory)", SET(o.tokenizer = not_empty(g))},
+    {'p', "prompt", "TEXT", kGenerate, "one answer, then exit; - reads the prompt from stdin", SET(o.prompt = std::string(g.text))},
+    {0, "system", "TEXT", kChat, "put in front of the first message", SET(o.system = not_empty(g, 1 << 20))},
+    {'t', "temperature", "X", kGenerate, "0 = greedy (default 0.6)", set_temperature},
+    {'k', "top-k", "N", kGenerate, "choose among the N likeliest; 0 = whole vocabulary (default 50)", set_top_k},
+    {0, "top-p", "X", kGenerate, "choose among the likeliest that make up X; 1 = off (default 1)", set_top_p},
+    {'m', "max-tokens", "N", kGenerate, "most new tokens per answer (default 256)", set_max_tokens},
+    {'n', "num-samples", "N", kSample, "independent samples from one reading of the prompt (default 1)", SET(o.num_samples = whole(g, 1, 10'000))},
+    {0, "seed", "N", kGenerate, "of the random generator; -1 = random (default 42)", set_seed},
+    {0, "stop", "TEXT", kGenerate, "end the answer before this text; may be given 8 times", set_stop},
+    {0, "ids", "LIST", kLogits, "token ids such as 1,2,3", SET(o.ids = not_empty(g, 1 << 24))},
+    {0, "ids-file", "FILE", kLogits, "token ids as a JSON array", SET(o.ids_file = not_empty(g))},
+    {0, "out", "FILE", kLogits, "write the logits: float32 little-endian, (tokens, vocabulary), after the soft cap", SET(o.out = not_empty(g))},
+    {0, "jsonl", "", kTokenize | kDetokenize, "one JSON object per line, {\"text\":...} and {\"ids\":[...]}, stdin to stdout", SET(o.jsonl = true)},
+    {0, "type", "LIST", kModels, "only these families, such as base,sft", set_types},
+    {0, "sort", "KEY", kModels, "loss, step, date or name", SET(o.sort = one_of(g, {"loss", "step", "date", "name"}))},
+    {0, "all", "", kModels, "also refused files", SET(o.all = true)},
+    {0, "values", "", kCheck, "also count NaN and infinite values per tensor", SET(o.values = true)},
+    {0, "gen", "g0|g1|g2|g2e|g3|g4", kRun | kShow, "generation of the architecture, if it is not to be recognised", set_generation},
+    {0, "softcap", "X", kRun | kShow, "soft cap of the logits (nanochat of 2026-03-03 to 03-09: 20)", SET(o.overrides.softcap = positive(g))},
+    {0, "window-pattern", "P", kRun | kShow, "attention windows over the layers, such as SSSL", set_window_pattern},
+    {0, "short-window", "N", kRun | kShow, "positions an S layer looks back", SET(o.overrides.short_window = whole(g, 1, 1 << 20))},
+    {0, "rope-base", "X", kRun | kShow, "base of the rotary angles", SET(o.overrides.rope_base = positive(g))},
+    {0, "qk-scale", "X", kRun | kShow, "factor of Q and K after their norm", SET(o.overrides.qk_scale = positive(g))},
+    {0, "seq-len", "N", kRun | kShow, "context the model was trained with", SET(o.overrides.sequence_len = whole(g, 1, 1 << 20))},
+    {0, "rope-table", "bf16|fp32", kRun | kShow, "rounding of the rotary tables", SET(o.overrides.bf16_rope_tables = one_of(g, {"bf16", "fp32"}) == "bf16")},
+    {0, "device-type", "cuda|cpu", kAll, "where to compute", set_device},
+    {'d', "dtype", "bfloat16|float32", kAll, "arithmetic of weights and cache (default on CPU: float32)", set_dtype},
+    {0, "threads", "N", kAll, "CPU threads (default: physical cores)", SET(o.threads = whole(g, 1, 1024))},
+    {0, "json", "", kAll, "one JSON object on stdout instead of text", SET(o.json = true)},
+    {0, "stream-json", "", kGenerate, "one JSON object per line while generating", SET(o.stream_json = true)},
+    {0, "stats", "", kGenerate, "stats line on stderr (default: if stderr is a terminal)", SET(o.stats = true)},
+    {0, "color", "WHEN", kAll, "auto, always or never", SET(o.color = one_of(g, {"auto", "always", "never"}))},
+    {'q', "quiet", "", kAll, "no notes on stderr", SET(o.quiet = true; o.verbose = false)},
+    {'v', "verbose", "", kAll, "more notes on stderr", SET(o.verbose = true; o.quiet = false)},
+    {'h', "help", "", kAll, "this text", SET(o.help = true)},
+    {0, "version", "", kAll, "the version", SET(o.version = true)},
+};
+// clang-format on
+#undef SET
+
+// Number of single-character edits between two words (Levenshtein).
+std::size_t edits(std::string_view a, std::string_view b) {
+    std::vector<std::size_t> row(b.size() + 1);
+    for (std::size_t j = 0; j <= b.size(); j++) row[j] = j;
+    for (std::size_t i = 1; i <= a.size(); i++) {
+        std::size_t diagonal = row[0];
+        row[0] = i;
+        for (std::size_t j = 1; j <= b.size(); j++) {
+            const std::size_t change = diagonal + (a[i - 1] != b[j - 1]);
+            diagonal = row[j];
+            row[j] = std::min({change, row[j] + 1, row[j - 1] + 1});
+        }
+    }
+    return row[b.size()];
+}
+// "; did you mean X?" for the nearest of the words, or nothing if none is near.
+std::string did_you_mean(std::string_view typed, const std::vector<std::string>& words) {
+    std::string nearest;
+    std::size_t best = std::max<std::size_t>(2, typed.size() / 3) + 1;
+    for (const std::string& word : words) {
+        const bool begins = typed.size() > 3 && word.starts_with(typed);
+        const std::size_t distance = begins ? 1 : edits(typed.substr(0, 64), word);
+        if (distance < best) best = distance, nearest = word;
+    }
+    return nearest.empty() ? "" : "; did you mean " + nearest + "?";
+}
+
+bool called(const Command& command, std::string_view word) {
+    const std::vector<std::string> aliases = split(command.aliases, " ");
+    return command.name == word || std::find(aliases.begin(), aliases.end(), word) != aliases.end();
+}
+const Command& find_command(std::string_view word) {
+    std::vector<std::string> names;
+    for (const Command& command : kCommands) {
+        if (called(command, word)) return command;
+        names.emplace_back(command.name);
+    }
+    const std::string hint = did_you_mean(word, names);
+    bad_usage("unknown command " + detail::quote(word) + (hint.empty() ? "." : hint) +
+              " Try: nanogpt help");
+}
+
+const Flag& find_flag(const Command& command, std::string_view typed) {
+    const bool is_long = typed.starts_with("--");
+    std::vector<std::string> names;
+    const Flag* elsewhere = nullptr;
+    for (const Flag& flag : kFlags) {
+        const bool same =
+            is_long ? flag.name == typed.substr(2) : flag.letter != 0 && flag.letter == typed[1];
+        if (same && (flag.commands & command.bit)) return flag;
+        if (same) elsewhere = &flag;
+        if (flag.commands & command.bit) names.push_back("--" + std::string(flag.name));
+    }
+    const std::string name = is_long ? std::string(typed) : std::string(typed.substr(0, 2));
+    const std::string help = " Try: nanogpt help " + std::string(command.name);
+    if (elsewhere == nullptr) {
+        const std::string hint = is_long ? did_you_mean(name, names) : "";
+        bad_usage("unknown flag " + name + (hint.empty() ? "." : hint) + help);
+    }
+    std::string owners;
+    for (const Command& other : kCommands) {
+        if (elsewhere->commands & other.bit)
+            owners += (owners.empty() ? "" : ", ") + std::string(other.name);
+    }
+    bad_usage(name + " is not a flag of \"" + std::string(command.name) + "\", but of: " + owners +
+              "." + help);
+}
+
+// Reads one flag at args[at], and its value, which may be the next argument. Returns how many it took.
+std::size_t parse_flag(Options& o, const Command& command, std::span<const std::string> args) {
+    const std::string& typed = args[0];
+    const bool is_long = typed.starts_with("--");
+    const std::size_t equals = is_long ? typed.find('=') : std::string::npos;
+    const std::string name = typed.substr(0, is_long ? equals : 2);
+    std::optional<std::string> value;
+    if (equals != std::string::npos) value = typed.substr(equals + 1);
+    if (!is_long && typed.size() > 2) value = typed.substr(2);
+    const Flag& flag = find_flag(command, name);
+    if (flag.value.empty()) {
+        if (value)
+            bad_usage(name + ": found the value " + detail::quote(*value) + ", it takes none");
+        flag.apply(o, {name, ""});
+        return 1;
+    }
+    if (!value && args.size() < 2)
+        bad_usage(name + ": its value is missing, " + std::string(flag.value) + " is needed");
+    flag.apply(o, {name, value ? *value : args[1]});
+    return value ? 1 : 2;
+}
+
+// The first mistake is thrown at the end, so that --json and --color count wherever they stand.
+const Command& parse(Options& o, std::span<const std::string> args) {
+    const bool flag_first = !args.empty() && args[0].size() > 1 && args[0][0] == '-';
+    const Command& command = args.empty() || flag_first ? kCommands[0] : find_command(args[0]);
+    if (!args.empty()) o.command = command.name;
+    if (!args.empty() && !flag_first) args = args.subspan(1);
+    std::optional<Error> mistake;
+    bool flags_over = false;
+    while (!args.empty()) {
+        std::size_t took = 1;
+        try {
+            if (!flags_over && args[0] == "--") {
+                flags_over = true;
+            } else if (!flags_over && args[0].size() > 1 && args[0][0] == '-') {
+                took = parse_flag(o, command, args);
+            } else if (o.arguments.size() == command.most_arguments) {
+                const std::string hint = command.bit & kGenerate ? " A prompt goes with -p." : "";
+                bad_usage("unexpected argument " + detail::quote(args[0]) + "." + hint +
+                          " Try: nanogpt help " + std::string(command.name));
+            } else {
+                o.arguments.push_back(args[0]);
+            }
+        } catch (const Error& e) {
+            if (!mistake) mistake = e;
+        }
+        args = args.subspan(took);
+    }
+    if (mistake) throw *mistake;
+    if (o.version) return find_command("version");
+    if (!o.help) return command;
+    o.arguments.clear();
+    if (!flag_first) o.arguments.emplace_back(command.name);
+    return find_command("help");
+}
+
+// ==== 2. terminal ================================================================================
+// What people see: safe text, colour, width, tables, JSON, progress, lines typed, Ctrl-C.
+
+struct Stream {  // stdout or stderr; each decides for itself
+    bool terminal = false, color = false;
+};
+struct Terminal {
+    Stream out, err;
+    std::size_t width = 80;  // columns of a table
+    bool quiet = false, verbose = false;
+} terminal;
+
+std::string_view environment(const char* name) {
+    const char* value = std::getenv(name);
+    return value == nullptr ? "" : value;
+}
+
+void open_terminal(const Options& o) {
+    const auto look = [&](int fd) {
+        const bool is_terminal = ::isatty(fd) != 0;
+        const std::string_view force = environment("CLICOLOR_FORCE");
+        bool color = is_terminal && environment("TERM") != "dumb";
+        if (!force.empty() && force != "0") color = true;
+        if (!environment("NO_COLOR").empty()) color = false;
+        if (o.color != "auto") color = o.color == "always";
+        return Stream{is_terminal, color};
+    };
+    terminal = {look(1), look(2), 80, o.quiet, o.verbose};
+    winsize size{};
+    const std::string_view columns = environment("COLUMNS");
+    std::size_t typed = 0;
+    std::from_chars(columns.data(), columns.data() + columns.size(), typed);
+    if (typed > 0) {
+        terminal.width = typed;
+    } else if (::ioctl(1, TIOCGWINSZ, &size) == 0 && size.ws_col > 0) {
+        terminal.width = size.ws_col;
+    }
+    terminal.width = std::clamp<std::size_t>(terminal.width, 20, 1000);
+}
+
+// Calls each(code point, its bytes) for every character of text; broken bytes count as U+FFFD.
+template <class Each>
+void each_character(std::string_view text, Each&& each) {
+    const std::string valid = to_utf8(text);
+    for (std::size_t i = 0; i < valid.size();) {
+        const auto byte = [&](std::size_t k) { return static_cast<unsigned char>(valid[i + k]); };
+        const std::size_t n = byte(0) < 0x80 ? 1 : byte(0) < 0xe0 ? 2 : byte(0) < 0xf0 ? 3 : 4;
+        char32_t code = n == 1 ? byte(0) : byte(0) & (0xffu >> (n + 1));
+        for (std::size_t k = 1; k < n; k++) code = code << 6 | (byte(k) & 63u);
+        each(code, std::string_view(valid).substr(i, n));
+        i += n;
+    }
+}
+
+// Controls and bidirectional overrides: what can repaint, retitle or reorder a terminal.
+bool is_unsafe(char32_t c) {
+    return c < 0x20 || (c >= 0x7f && c < 0xa0) || c == 0x61c || c == 0x200e || c == 0x200f ||
+           (c >= 0x2028 && c <= 0x202e) || (c >= 0x2066 && c <= 0x2069);
+}
+std::string hex(std::uint32_t value, int digits) {
+    char text[16];
+    std::snprintf(text, sizeof text, "%0*x", digits, value);
+    return text;
+}
+
+// THE way of text from models, files and clients to a terminal: unsafe characters become visible
+// escapes. Newline and tab stay if the text may have lines of its own.
+std::string safe(std::string_view text, bool lines = false) {
+    std::string out;
+    each_character(text, [&](char32_t c, std::string_view bytes) {
+        if (!is_unsafe(c) || (lines && (c == '\n' || c == '\t'))) {
+            out += bytes;
+        } else {
+            out += c < 0x100 ? "\\x" + hex(c, 2) : "\\u" + hex(c, 4);
+        }
+    });
+    return out;
+}
+
+// Columns of a character (after Markus Kuhn's wcwidth): 0 combining, 2 East Asian wide and emoji.
+std::size_t columns(char32_t c) {
+    static constexpr char32_t kNone[][2] = {
+        {0x300, 0x36f},   {0x483, 0x489},   {0x591, 0x5bd},     {0x610, 0x61a},    {0x64b, 0x65f},
+        {0x6d6, 0x6dc},   {0x6df, 0x6e4},   {0x900, 0x902},     {0x93c, 0x93c},    {0x941, 0x948},
+        {0x94d, 0x94d},   {0xe31, 0xe31},   {0xe34, 0xe3a},     {0xe47, 0xe4e},    {0x1ab0, 0x1aff},
+        {0x1dc0, 0x1dff}, {0x200b, 0x200d}, {0x20d0, 0x20ff},   {0x302a, 0x302d},  {0x3099, 0x309a},
+        {0xfe00, 0xfe0f}, {0xfe20, 0xfe2f}, {0x1f3fb, 0x1f3ff}, {0xe0100, 0xe01ef}};
+    static constexpr char32_t kWide[][2] = {
+        {0x1100, 0x115f},   {0x231a, 0x231b},   {0x23e9, 0x23ec},   {0x25fd, 0x25fe},
+        {0x2614, 0x2615},   {0x2648, 0x2653},   {0x26aa, 0x26ab},   {0x26bd, 0x26be},
+        {0x26c4, 0x26c5},   {0x2705, 0x2705},   {0x270a, 0x270b},   {0x2728, 0x2728},
+        {0x274c, 0x274c},   {0x2753, 0x2755},   {0x2795, 0x2797},   {0x2b1b, 0x2b1c},
+        {0x2b50, 0x2b50},   {0x2e80, 0x303e},   {0x3041, 0x33ff},   {0x3400, 0x4dbf},
+        {0x4e00, 0xa4cf},   {0xa960, 0xa97f},   {0xac00, 0xd7a3},   {0xf900, 0xfaff},
+        {0xfe30, 0xfe6f},   {0xff00, 0xff60},   {0xffe0, 0xffe6},   {0x1f300, 0x1f64f},
+        {0x1f680, 0x1f6ff}, {0x1f900, 0x1f9ff}, {0x1fa70, 0x1faff}, {0x20000, 0x3fffd}};
+    const auto in = [c](const auto& ranges) {
+        return std::any_of(std::begin(ranges), std::end(ranges),
+                           [c](const auto& range) { return c >= range[0] && c <= range[1]; });
+    };
+    return in(kNone) ? 0 : in(kWide) ? 2 : 1;
+}
+std::size_t width_of(std::string_view text) {
+    std::size_t width = 0;
+    each_character(text, [&](char32_t c, std::string_view) { width += columns(c); });
+    return width;
+}
+// Cut or padded with blanks to exactly `width` columns; a cut ends in "…".
+std::string fit(std::string_view text, std::size_t width, bool right = false) {
+    const std::size_t natural = width_of(text);
+    std::string out;
+    std::size_t used = 0;
+    bool full = false;
+    each_character(text, [&](char32_t c, std::string_view bytes) {
+        full = full || (natural > width && used + columns(c) + 1 > width);
+        if (!full) out += bytes, used += columns(c);
+    });
+    if (natural > width && width > 0) out += "…", used++;
+    const std::string blanks(width - std::min(width, used), ' ');
+    return right ? blanks + out : out + blanks;
+}
+
+std::string paint(const Stream& stream, const char* code, std::string_view text) {
+    if (!stream.color) return std::string(text);
+    return "\x1b[" + std::string(code) + "m" + std::string(text) + "\x1b[0m";
+}
+constexpr const char *kBold = "1", *kDim = "2", *kRed = "31", *kGreen = "32";
+
+void write_out(std::string_view text) {
+    if (std::fwrite(text.data(), 1, text.size(), stdout) != text.size()) {
+        throw std::runtime_error(std::string("cannot write to stdout: ") + std::strerror(errno));
+    }
+}
+void flush_out() {
+    if (std::fflush(stdout) != 0) {
+        throw std::runtime_error(std::string("cannot write to stdout: ") + std::strerror(errno));
+    }
+}
+// The bytes of an answer: made safe for eyes, unchanged for programs.
+void write_answer(std::string_view text) {
+    write_out(terminal.out.terminal ? safe(text, true) : std::string(text));
+    flush_out();
+}
+void write_err(std::string_view text) {
+    flush_out();  // both may be one screen: keep the order
+    std::fwrite(text.data(), 1, text.size(), stderr);
+}
+// One line on stderr. The text may quote files and checkpoints.
+void say(std::string_view text, const char* color = nullptr) {
+    const std::string line = safe(text);
+    write_err((color == nullptr ? line : paint(terminal.err, color, line)) + "\n");
+}
+void note(const std::string& text) {
+    if (!terminal.quiet) say("note: " + text, kDim);
+}
+
+std::string decimals(double value, int digits) {
+    char text[64];
+    std::snprintf(text, sizeof text, "%.*f", digits, value);
+    return text;
+}
+std::string thousands(std::int64_t value) {
+    std::string text = std::to_string(value);
+    for (auto at = std::ssize(text) - 3; at > 0; at -= 3)
+        text.insert(static_cast<std::size_t>(at), ",");
+    return text;
+}
+std::string human_bytes(std::uint64_t bytes) {
+    static constexpr const char* kUnits[] = {"B", "kB", "MB", "GB", "TB"};
+    auto value = static_cast<double>(bytes);
+    std::size_t unit = 0;
+    while (value >= 999.5 && unit < 4) value /= 1000, unit++;
+    return decimals(value, unit > 0 && value < 9.95 ? 1 : 0) + " " + kUnits[unit];
+}
+std::string date_of(std::int64_t unix_seconds, const char* format, bool utc) {
+    const auto time = static_cast<std::time_t>(unix_seconds);
+    std::tm parts{};
+    if ((utc ? ::gmtime_r(&time, &parts) : ::localtime_r(&time, &parts)) == nullptr) return "—";
+    char text[64];
+    return {text, std::strftime(text, sizeof text, format, &parts)};
+}
+std::string iso_date(std::int64_t unix_seconds) {
+    return date_of(unix_seconds, "%Y-%m-%dT%H:%M:%SZ", true);
+}
+
+// A table fits the width: columns with the largest `leave` go first, then the widest gives way.
+struct Column {
+    std::string_view title;
+    bool right = false;
+    int leave = 0;           // 0: stays
+    std::size_t least = 12;  // columns it would rather keep than let others stay
+};
+std::string table(std::vector<Column> columns_, std::vector<std::vector<std::string>> rows) {
+    std::vector<std::size_t> widths;
+    for (std::size_t c = 0; c < columns_.size(); c++) {
+        widths.push_back(width_of(columns_[c].title));
+        for (auto& row : rows) widths[c] = std::max(widths[c], width_of(row[c] = safe(row[c])));
+    }
+    const auto total = [&](bool wish) {
+        std::size_t sum = 0;
+        for (std::size_t c = 0; c < widths.size(); c++) {
+            sum += 2 + (wish ? std::min(widths[c],
+                                        std::max(columns_[c].least, columns_[c].title.size()))
+                             : widths[c]);
+        }
+        return sum - 2;
+    };
+    while (total(true) > terminal.width) {
+        const auto leaves = [](const Column& a, const Column& b) { return a.leave < b.leave; };
+        const auto goes = std::max_element(columns_.begin(), columns_.end(), leaves);
+        if (goes->leave == 0) break;
+        const auto c = goes - columns_.begin();
+        columns_.erase(goes), widths.erase(widths.begin() + c);
+        for (auto& row : rows) row.erase(row.begin() + c);
+    }
+    while (total(false) > terminal.width) {
+        const auto widest = std::max_element(widths.begin(), widths.end());
+        if (*widest <= 4) break;
+        --*widest;
+    }
+    std::string text;
+    const auto add_row = [&](const auto& cell, const char* color) {
+        std::string line;
+        for (std::size_t c = 0; c < widths.size(); c++)
+            line += (c ? "  " : "") + fit(cell(c), widths[c], columns_[c].right);
+        line.erase(line.find_last_not_of(' ') + 1);
+        text += (color == nullptr ? line : paint(terminal.out, color, line)) + "\n";
+    };
+    add_row([&](std::size_t c) { return columns_[c].title; }, kBold);
+    for (const auto& row : rows)
+        add_row([&](std::size_t c) { return std::string_view(row[c]); }, nullptr);
+    return text;
+}
+
+// ---- JSON: a Value is finished text, so a document is one expression -------------------------------
+struct Value {
+    std::string text;
+    Value(std::nullptr_t) : text("null") {}
+    template <std::same_as<bool> Bool>
+    Value(Bool value) : text(value ? "true" : "false") {}
+    template <std::integral Int>
+    requires(!std::same_as<Int, bool>) Value(Int value) : text(std::to_string(value)) {}
+    Value(double value) : text("null") {  // JSON has no NaN and no infinity
+        char digits[32];
+        const auto end = std::to_chars(digits, digits + sizeof digits, value).ptr;
+        if (std::isfinite(value)) text.assign(digits, end);
+    }
+    Value(float value) : Value(std::strtod(shortest(value).c_str(), nullptr)) {}
+    Value(std::string_view value) : text("\"") {
+        each_character(value, [&](char32_t c, std::string_view bytes) {
+            if (c == '"' || c == '\\') {
+                text += '\\', text += bytes;
+            } else if (c == '\n') {
+                text += "\\n";
+            } else if (is_unsafe(c)) {
+                text += "\\u" + hex(c, 4);
+            } else {
+                text += bytes;
+            }
+        });
+        text += '"';
+    }
+    Value(const std::string& value) : Value(std::string_view(value)) {}
+    Value(const char* value) : Value(std::string_view(value)) {}
+
+private:
+    static std::string shortest(float value) {  // 0.6f is 0.6, not 0.60000002384
+        char digits[32];
+        return {digits, std::to_chars(digits, digits + sizeof digits, value).ptr};
+    }
+};
+using Members = std::vector<std::pair<std::string_view, Value>>;
+Value raw(std::string text) {
+    Value value(nullptr);
+    value.text = std::move(text);
+    return value;
+}
+Value object(const Members& members) {
+    std::string text;
+    for (const auto& [key, value] : members)
+        text += (text.empty() ? "" : ",") + Value(key).text + ":" + value.text;
+    return raw("{" + text + "}");
+}
+template <class Range, class Each = std::identity>
+Value array(const Range& items, Each each = {}) {
+    std::string text;
+    for (const auto& item : items) text += (text.empty() ? "" : ",") + Value(each(item)).text;
+    return raw("[" + text + "]");
+}
+void write_json(const Value& value) {
+    write_out(value.text + "\n");
+    flush_out();
+}
+double milliseconds(double seconds) { return std::round(seconds * 1e4) / 10; }
+// Infinities in a loss, empty words in a reason: null.
+Value or_null(std::string_view text) { return text.empty() ? Value(nullptr) : Value(text); }
+
+// ---- Ctrl-C: a flag for loops, a pipe for poll(); a second one that nobody took up ends the program --
+std::atomic<int> interrupts = 0;
+int wake_pipe[2] = {-1, -1};
+
+void on_interrupt(int) {
+    const int error = errno;
+    if (interrupts.fetch_add(1) > 0) {
+        ::signal(SIGINT, SIG_DFL);
+        ::raise(SIGINT);
+    }
+    if (::write(wake_pipe[1], "!", 1) < 0) errno = error;  // full: it wakes anyway
+    errno = error;
+}
+void catch_interrupts() {
+    if (wake_pipe[0] >= 0 || ::pipe(wake_pipe) != 0) return;
+    for (const int fd : wake_pipe) {
+        ::fcntl(fd, F_SETFL, O_NONBLOCK);
+        ::fcntl(fd, F_SETFD, FD_CLOEXEC);
+    }
+    struct sigaction action {};
+    action.sa_handler = on_interrupt;
+    ::sigemptyset(&action.sa_mask);
+    ::sigaction(SIGINT, &action, nullptr);
+}
+bool interrupted() { return interrupts.load() > 0; }
+void forget_interrupts() {
+    char bytes[64];
+    while (wake_pipe[0] >= 0 && ::read(wake_pipe[0], bytes, sizeof bytes) > 0) {
+    }
+    interrupts = 0;
+}
+// Leaves as the signal's default action would: shells report 130.
+[[noreturn]] void leave_interrupted() {
+    std::fflush(nullptr);
+    ::signal(SIGINT, SIG_DFL);
+    ::raise(SIGINT);
+    ::_exit(130);
+}
+
+// Lines of stdin. Ctrl-C and the end of the file are told apart.
+class LineReader {
+public:
+    enum class Result { line, end, interrupted };
+    Result read(std::string& line) {
+        for (;;) {
+            const std::size_t end = buffer_.find('\n');
+            if (end != std::string::npos || (at_end_ && !buffer_.empty())) {
+                line = buffer_.substr(0, end);
+                buffer_.erase(0, end == std::string::npos ? end : end + 1);
+                if (line.ends_with('\r')) line.pop_back();
+                return Result::line;
+            }
+            if (at_end_) return Result::end;
+            if (buffer_.size() > kMostBytes)
+                bad_usage("stdin: found a line of more than 16 MiB, shorten it");
+            if (!fill()) return Result::interrupted;
+        }
+    }
+    std::string rest() {  // everything to the end
+        while (!at_end_) {
+            if (!fill()) leave_interrupted();
+            if (buffer_.size() > kMostBytes) bad_usage("stdin: found more than 16 MiB, shorten it");
+        }
+        return std::move(buffer_);
+    }
+
+private:
+    bool fill() {  // false: Ctrl-C
+        pollfd wait[2] = {{0, POLLIN, 0}, {wake_pipe[0], POLLIN, 0}};
+        if (::poll(wait, 2, -1) < 0 && errno != EINTR)
+            throw std::runtime_error("cannot wait for stdin");
+        if (interrupted()) {
+            buffer_.clear();
+            return false;
+        }
+        if (wait[0].revents == 0) return true;
+        char bytes[4096];
+        const ssize_t n = ::read(0, bytes, sizeof bytes);
+        if (n < 0 && errno != EINTR && errno != EAGAIN) {
+            throw std::runtime_error(std::string("cannot read stdin: ") + std::strerror(errno));
+        }
+        if (n > 0) buffer_.append(bytes, static_cast<std::size_t>(n));
+        at_end_ = n == 0;
+        return true;
+    }
+    static constexpr std::size_t kMostBytes = 16u << 20;
+    std::string buffer_;
+    bool at_end_ = false;
+};
+
+// A bar on a terminal, after 0.3 s and at most 10 times a second, erased when done; else a line per 5 s.
+class Progress {
+public:
+    explicit Progress(std::string what) : what_(std::move(what)) {}
+    ~Progress() {
+        if (drawn_) std::fputs("\r\x1b[K", stderr);
+    }
+    bool operator()(std::uint64_t done, std::uint64_t total) {
+        const double now = seconds_since(start_);
+        const bool bar = terminal.err.terminal && environment("TERM") != "dumb";
+        if (!terminal.quiet && now >= (bar ? 0.3 : 5.0) && now - last_ >= (bar ? 0.1 : 5.0)) {
+            last_ = now;
+            const double share =
+                total == 0 ? 0 : static_cast<double>(done) / static_cast<double>(total);
+            const auto filled = static_cast<std::size_t>(share * 24);
+            const std::string percent = decimals(100 * share, 0) + "%";
+            if (bar) {
+                drawn_ = true;
+                std::fputs(
+                    ("\r\x1b[K" + fit(safe(what_), 30) + " [" + std::string(filled, '#') +
+                     std::string(24 - std::min<std::size_t>(24, filled), '.') + "] " + percent)
+                        .c_str(),
+                    stderr);
+            } else {
+                say(what_ + " " + percent);
+            }
+        }
+        return !interrupted();
+    }
+
+private:
+    std::string what_;
+    Clock::time_point start_ = Clock::now();
+    double last_ = 0;
+    bool drawn_ = false;
+};
+
+// A file that appears whole or not at all: written beside the target, then renamed. What is no regular
+// file (/dev/null, a FIFO) is written in place.
+class NewFile {
+public:
+    explicit NewFile(const std::string& target) : target_(target) {
+        std::error_code error;
+        if (fs::is_symlink(target, error)) target_ = fs::canonical(target, error).string();
+        const bool in_place = fs::exists(target_, error) && !fs::is_regular_file(target_, error);
+        path_ = in_place ? target_ : target_ + ".part-" + std::to_string(::getpid());
+        file_ = std::fopen(path_.c_str(), "wb");
+        if (file_ == nullptr) fail("cannot write");
+    }
+    NewFile(const NewFile&) = delete;
+    NewFile& operator=(const NewFile&) = delete;
+    ~NewFile() {
+        if (file_ == nullptr) return;
+        std::fclose(file_);
+        if (path_ != target_) ::unlink(path_.c_str());
+    }
+    void write(std::string_view bytes) {
+        if (std::fwrite(bytes.data(), 1, bytes.size(), file_) != bytes.size()) fail("cannot write");
+    }
+    void commit() {
+        if (std::fflush(file_) != 0) fail("cannot write");
+        std::fclose(std::exchange(file_, nullptr));
+        if (path_ != target_ && std::rename(path_.c_str(), target_.c_str()) != 0)
+            fail("cannot rename to");
+    }
+
+private:
+    [[noreturn]] void fail(const char* what) {
+        throw std::runtime_error(std::string(what) + " " + detail::quote(target_, 300) + ": " +
+                                 std::strerror(errno));
+    }
+    std::string target_, path_;
+    std::FILE* file_ = nullptr;
+};
+
+// ==== 3. pick ====================================================================================
+// From what was typed to a checkpoint (nanochat's rules: largest d-number, last step), from the
+// checkpoint to a loaded model. When no nanochat directory is found, the model shipped with the program.
+
+struct Wanted {  // what was asked for; empty or -1: not said
+    std::string source, tag;
+    std::int64_t step = -1;
+    bool any_source = false;  // a bare tag means it wherever it is
+};
+constexpr std::string_view kSourceOrder[] = {"sft", "rl", "mid", "base"};
+bool is_source(std::string_view word) {
+    return std::find(std::begin(kSourceOrder), std::end(kSourceOrder), word) !=
+           std::end(kSourceOrder);
+}
+
+std::string words_of(const Wanted& w) {
+    std::string words = w.source.empty() ? w.tag : w.source + (w.tag.empty() ? "" : "/" + w.tag);
+    if (w.step >= 0) words += (words.empty() ? "step " : "/") + std::to_string(w.step);
+    return words;
+}
+
+// The ids of --model: sft, sft/d12, sft/d12/2000, d12, d12_step2000, default, and the names that some
+// API clients insist on.
+Wanted parse_id(std::string_view id) {
+    for (const std::string_view name : {"default", "nanochat", "gpt-3.5-turbo", "gpt-4o-mini"}) {
+        if (id == name) return {};
+    }
+    const std::string needed = "an id such as sft/d12/2000, or the path of a model_*.pt";
+    const auto step = [&](const std::string& text) {
+        return number<std::int64_t>({"--model", text}, 0, 999'999'999'999, needed.c_str());
+    };
+    std::vector<std::string> parts = split(id, "/");
+    if (parts.empty() || parts.size() > 3) bad_value({"--model", id}, needed);
+    if (parts.size() == 1 && !is_source(parts[0])) {
+        const std::size_t at = parts[0].find("_step");
+        if (at == std::string::npos) return {"", parts[0], -1, true};
+        return {"", parts[0].substr(0, at), step(parts[0].substr(at + 5)), true};
+    }
+    Wanted w = {parts[0], "", -1, false};
+    if (parts.size() > 1) w.tag = parts[1];
+    if (parts.size() > 2) w.step = step(parts[2]);
+    return w;
+}
+
+// "sft/d12 (steps 500, 1000, 2000), base/d20 (step 15000)"
+std::string found_ids(std::span<const ModelInfo* const> models) {
+    std::string text;
+    std::size_t tags = 0;
+    for (std::size_t i = 0; i < models.size() && tags < 6; tags++) {
+        std::vector<std::int64_t> steps;
+        const std::string name = models[i]->source + "/" + models[i]->tag;
+        for (; i < models.size() && models[i]->source + "/" + models[i]->tag == name; i++)
+            steps.push_back(models[i]->step);
+        std::sort(steps.begin(), steps.end());
+        text += (text.empty() ? "" : ", ") + name + (steps.size() > 1 ? " (steps" : " (step");
+        const std::size_t first = steps.size() > 8 ? steps.size() - 8 : 0;
+        if (first > 0) text += " ...";
+        for (std::size_t k = first; k < steps.size(); k++)
+            text += (k > first ? ", " : " ") + std::to_string(steps[k]);
+        text += ")";
+    }
+    return text;
+}
+
+std::string home_relative(const fs::path& path) {
+    const std::string text = path.string(), home(environment("HOME"));
+    return !home.empty() && text.starts_with(home + "/") ? "~" + text.substr(home.size()) : text;
+}
+[[noreturn]] void no_checkpoints(const fs::path& base) {
+    std::error_code error;
+    const std::string what = fs::is_directory(base, error) ? "no checkpoint in " : "no directory ";
+    throw Error(ErrorKind::not_found, what + home_relative(base) +
+                                          ": looked for model_<step>.pt in its folders "
+                                          "base_checkpoints, mid_checkpoints, chatsft_checkpoints "
+                                          "and chatrl_checkpoints. Point elsewhere "
+                                          "with --base-dir DIR or NANOCHAT_BASE_DIR");
+}
+[[noreturn]] void no_such(const Wanted& w, const std::vector<const ModelInfo*>& ready) {
+    const bool same_source =
+        std::any_of(ready.begin(), ready.end(), [&](auto* m) { return m->source == w.source; });
+    std::vector<const ModelInfo*> near;
+    for (const ModelInfo* m : ready) {
+        if (!same_source || m->source == w.source) near.push_back(m);
+    }
+    const std::string found = near.empty() ? "nothing that is ready" : found_ids(near);
+    throw Error(ErrorKind::not_found,
+                "no checkpoint \"" + words_of(w) + "\": found " + found + ". Try: nanogpt models");
+}
+
+ErrorKind kind_of(Status status) {
+    if (status == Status::unsupported) return ErrorKind::unsupported;
+    if (status == Status::too_large) return ErrorKind::out_of_memory;
+    return ErrorKind::refused;
+}
+
+// The default among several: the largest d-number, else the tag changed last; of it the last step.
+const ModelInfo* best_of(const std::vector<const ModelInfo*>& models) {
+    const auto less = [](const ModelInfo* a, const ModelInfo* b) {
+        const auto x = detail::depth_of(a->tag), y = detail::depth_of(b->tag);
+        if (x != y) return x < y;
+        return a->tag != b->tag ? a->modified < b->modified : a->step < b->step;
+    };
+    const auto best = std::max_element(models.begin(), models.end(), less);
+    const ModelInfo* chosen = *best;
+    for (const ModelInfo* m : models) {  // the tag is settled, now its last step
+        if (m->source == chosen->source && m->tag == chosen->tag && m->step > chosen->step)
+            chosen = m;
+    }
+    return chosen;
+}
+
+// The checkpoint that is wanted, out of all found. Only one that is ready can be chosen.
+const ModelInfo& choose(const std::vector<ModelInfo>& models, Wanted w,
+                        const std::string& preferred) {
+    const auto matching = [&](bool exact, const std::string& source) {
+        std::vector<const ModelInfo*> found;
+        for (const ModelInfo& m : models) {
+            const bool fits = (w.tag.empty() || m.tag == w.tag) && (w.step < 0 || m.step == w.step);
+            if ((m.status == Status::ready) == exact && fits &&
+                (source.empty() || m.source == source))
+                found.push_back(&m);
+        }
+        return found;
+    };
+    std::vector<const ModelInfo*> ready;
+    for (const ModelInfo& m : models) {
+        if (m.status == Status::ready) ready.push_back(&m);
+    }
+    const auto has = [&](std::string_view source) {
+        return std::any_of(ready.begin(), ready.end(),
+                           [&](auto* m) { return m->source == source; });
+    };
+    if (w.any_source) {
+        const auto found = matching(true, "");
+        if (w.step >= 0 && found.size() > 1) {
+            bad_usage("--model: \"" + w.tag + "_step" + std::to_string(w.step) + "\" is " +
+                      found_ids(found) + ". Name one");
+        }
+        if (!found.empty())
+            w.source = matching(true, preferred).empty() ? found[0]->source : preferred;
+    } else if (w.source.empty()) {
+        w.source = preferred;
+        for (const std::string_view source : kSourceOrder) {
+            if (!has(w.source) && has(source)) w.source = source;
+        }
+    }
+    if (const auto found = matching(true, w.source); !found.empty()) return *best_of(found);
+    const auto broken = matching(false, w.source);
+    const bool named = !w.tag.empty() || w.step >= 0 || ready.empty();
+    if (named && !broken.empty())
+        throw Error(kind_of(broken[0]->status), broken[0]->id + ": " + broken[0]->reason);
+    no_such(w, ready);
+}
+
+// The model shipped with the program: in the source tree it was built from, or beside the installed
+// binary. Empty if there is none.
+fs::path bundled_sample() {
+    std::error_code error;
+    std::vector<fs::path> places;
+#ifdef NANOGPT_SOURCE_DIR
+    places.push_back(fs::path(NANOGPT_SOURCE_DIR) / "tools" / "sample");
+#endif
+    const fs::path self = fs::read_symlink("/proc/self/exe", error);
+    places.push_back(self.parent_path().parent_path() / "share" / "nanogpt" / "sample");
+    for (const fs::path& place : places) {
+        if (fs::is_directory(place / "chatsft_checkpoints", error)) return place;
+    }
+    return {};
+}
+
+Wanted wanted(const Options& o) {
+    if (o.model.empty()) return {.source = o.source, .tag = o.tag, .step = o.step};
+    if (!o.source.empty() || !o.tag.empty() || o.step >= 0) {
+        bad_usage("--model names source, tag and step: leave out -i, -g and -s beside it");
+    }
+    return parse_id(o.model);
+}
+
+// `or_bundled`: chat and sample work without any checkpoint of one's own; o.base_dir then becomes the
+// bundled one.
+ModelInfo pick_model(Options& o, const std::string& preferred, bool or_bundled) {
+    std::error_code error;
+    const bool is_path =
+        o.model.starts_with('/') || o.model.starts_with('.') || o.model.ends_with(".pt");
+    if (is_path) {
+        if (!o.source.empty() || !o.tag.empty())
+            bad_usage("--model names a path: leave out -i and -g beside it");
+        return inspect_model(o.model, o.step, o.overrides);
+    }
+    const Wanted w = wanted(o);
+    const fs::path base = base_dir(o.base_dir);
+    std::vector<std::string> skipped;
+    std::vector<ModelInfo> models = find_models(base, o.overrides, &skipped);
+    for (const std::string& warning : skipped) note(warning);
+    if (models.empty()) {
+        const bool asked = !o.base_dir.empty() || !o.tag.empty() || o.step >= 0 || !o.model.empty();
+        const fs::path sample = or_bundled && !asked ? bundled_sample() : fs::path();
+        if (sample.empty()) no_checkpoints(base);
+        const bool there = fs::is_directory(base, error);
+        say((there ? "no checkpoint in " : "no nanochat directory ") + home_relative(base) +
+                ": using the sample model shipped with nanogpt",
+            kDim);
+        o.base_dir = sample.string();
+        models = find_models(sample, o.overrides);
+    }
+    const ModelInfo& chosen = choose(models, w, preferred);
+    const bool left_open = w.source.empty() && !w.any_source;
+    if (left_open && chosen.source != preferred)
+        note("no " + preferred + " checkpoint, using " + chosen.id);
+    return chosen;
+}
+
+// MemAvailable of the machine, bytes; 0 if the system does not tell.
+std::uint64_t available_memory() {
+    std::FILE* file = std::fopen("/proc/meminfo", "re");
+    if (file == nullptr) return 0;
+    unsigned long long kilobytes = 0;
+    char line[256];
+    while (kilobytes == 0 && std::fgets(line, sizeof line, file) != nullptr) {
+        std::sscanf(line, "MemAvailable: %llu kB", &kilobytes);
+    }
+    std::fclose(file);
+    return std::uint64_t{kilobytes} * 1024;
+}
+// Bytes of keys and values for one token: K heads of hd, both, in all layers.
+std::uint64_t cache_bytes(const Config& c, DType dtype) {
+    const std::int64_t numbers = std::int64_t{2} * c.n_layer * c.n_kv_head * c.head_dim();
+    return static_cast<std::uint64_t>(numbers) * size_of(dtype);
+}
+std::uint64_t weight_bytes(const ModelInfo& info, DType dtype) {
+    return dtype == DType::f32 ? info.memory_bytes
+                               : static_cast<std::uint64_t>(info.parameters) * size_of(dtype);
+}
+
+struct Session {  // one model, ready to answer
+    ModelInfo info;
+    std::shared_ptr<const Model> model;
+    std::unique_ptr<Backend> backend;
+    Tokenizer tokenizer;
+    double load_seconds;
+};
+
+void check_device(const Options& o) {
+    if (o.device_type == "mps") {
+        throw Error(ErrorKind::device,
+                    "--device-type mps: Apple's GPUs are not supported. Use --device-type cpu");
+    }
+    if (o.device_type == "cuda") {
+        throw Error(ErrorKind::device,
+                    "--device-type cuda: this nanogpt was built without CUDA. Build it where a "
+                    "CUDA toolkit is installed, or use --device-type cpu");
+    }
+}
+
+std::shared_ptr<const Model> load(const ModelInfo& info, const Options& o) {
+    const std::uint64_t need =
+        weight_bytes(info, o.dtype) +
+        cache_bytes(info.config, DType::f32) * static_cast<std::uint64_t>(info.config.sequence_len);
+    if (const std::uint64_t have = available_memory(); have > 0 && need > have) {
+        throw Error(ErrorKind::out_of_memory,
+                    info.id + ": needs " + human_bytes(need) + " of memory, " + human_bytes(have) +
+                        " is available. Close other programs or choose a smaller model");
+    }
+    for (const std::string& warning : info.warnings) note(info.id + ": " + warning);
+    if (terminal.verbose) {
+        for (const Setting& s : info.settings)
+            note(s.name + " " + s.value + " (" + std::string(name_of(s.origin)) + ")");
+    }
+    LoadOptions options;
+    options.dtype = o.dtype;
+    options.threads = o.threads;
+    options.overrides = o.overrides;
+    const auto progress = std::make_shared<Progress>("loading " + info.id);
+    options.progress = [progress](std::uint64_t done, std::uint64_t total) {
+        return (*progress)(done, total);
+    };
+    return load_model(info, options);
+}
+
+Tokenizer open_tokenizer(const fs::path& path) {
+    Tokenizer tokenizer = load_tokenizer(path);
+    for (const std::string& warning : tokenizer.warnings()) note("tokenizer: " + warning);
+    return tokenizer;
+}
+
+Session open_session(Options& o, const std::string& preferred) {
+    ModelInfo info = pick_model(o, preferred, true);
+    Tokenizer tokenizer =
+        open_tokenizer(o.tokenizer.empty() ? find_tokenizer(info) : fs::path(o.tokenizer));
+    if (tokenizer.vocab_size() != info.config.vocab_size) {
+        throw Error(ErrorKind::refused,
+                    info.id + ": the tokenizer has " + std::to_string(tokenizer.vocab_size()) +
+                        " tokens, the model " + std::to_string(info.config.vocab_size) +
+                        ". Name the right one with --tokenizer FILE");
+    }
+    const auto start = Clock::now();
+    std::shared_ptr<const Model> model = load(info, o);
+    std::unique_ptr<Backend> backend = open_cpu(model);
+    return {std::move(info), std::move(model), std::move(backend), std::move(tokenizer),
+            seconds_since(start)};
+}
+
+std::string loss_words(const ModelInfo& info) {
+    return std::isfinite(info.loss) ? decimals(info.loss, 3) + " " + info.loss_unit : "—";
+}
+
+// ==== 4. sample, chat ============================================================================
+// The two commands that write text. An answer goes out as text, as one JSON object, or as one JSON
+// object per piece; the stats line goes to stderr.
+
+struct Answer {
+    std::string text;
+    StopReason reason = StopReason::stop_token;
+    int prompt_tokens = 0, completion_tokens = 0;
+    double prefill_seconds = 0, decode_seconds = 0, first_seconds = 0;
+};
+std::string_view finish_word(StopReason reason) {
+    if (reason == StopReason::stop_token) return "stop";
+    return reason == StopReason::cancelled ? "cancelled" : "length";
+}
+double tokens_per_second(const Answer& a) {  // the first token is the prompt's
+    const bool several = a.completion_tokens > 1 && a.decode_seconds > 0;
+    if (several) return (a.completion_tokens - 1) / a.decode_seconds;
+    return a.prefill_seconds > 0 ? a.completion_tokens / a.prefill_seconds : 0;
+}
+
+// Takes the pieces of one answer; false when Ctrl-C asks to stop.
+class Output {
+public:
+    Output(const Options& o, int sample) : options_(o), sample_(sample) {}
+    bool operator()(std::string_view piece) {
+        if (piece.empty()) return !interrupted();
+        if (text_.empty()) first_seconds_ = seconds_since(start_);
+        text_ += piece;
+        if (options_.stream_json) {
+            Members members = {{"text", piece}};
+            if (options_.num_samples > 1) members.insert(members.begin(), {"sample", sample_});
+            write_json(object(members));
+        } else if (!options_.json) {
+            write_answer(piece);
+        }
+        return !interrupted();
+    }
+    const std::string& text() const { return text_; }
+    double first_seconds() const { return first_seconds_; }
+
+private:
+    const Options& options_;
+    int sample_;
+    Clock::time_point start_ = Clock::now();
+    std::string text_;
+    double first_seconds_ = 0;
+};
+
+void show_stats(const Options& o, const Session& s, const Answer& a) {
+    if (!o.stats.value_or(terminal.err.terminal && !terminal.quiet)) return;
+    const int used = a.prompt_tokens + a.completion_tokens;
+    say("[" + std::to_string(a.completion_tokens) + " tokens · " +
+            decimals(tokens_per_second(a), 0) + " tok/s · first token " +
+            decimals(1000 * a.first_seconds, 0) + " ms · context " + std::to_string(used) + "/" +
+            std::to_string(s.info.config.sequence_len) + " · " +
+            std::string(finish_word(a.reason)) + " · seed " + std::to_string(o.sampling.seed) + "]",
+        kDim);
+}
+
+Value usage_json(int prompt_tokens, int completion_tokens) {
+    return object({{"prompt_tokens", prompt_tokens},
+                   {"completion_tokens", completion_tokens},
+                   {"total_tokens", prompt_tokens + completion_tokens}});
+}
+Value timings_json(const Session& s, const Answer& a) {
+    return object({{"load_ms", milliseconds(s.load_seconds)},
+                   {"prefill_ms", milliseconds(a.prefill_seconds)},
+                   {"decode_ms", milliseconds(a.decode_seconds)},
+                   {"ttft_ms", milliseconds(a.first_seconds)},
+                   {"tokens_per_second", std::round(10 * tokens_per_second(a)) / 10}});
+}
+// The object of --json; with several samples their texts stand in "samples".
+void write_answers(const Options& o, const Session& s, std::string_view prompt,
+                   std::span<const Answer> answers) {
+    const Answer& first = answers[0];
+    int completion = 0;
+    for (const Answer& a : answers) completion += a.completion_tokens;
+    Members members = {{"model", s.info.id}, {"prompt", prompt}};
+    if (answers.size() == 1) {
+        members.insert(members.end(),
+                       {{"text", first.text}, {"finish_reason", finish_word(first.reason)}});
+    } else {
+        members.emplace_back("samples", array(answers, [](const Answer& a) {
+                                 return object({{"text", a.text},
+                                                {"finish_reason", finish_word(a.reason)},
+                                                {"completion_tokens", a.completion_tokens}});
+                             }));
+    }
+    members.insert(members.end(), {{"seed", o.sampling.seed},
+                                   {"usage", usage_json(first.prompt_tokens, completion)},
+                                   {"timings", timings_json(s, first)},
+                                   {"device", s.backend->device()},
+                                   {"dtype", name_of(s.backend->dtype())}});
+    if (o.stream_json) members.insert(members.begin(), {"done", true});
+    write_json(object(members));
+}
+
+// The prompt of -p, or all of stdin but its last newline for "-p -".
+std::string read_prompt(const Options& o, LineReader& input) {
+    std::string prompt = *o.prompt == "-" ? input.rest() : *o.prompt;
+    if (*o.prompt == "-" && prompt.ends_with('\n')) prompt.pop_back();
+    if (*o.prompt == "-" && prompt.ends_with('\r')) prompt.pop_back();
+    const std::string valid = to_utf8(prompt);
+    if (valid != prompt) note("the prompt is not valid UTF-8, its broken bytes are read as U+FFFD");
+    return valid;
+}
+
+// One continuation of what the sequence holds; `logits` (V) are those after its last token.
+Answer complete(const Options& o, Session& s, Sequence& sequence, std::span<const float> logits,
+                int index) {
+    Sampler sampler(o.sampling, static_cast<std::uint64_t>(index));
+    TextStream stream(s.tokenizer, o.stop);
+    Output output(o, index);
+    Answer answer;
+    const auto start = Clock::now();
+    for (;;) {
+        const Token token = sampler.sample(logits);
+        answer.completion_tokens++;
+        answer.reason = StopReason::stop_token;
+        if (s.tokenizer.is_special(token)) break;  // <|bos|> begins another document
+        answer.reason = StopReason::cancelled;
+        if (!output(stream.push(token))) break;
+        answer.reason = StopReason::stop_token;
+        if (stream.stopped()) break;
+        answer.reason = StopReason::max_tokens;
+        if (answer.completion_tokens == o.max_tokens) break;
+        answer.reason = StopReason::context_full;
+        if (std::ssize(sequence.tokens()) == sequence.capacity()) break;
+        const Chunk chunk = {&sequence, {&token, 1}};
+        logits = s.backend->step({&chunk, 1});
+    }
+    if (answer.reason != StopReason::cancelled) output(stream.finish());
+    answer.text = output.text();
+    answer.decode_seconds = seconds_since(start);
+    answer.first_seconds = output.first_seconds();
+    return answer;
+}
+
+int run_sample(Options& o) {
+    if (!o.prompt)
+        bad_usage(
+            "sample: there is no prompt. Give one with -p TEXT, or -p - to read it from stdin");
+    catch_interrupts();
+    LineReader input;
+    const std::string prompt = read_prompt(o, input);
+    Session s = open_session(o, "base");
+    std::vector<Token> ids = {s.tokenizer.special("<|bos|>")};
+    const std::vector<Token> text_ids = s.tokenizer.encode(prompt);
+    ids.insert(ids.end(), text_ids.begin(), text_ids.end());
+    const int S = s.info.config.sequence_len;
+    if (std::ssize(ids) > S) {
+        bad_usage("the prompt has " + std::to_string(ids.size()) + " tokens, the context of " +
+                  s.info.id + " is " + std::to_string(S) + ". Shorten it");
+    }
+    const auto start = Clock::now();
+    const std::unique_ptr<Sequence> sequence = s.backend->new_sequence(S);
+    const Chunk chunk = {sequence.get(), ids};
+    const std::span<const float> last = s.backend->step({&chunk, 1});
+    const std::vector<float> logits(last.begin(), last.end());
+    const double prefill = seconds_since(start);
+    std::vector<Answer> answers;
+    for (int i = 0; i < o.num_samples && !interrupted(); i++) {
+        sequence->rewind(static_cast<int>(ids.size()));
+        const bool as_text = !o.json && !o.stream_json;
+        if (i > 0 && as_text) write_out("-----\n");
+        Answer answer = complete(o, s, *sequence, logits, i);
+        answer.prompt_tokens = static_cast<int>(ids.size());
+        answer.prefill_seconds = prefill;
+        answer.first_seconds += prefill;
+        if (as_text) write_out("\n"), flush_out();
+        show_stats(o, s, answer);
+        answers.push_back(std::move(answer));
+    }
+    if ((o.json || o.stream_json) && !answers.empty()) write_answers(o, s, prompt, answers);
+    if (interrupted()) leave_interrupted();
+    return 0;
+}
+
+// Says one message and writes the answer out.
+void answer_chat(const Options& o, Session& s, Chat& chat, std::string_view message) {
+    Output output(o, 0);
+    chat.params().max_tokens = o.max_tokens;
+    chat.params().sampling = o.sampling;
+    const int dropped = chat.stats().dropped_messages;
+    chat.reply(message, std::ref(output));
+    const ReplyStats& stats = chat.stats();
+    const Answer answer = {output.text(),           stats.reason,          stats.prompt_tokens,
+                           stats.completion_tokens, stats.prefill_seconds, stats.decode_seconds,
+                           output.first_seconds()};
+    if (!o.json && !o.stream_json) write_out("\n"), flush_out();
+    if (stats.dropped_messages > dropped) {
+        note("the model no longer sees the first " + std::to_string(stats.dropped_messages) +
+             " messages (context " + std::to_string(s.info.config.sequence_len) + ")");
+    }
+    show_stats(o, s, answer);
+    if (o.json || o.stream_json) write_answers(o, s, message, {&answer, 1});
+}
+
+int report(const Options& o, const std::exception& e);
+std::string list_models(const Options& o);
+std::string token_table(const Tokenizer& tokenizer, std::span<const Token> tokens);
+
+// The conversation: reads lines, `"""` blocks and slash commands until the end of stdin.
+class Repl {
+public:
+    explicit Repl(Options& o) : options_(o), interactive_(::isatty(0) != 0) { open(options_); }
+
+    int run() {
+        banner();
+        std::string message;
+        while (!done_) {
+            try {
+                if (!next_message(message)) break;
+                if (!message.empty()) obey(message);
+            } catch (const Error& e) {
+                failure_ = interrupted() ? 0 : report(options_, e);
+            }
+            forget_interrupts();
+        }
+        if (interactive_ && !terminal.quiet) say("Goodbye!");
+        return interactive_ ? 0 : failure_;
+    }
+
+private:
+    struct Slash {
+        std::string_view word, also, argument, help;
+        void (Repl::*run)(const std::string& argument);
+    };
+    static const std::vector<Slash>& slashes();
+
+    void open(Options& o) {
+        auto session = std::make_unique<Session>(open_session(o, "sft"));
+        GenerateParams params;
+        params.stop = chat_stop_tokens(session->tokenizer);
+        auto chat = std::make_unique<Chat>(*session->backend, session->tokenizer, params);
+        chat->system() = o.system;
+        chat->stop_texts() = o.stop;
+        if (chat_) chat->load(chat_->messages());  // read again with the new model
+        chat_ = std::move(chat);                   // before the session it points into
+        session_ = std::move(session);
+    }
+
+    void banner() const {
+        const ModelInfo& info = session_->info;
+        if (terminal.quiet || !interactive_) return;
+        const std::string loss = std::isfinite(info.loss) ? " · val loss " + loss_words(info) : "";
+        say("nanogpt chat · " + info.source + "/" + info.tag + " step " +
+            std::to_string(info.step) + loss + " · " + session_->backend->device() + ", " +
+            std::string(name_of(session_->backend->dtype())));
+        if (info.source == "base")
+            note("a base model was not trained to chat; nanogpt sample lets it continue a text");
+        say("Type 'quit' or 'exit' to end, 'clear' to start over, /help for more.");
+    }
+
+    void prompt(const char* words) const {
+        if (interactive_) write_err(paint(terminal.err, kGreen, words) + " ");
+    }
+
+    // The next line, stripped as nanochat does, or block. False: leave.
+    bool next_message(std::string& message) {
+        if (interactive_) write_err("\n");
+        prompt("User:");
+        if (!next_line(message)) return false;
+        const std::size_t first = message.find_first_not_of(" \t\r\v\f");
+        message = first == message.npos
+                      ? ""
+                      : message.substr(first, message.find_last_not_of(" \t\r\v\f") + 1 - first);
+        if (!message.starts_with("\"\"\"")) return true;
+        std::string block = message.substr(3), line;
+        while (!block.ends_with("\"\"\"")) {
+            prompt("...");
+            if (!next_line(line)) return false;
+            if (interrupted_line_) return message.clear(), true;
+            block += (block.empty() ? "" : "\n") + line;
+        }
+        literal_ = true;
+        message = block.substr(0, block.size() - 3);
+        return true;
+    }
+    bool next_line(std::string& line) {
+        line.clear();
+        interrupted_line_ = false;
+        switch (input_.read(line)) {
+            case LineReader::Result::line:
+                return true;
+            case LineReader::Result::end:
+                if (interactive_) write_err("\n");
+                return false;
+            case LineReader::Result::interrupted:
+                break;
+        }
+        forget_interrupts();
+        const auto now = Clock::now();
+        const bool again = std::chrono::duration<double>(now - last_interrupt_).count() < 2;
+        last_interrupt_ = now;
+        write_err("\n");
+        if (again || !interactive_) leave_interrupted();
+        say("Ctrl-C again, or Ctrl-D, to leave");
+        return interrupted_line_ = true;
+    }
+
+    void obey(std::string message) {
+        std::string lower = message;
+        for (char& c : lower) c = c >= 'A' && c <= 'Z' ? static_cast<char>(c + 32) : c;
+        const bool literal = std::exchange(literal_, false);
+        if (!literal && (lower == "quit" || lower == "exit")) return quit("");
+        if (!literal && lower == "clear") return clear("");
+        if (literal || message[0] != '/') return answer(message);
+        if (message.starts_with("//")) return answer(message.substr(1));
+        const std::size_t end = std::min(message.find_first_of(" \t"), message.size());
+        const std::string word = message.substr(1, end - 1);
+        const std::string argument =
+            message.substr(std::min(message.find_first_not_of(" \t", end), message.size()));
+        std::vector<std::string> words;
+        for (const Slash& slash : slashes()) {
+            const std::vector<std::string> also = split(slash.also, " ");
+            if (slash.word == word || std::find(also.begin(), also.end(), word) != also.end()) {
+                return (this->*slash.run)(argument);
+            }
+            words.push_back("/" + std::string(slash.word));
+        }
+        const std::string hint = did_you_mean("/" + word, words);
+        bad_usage("unknown command /" + word + (hint.empty() ? "." : hint) +
+                  " /help lists them, //" + word + " sends the text");
+    }
+
+    void answer(const std::string& message) {
+        const std::string valid = to_utf8(message);
+        if (valid != message)
+            note("the message is not valid UTF-8, its broken bytes are read as U+FFFD");
+        if (interactive_) write_err("\n" + paint(terminal.err, kGreen, "Assistant:") + " ");
+        answer_chat(options_, *session_, *chat_, valid);
+        if (interrupted()) note("stopped");
+    }
+    // Sets one option from what was typed behind its command, or shows it.
+    void set(const char* name, const std::string& argument, void (*apply)(Options&, const Given&),
+             const std::string& now) {
+        if (argument.empty()) return say(std::string(name) + " " + now);
+        apply(options_, {name, argument});
+    }
+    std::string last_message() const {
+        const std::vector<Message> messages = chat_->messages();
+        if (messages.empty() || messages.back().role == Role::system)
+            bad_usage("the conversation is empty");
+        return messages[messages.size() - 2].content;
+    }
+
+    void help(const std::string&) {
+        for (const Slash& s : slashes()) {
+            say("  " +
+                fit("/" + std::string(s.word) +
+                        (s.argument.empty() ? "" : " " + std::string(s.argument)),
+                    20) +
+                " " + std::string(s.help));
+        }
+        say("  " + fit("\"\"\" ... \"\"\"", 20) + " a message of many lines");
+        say("  " + fit("//text", 20) + " sends /text");
+    }
+    void clear(const std::string&) {
+        chat_->reset();
+        note("conversation cleared");
+    }
+    void quit(const std::string&) { done_ = true; }
+    void models(const std::string&) { write_err(list_models(options_)); }
+    void model(const std::string& id) {
+        if (id.empty()) return say(session_->info.id);
+        Options o = options_;
+        o.source = o.tag = "", o.step = -1, o.model = id;
+        open(o);
+        options_ = o;
+        banner();
+    }
+    void temperature(const std::string& x) {
+        set("temperature", x, set_temperature, Value(options_.sampling.temperature).text);
+    }
+    void topk(const std::string& n) {
+        set("topk", n, set_top_k, std::to_string(options_.sampling.top_k));
+    }
+    void topp(const std::string& x) {
+        set("topp", x, set_top_p, Value(options_.sampling.top_p).text);
+    }
+    void max(const std::string& n) {
+        set("max", n, set_max_tokens, std::to_string(options_.max_tokens));
+    }
+    void seed(const std::string& n) {
+        set("seed", n, set_seed, std::to_string(options_.sampling.seed));
+    }
+    void system(const std::string& text) {
+        if (text.empty())
+            return say("system " + (chat_->system().empty() ? "(none)" : chat_->system()));
+        chat_->system() = options_.system = text;
+    }
+    void regen(const std::string&) {
+        const std::string message = last_message();
+        chat_->undo();
+        options_.sampling.seed++;
+        answer(message);
+    }
+    void undo(const std::string&) {
+        last_message();  // or says that there is none
+        chat_->undo();
+        note("the last exchange is taken back");
+    }
+    void edit(const std::string&) {
+        const std::string message = last_message();
+        chat_->undo();
+        say("the last message was: " + message);
+        say("Type what takes its place.");
+    }
+    void save(const std::string& file) {
+        if (file.empty()) bad_usage("/save: a file name is needed");
+        NewFile out(file);
+        const auto as_json = [](const Message& m) {
+            static constexpr std::string_view kRoles[] = {"system", "user", "assistant"};
+            return object(
+                {{"role", kRoles[static_cast<std::size_t>(m.role)]}, {"content", m.content}});
+        };
+        out.write(object({{"messages", array(chat_->messages(), as_json)}}).text + "\n");
+        out.commit();
+        note("saved " + file);
+    }
+    void load(const std::string& file) {
+        if (file.empty()) bad_usage("/load: a file name is needed");
+        const std::vector<std::byte> bytes = detail::read_file(file, 16u << 20);
+        const Json json = parse_json(detail::as_text(bytes));
+        const Json* list = json.find("messages");
+        std::vector<Message> messages;
+        if (list == nullptr) bad_usage("/load: " + detail::quote(file) + " has no \"messages\"");
+        for (const Json& item : list->array) {
+            const Json *role = item.find("role"), *content = item.find("content");
+            if (role == nullptr || content == nullptr || content->kind != Json::Kind::string) {
+                bad_usage("/load: a message needs the texts \"role\" and \"content\"");
+            }
+            const std::string name =
+                one_of({"role", role->string}, {"system", "user", "assistant"});
+            messages.push_back({name == "user"     ? Role::user
+                                : name == "system" ? Role::system
+                                                   : Role::assistant,
+                                content->string});
+        }
+        chat_->load(messages);
+        options_.system = chat_->system();
+        note("loaded " + std::to_string(messages.size()) + " messages");
+    }
+    void stats(const std::string& on) {
+        if (!on.empty()) options_.stats = one_of({"/stats", on}, {"on", "off"}) == "on";
+        say(std::string("stats ") +
+            (options_.stats.value_or(terminal.err.terminal) ? "on" : "off"));
+    }
+    void context(const std::string&) {
+        static constexpr const char* kRoles[] = {"system", "user", "assistant"};
+        std::size_t total = 1;  // <|bos|>
+        for (const Message& m : chat_->messages()) {
+            const std::size_t tokens =
+                session_->tokenizer.encode(m.content).size() + (m.role == Role::system ? 0 : 2);
+            total += tokens;
+            std::string line = m.content.substr(0, 200);
+            std::replace(line.begin(), line.end(), '\n', ' ');
+            say(fit(std::to_string(tokens), 7, true) + "  " +
+                fit(kRoles[static_cast<std::size_t>(m.role)], 9) + "  " +
+                fit(safe(line), terminal.width - 20));
+        }
+        say(fit(std::to_string(total), 7, true) + "  of " +
+            std::to_string(session_->info.config.sequence_len) + " tokens");
+    }
+    void tokens(const std::string& text) {
+        const std::span<const Token> last = chat_->answer();
+        const std::vector<Token> ids = text.empty() ? std::vector<Token>(last.begin(), last.end())
+                                                    : session_->tokenizer.encode(text);
+        write_err(token_table(session_->tokenizer, ids));
+    }
+
+    Options& options_;
+    bool interactive_;
+    std::unique_ptr<Session> session_;
+    std::unique_ptr<Chat> chat_;
+    LineReader input_;
+    Clock::time_point last_interrupt_ = {};
+    bool interrupted_line_ = false, literal_ = false, done_ = false;
+    int failure_ = 0;  // exit code of the last error, for scripts
+};
+
+const std::vector<Repl::Slash>& Repl::slashes() {
+    static const std::vector<Slash> kSlashes = {
+        {"help", "?", "", "this list", &Repl::help},
+        {"clear", "", "", "start over", &Repl::clear},
+        {"quit", "exit bye", "", "leave; Ctrl-D does too", &Repl::quit},
+        {"models", "", "", "list the checkpoints", &Repl::models},
+        {"model", "", "[MODEL]", "show or switch the model; the conversation stays", &Repl::model},
+        {"temperature", "", "[X]", "show or set; 0 is greedy", &Repl::temperature},
+        {"topk", "", "[N]", "show or set; 0 is the whole vocabulary", &Repl::topk},
+        {"topp", "", "[X]", "show or set; 1 is off", &Repl::topp},
+        {"max", "", "[N]", "show or set the most new tokens", &Repl::max},
+        {"seed", "", "[N]", "show or set; -1 is random", &Repl::seed},
+        {"system", "", "[TEXT]", "show or set what stands in front of the first message",
+         &Repl::system},
+        {"regen", "", "", "answer again with the next seed", &Repl::regen},
+        {"undo", "", "", "take back the last exchange", &Repl::undo},
+        {"edit", "", "", "take it back and type the message anew", &Repl::edit},
+        {"save", "", "FILE", "write the conversation as JSON", &Repl::save},
+        {"load", "", "FILE", "read one", &Repl::load},
+        {"stats", "", "[on|off]", "the line after each answer", &Repl::stats},
+        {"context", "", "", "tokens of each message", &Repl::context},
+        {"tokens", "", "[TEXT]", "the tokens of the text, or of the last answer", &Repl::tokens}};
+    return kSlashes;
+}
+
+int run_chat(Options& o) {
+    catch_interrupts();
+    if (!o.prompt) return Repl(o).run();
+    LineReader input;
+    const std::string prompt = read_prompt(o, input);
+    if (prompt.empty()) bad_usage("--prompt: found no text, leave it out to start a conversation");
+    Session s = open_session(o, "sft");
+    GenerateParams params;
+    params.stop = chat_stop_tokens(s.tokenizer);
+    Chat chat(*s.backend, s.tokenizer, params);
+    chat.system() = o.system;
+    chat.stop_texts() = o.stop;
+    answer_chat(o, s, chat, prompt);
+    if (interrupted()) leave_interrupted();
+    return 0;
+}
+
+// ==== 5. show, models, tokenize, check ===========================================================
+// The small commands: what is there, what is in it, what the model reads, what it answers in numbers.
+
+std::string upper(std::string text) {
+    for (char& c : text) c = c >= 'a' && c <= 'z' ? static_cast<char>(c - 32) : c;
+    return text;
+}
+std::string architecture(const Config& c) {
+    const std::string kv =
+        c.n_kv_head == c.n_head ? "" : " (" + std::to_string(c.n_kv_head) + " kv)";
+    return std::to_string(c.n_layer) + " layers, " + std::to_string(c.n_embd) + " wide, " +
+           std::to_string(c.n_head) + " heads" + kv + ", ctx " + std::to_string(c.sequence_len);
+}
+std::string file_of(const ModelInfo& info,
+                    const fs::path& base) {  // no absolute path leaves the program
+    const fs::path relative = info.model_file.lexically_relative(base);
+    const bool inside = !relative.empty() && *relative.begin() != "..";
+    return inside && relative.is_relative() ? relative.string()
+                                            : info.model_file.filename().string();
+}
+double metric(const ModelInfo& info, std::string_view name) {
+    if (info.loss_metric == name) return info.loss;
+    for (const auto& [key, value] : info.metrics) {
+        if (key == name) return value;
+    }
+    return std::numeric_limits<double>::quiet_NaN();
+}
+
+Value architecture_json(const ModelInfo& info) {
+    if (!info.has_config) return nullptr;
+    const Config& c = info.config;
+    const auto& facts = detail::facts(c.generation);
+    return object({{"n_layer", c.n_layer},
+                   {"n_embd", c.n_embd},
+                   {"n_head", c.n_head},
+                   {"n_kv_head", c.n_kv_head},
+                   {"head_dim", c.head_dim()},
+                   {"sequence_len", c.sequence_len},
+                   {"vocab_size", c.vocab_size},
+                   {"window_pattern", c.window_pattern},
+                   {"generation", facts.name},
+                   {"saved_by", facts.dates},
+                   {"rope_base", c.rope_base},
+                   {"qk_scale", c.qk_scale},
+                   {"softcap", c.softcap}});
+}
+// One entry of the list that programs read.
+Members model_members(const ModelInfo& info, const fs::path& base, const std::string& default_id) {
+    const bool known = !info.tensors.empty();
+    Value loss = nullptr;
+    if (std::isfinite(info.loss)) {
+        loss =
+            object({{"value", info.loss}, {"metric", info.loss_metric}, {"unit", info.loss_unit}});
+    }
+    Members metrics;
+    for (const auto& [key, value] : info.metrics) metrics.emplace_back(key, value);
+    const bool ready = info.status == Status::ready;
+    return {{"id", info.id},
+            {"name", info.tag + "_step" + std::to_string(info.step)},
+            {"type", upper(info.source)},
+            {"source", info.source},
+            {"tag", info.tag},
+            {"step", info.step},
+            {"val_loss", metric(info, "val_loss")},
+            {"val_bpb", metric(info, "val_bpb")},
+            {"loss", loss},
+            {"metrics", object(metrics)},
+            {"architecture", architecture_json(info)},
+            {"parameters", known ? Value(info.parameters) : Value(nullptr)},
+            {"size_bytes", info.file_bytes},
+            {"memory_bytes", known ? Value(info.memory_bytes) : Value(nullptr)},
+            {"file", file_of(info, base)},
+            {"modified", iso_date(info.modified)},
+            {"status", name_of(info.status)},
+            {"reason", or_null(info.reason)},
+            {"loaded", false},
+            {"can_chat", ready && info.source != "base"},
+            {"default", info.id == default_id}};
+}
+
+std::string default_of(const std::vector<ModelInfo>& models) {
+    try {
+        return choose(models, {}, "sft").id;
+    } catch (const Error&) {
+        return "";  // none is ready
+    }
+}
+// The best loss of its family, among losses of the same unit.
+bool is_best(const ModelInfo& info, const std::vector<ModelInfo>& models) {
+    return std::isfinite(info.loss) &&
+           std::none_of(models.begin(), models.end(), [&](const ModelInfo& other) {
+               return other.source == info.source && other.loss_unit == info.loss_unit &&
+                      other.loss < info.loss;
+           });
+}
+
+struct Tokens {  // of the base directory's tokenizer
+    int vocab_size = 0;
+    std::string reason;  // why it cannot be used
+};
+Tokens base_tokenizer(const fs::path& base) {
+    try {
+        return {load_tokenizer(base / "tokenizer" / "tokenizer.pkl").vocab_size(), ""};
+    } catch (const Error& e) {
+        return {0, e.what()};
+    }
+}
+
+// All checkpoints of --type in the order of --sort; `all` keeps those found.
+std::vector<ModelInfo> listed(const Options& o, std::vector<ModelInfo>& all) {
+    const fs::path base = base_dir(o.base_dir);
+    std::vector<std::string> skipped;
+    all = find_models(base, o.overrides, &skipped);
+    for (const std::string& warning : skipped) note(warning);
+    if (all.empty()) no_checkpoints(base);
+    std::vector<ModelInfo> models;
+    for (const ModelInfo& m : all) {
+        const bool fits =
+            o.types.empty() || std::find(o.types.begin(), o.types.end(), m.source) != o.types.end();
+        if (fits) models.push_back(m);
+    }
+    const auto less = [&](const ModelInfo& a, const ModelInfo& b) {
+        if (o.sort == "step") return a.step > b.step;
+        if (o.sort == "date") return a.modified > b.modified;
+        if (o.sort == "name") return a.tag != b.tag ? a.tag < b.tag : a.id < b.id;
+        const bool x = std::isfinite(a.loss),
+                   y = std::isfinite(b.loss);  // by loss: each unit by itself
+        if (!x || !y) return x && !y;
+        return a.loss_unit != b.loss_unit ? a.loss_unit < b.loss_unit : a.loss < b.loss;
+    };
+    if (!o.sort.empty()) std::stable_sort(models.begin(), models.end(), less);
+    return models;
+}
+
+std::string list_models(const Options& o) {
+    std::vector<ModelInfo> all;
+    const std::vector<ModelInfo> models = listed(o, all);
+    const std::string default_id = default_of(all);
+    std::vector<std::vector<std::string>> rows;
+    std::size_t hidden = 0;
+    for (const ModelInfo& m : models) {
+        if (m.status == Status::refused && !o.all) {
+            hidden++;
+            continue;
+        }
+        const std::string status =
+            std::string(name_of(m.status)) + (m.reason.empty() ? "" : ": " + m.reason);
+        rows.push_back({upper(m.source), m.tag, std::to_string(m.step), loss_words(m),
+                        m.has_config ? architecture(m.config) : "—", human_bytes(m.file_bytes),
+                        date_of(m.modified, "%Y-%m-%d %H:%M", false),
+                        status + (m.id == default_id ? " *" : "")});
+    }
+    std::string text = table({{"TYPE"},
+                              {"MODEL", false, 0, 20},
+                              {"STEP", true},
+                              {"VAL LOSS", false, 1, 18},
+                              {"ARCHITECTURE", false, 4, 40},
+                              {"SIZE", true, 2},
+                              {"CHANGED", false, 3, 16},
+                              {"STATUS"}},
+                             rows);
+    const fs::path base = base_dir(o.base_dir);
+    const Tokens tokens = base_tokenizer(base);
+    text += std::to_string(rows.size()) +
+            (rows.size() == 1 ? " checkpoint in " : " checkpoints in ") +
+            safe(home_relative(base)) + ", " +
+            (tokens.reason.empty() ? "tokenizer " + thousands(tokens.vocab_size) + " tokens."
+                                   : "no usable tokenizer: " + safe(tokens.reason) + ".");
+    if (hidden > 0) text += " " + std::to_string(hidden) + " refused: --all lists them.";
+    return text + " * = default for \"nanogpt chat\"\n";
+}
+
+int run_models(Options& o) {
+    if (!o.json) return write_out(list_models(o)), 0;
+    std::vector<ModelInfo> all;
+    const std::vector<ModelInfo> models = listed(o, all);
+    const std::string default_id = default_of(all);
+    const fs::path base = base_dir(o.base_dir);
+    const Tokens tokens = base_tokenizer(base);
+    const auto entry = [&](const ModelInfo& m) {
+        Members members = model_members(m, base, default_id);
+        members.emplace_back("best", is_best(m, all));
+        return object(members);
+    };
+    const bool usable = tokens.reason.empty();
+    write_json(object(
+        {{"models", array(models, entry)},
+         {"count", models.size()},
+         {"default", or_null(default_id)},
+         {"tokenizer", object({{"status", usable ? "ready" : "refused"},
+                               {"vocab_size", usable ? Value(tokens.vocab_size) : Value(nullptr)},
+                               {"reason", or_null(tokens.reason)}})},
+         {"device", object({{"type", "cpu"},
+                            {"name", "CPU (" + cpu_features() + ")"},
+                            {"compute_capability", nullptr},
+                            {"dtype", name_of(o.dtype)},
+                            {"fallback_reason", "this nanogpt was built without CUDA"}})},
+         {"scanned_at", iso_date(std::time(nullptr))}}));
+    return 0;
+}
+
+std::string shape_words(const std::vector<std::int64_t>& shape) {
+    std::string text;
+    for (const std::int64_t n : shape) text += (text.empty() ? "" : ", ") + std::to_string(n);
+    return "(" + text + ")";
+}
+
+int run_show(Options& o) {
+    if (!o.arguments.empty()) {
+        if (!o.model.empty()) bad_usage("show: found a model and --model, one of them is needed");
+        o.model = not_empty({"show", o.arguments[0]});
+    }
+    const ModelInfo info = pick_model(o, "sft", false);
+    const fs::path base = base_dir(o.base_dir);
+    const std::uint64_t cache = cache_bytes(info.config, DType::f32);
+    const std::uint64_t context = cache * static_cast<std::uint64_t>(info.config.sequence_len);
+    if (o.json) {
+        Members members = model_members(info, base, info.id);
+        members.pop_back();  // "default" is a word of lists
+        members.emplace_back("cache_bytes_per_token", cache);
+        members.emplace_back(
+            "settings", array(info.settings, [](const Setting& s) {
+                return object(
+                    {{"name", s.name}, {"value", s.value}, {"origin", name_of(s.origin)}});
+            }));
+        members.emplace_back("warnings", array(info.warnings));
+        members.emplace_back(
+            "tensors", array(info.tensors, [](const TensorInfo& t) {
+                return object(
+                    {{"name", t.name}, {"dtype", name_of(t.dtype)}, {"shape", array(t.shape)}});
+            }));
+        return write_json(object(members)), 0;
+    }
+    std::string metrics;
+    for (const auto& [key, value] : info.metrics)
+        metrics += (metrics.empty() ? "" : ", ") + key + " " + Value(value).text;
+    std::string text = paint(terminal.out, kBold, safe(info.id)) + "\n";
+    const auto line = [&](const char* name, const std::string& value) {
+        text += "  " + fit(name, 12) + safe(value) + "\n";
+    };
+    line("file", file_of(info, base) + ", " + human_bytes(info.file_bytes) + ", changed " +
+                     date_of(info.modified, "%Y-%m-%d %H:%M", false));
+    line("val loss", loss_words(info));
+    if (!metrics.empty()) line("metrics", metrics);
+    line("shape", architecture(info.config) + ", vocabulary " + thousands(info.config.vocab_size));
+    line("parameters", thousands(info.parameters));
+    line("memory", human_bytes(info.memory_bytes) + " of weights, " + human_bytes(context) +
+                       " of keys and values for a full context (" + human_bytes(cache) +
+                       " per token), as float32");
+    for (const std::string& warning : info.warnings) line("warning", warning);
+    std::vector<std::vector<std::string>> rows;
+    for (const Setting& s : info.settings)
+        rows.push_back({s.name, s.value, std::string(name_of(s.origin))});
+    text += "\n" + table({{"SETTING"}, {"VALUE"}, {"WHERE FROM"}}, rows) + "\n";
+    rows.clear();
+    for (const TensorInfo& t : info.tensors)
+        rows.push_back({t.name, std::string(name_of(t.dtype)), shape_words(t.shape)});
+    write_out(text + table({{"TENSOR"}, {"DTYPE"}, {"SHAPE"}}, rows));
+    return 0;
+}
+
+// ---- tokenize, detokenize
+
+Tokenizer pick_tokenizer(Options& o) {
+    if (!o.tokenizer.empty()) return open_tokenizer(o.tokenizer);
+    const fs::path beside_models = base_dir(o.base_dir) / "tokenizer" / "tokenizer.pkl";
+    std::error_code error;
+    const bool any_model = o.source.empty() && o.tag.empty() && o.step < 0 && o.model.empty();
+    if (any_model && fs::exists(beside_models, error)) return open_tokenizer(beside_models);
+    return open_tokenizer(find_tokenizer(pick_model(o, "sft", false)));
+}
+std::vector<int> bytes_of(std::string_view piece) {
+    std::vector<int> bytes;
+    for (const char c : piece) bytes.push_back(static_cast<unsigned char>(c));
+    return bytes;
+}
+std::string token_table(const Tokenizer& tokenizer, std::span<const Token> tokens) {
+    std::vector<std::vector<std::string>> rows;
+    for (const Token token : tokens) {
+        const std::string piece(tokenizer.piece(token));
+        std::string bytes;
+        for (const int b : bytes_of(piece))
+            bytes += (bytes.empty() ? "" : " ") + hex(static_cast<std::uint32_t>(b), 2);
+        const bool special = tokenizer.is_special(token);
+        rows.push_back({std::to_string(token), special ? piece : "\"" + piece + "\"",
+                        special ? "special" : bytes});
+    }
+    return table({{"ID", true}, {"PIECE"}, {"BYTES"}}, rows);
+}
+Token token_id(const Tokenizer& tokenizer, const std::string& text) {
+    const int last = tokenizer.vocab_size() - 1;
+    return number<Token>({"id", text}, 0, last,
+                         ("a token id from 0 to " + std::to_string(last)).c_str());
+}
+std::vector<Token> token_ids(const Tokenizer& tokenizer, const Json* array_of_ids,
+                             const std::string& where) {
+    if (array_of_ids == nullptr || array_of_ids->kind != Json::Kind::array)
+        bad_usage(where + ": an array of ids is needed");
+    std::vector<Token> ids;
+    for (const Json& id : array_of_ids->array) {
+        if (id.kind != Json::Kind::number) bad_usage(where + ": found an id that is no number");
+        ids.push_back(token_id(tokenizer, id.string));
+    }
+    return ids;
+}
+
+// Calls each(JSON value, "line N") for every line of stdin that is not empty.
+template <class Each>
+int each_json_line(Each&& each) {
+    LineReader input;
+    std::string line;
+    for (std::size_t n = 1; input.read(line) == LineReader::Result::line; n++) {
+        const std::string where = "stdin, line " + std::to_string(n);
+        if (line.find_first_not_of(" \t\r") == line.npos) continue;
+        Json json;
+        try {
+            json = parse_json(line);
+        } catch (const Error& e) {
+            bad_usage(where + ": " + e.what());
+        }
+        write_out(each(json, where).text + "\n");
+    }
+    flush_out();
+    return 0;
+}
+
+int run_tokenize(Options& o) {
+    const Tokenizer tokenizer = pick_tokenizer(o);
+    if (o.jsonl) {
+        if (!o.arguments.empty()) bad_usage("tokenize: --jsonl reads stdin, leave the text out");
+        return each_json_line([&](const Json& json, const std::string& where) {
+            const Json* text = json.find("text");
+            if (text == nullptr || text->kind != Json::Kind::string)
+                bad_usage(where + ": {\"text\":\"...\"} is needed");
+            return object({{"ids", array(tokenizer.encode(text->string))}});
+        });
+    }
+    const std::string text = to_utf8(o.arguments.empty() ? LineReader().rest() : o.arguments[0]);
+    const std::vector<Token> ids = tokenizer.encode(text);
+    if (!o.json) return write_out(token_table(tokenizer, ids)), 0;
+    const auto entry = [&](Token id) {
+        const std::string piece(tokenizer.piece(id));
+        return object({{"id", id},
+                       {"text", detail::is_utf8(piece) ? Value(piece) : Value(nullptr)},
+                       {"bytes", array(bytes_of(piece))}});
+    };
+    write_json(object({{"tokens", array(ids, entry)}, {"ids", array(ids)}, {"count", ids.size()}}));
+    return 0;
+}
+
+int run_detokenize(Options& o) {
+    const Tokenizer tokenizer = pick_tokenizer(o);
+    if (o.jsonl) {
+        if (!o.arguments.empty()) bad_usage("detokenize: --jsonl reads stdin, leave the ids out");
+        return each_json_line([&](const Json& json, const std::string& where) {
+            return object(
+                {{"text", tokenizer.decode(token_ids(tokenizer, json.find("ids"), where))}});
+        });
+    }
+    std::string typed;
+    for (const std::string& argument : o.arguments) typed += argument + " ";
+    if (o.arguments.empty()) typed = LineReader().rest();
+    std::vector<Token> ids;
+    for (const std::string& id : split(typed, ", \t\r\n[]")) ids.push_back(token_id(tokenizer, id));
+    const std::string text = to_utf8(tokenizer.decode(ids));
+    if (o.json) return write_json(object({{"text", text}, {"count", ids.size()}})), 0;
+    write_answer(text + "\n");
+    return 0;
+}
+
+// ---- logits
+
+struct LogitRows : Observer {  // logits (T, V) of a sequence, to a file and to their argmax
+    NewFile* out = nullptr;
+    std::vector<Token> argmax;
+    std::vector<float> best;
+    bool wants(HookPoint point, int) override { return point == HookPoint::logits; }
+    void on(const Activation& a) override {
+        const std::size_t V = static_cast<std::size_t>(a.shape[1]);
+        if (out != nullptr)
+            out->write({reinterpret_cast<const char*>(a.values.data()), a.values.size_bytes()});
+        for (std::size_t at = 0; at < a.values.size(); at += V) {
+            const auto row = a.values.subspan(at, V);
+            const auto top = std::max_element(row.begin(), row.end());
+            argmax.push_back(static_cast<Token>(top - row.begin()));
+            best.push_back(*top);
+        }
+    }
+};
+
+std::vector<Token> read_ids(const Options& o, int vocab_size) {
+    if (o.ids.empty() == o.ids_file.empty())
+        bad_usage("logits: one of --ids LIST and --ids-file FILE is needed");
+    std::vector<std::string> texts = split(o.ids, ", ");
+    if (!o.ids_file.empty()) {
+        const std::vector<std::byte> bytes = detail::read_file(o.ids_file, 16u << 20);
+        const Json json = parse_json(detail::as_text(bytes));
+        if (json.kind != Json::Kind::array) bad_usage("--ids-file: a JSON array of ids is needed");
+        for (const Json& id : json.array)
+            texts.push_back(id.kind == Json::Kind::number ? id.string : "not a number");
+    }
+    std::vector<Token> ids;
+    const std::string needed = "token ids from 0 to " + std::to_string(vocab_size - 1);
+    for (const std::string& text : texts)
+        ids.push_back(number<Token>({"--ids", text}, 0, vocab_size - 1, needed.c_str()));
+    if (ids.empty()) bad_usage("logits: found no ids, one at least is needed");
+    return ids;
+}
+
+int run_logits(Options& o) {
+    catch_interrupts();
+    const ModelInfo info = pick_model(o, "sft", false);
+    const std::vector<Token> ids = read_ids(o, info.config.vocab_size);
+    const std::shared_ptr<const Model> model = load(info, o);
+    const int T = static_cast<int>(ids.size()), V = info.config.vocab_size;
+    LogitRows rows;
+    std::optional<NewFile> file;
+    if (!o.out.empty()) rows.out = &file.emplace(o.out);
+    KVCache cache(*model, T);
+    forward(*model, cache, ids, &rows);
+    if (file) file->commit();
+    if (o.json) {
+        write_json(object({{"shape", array(std::array{T, V})}, {"argmax", array(rows.argmax)}}));
+    } else if (file) {
+        note("wrote " + o.out + ": float32 (" + std::to_string(T) + ", " + std::to_string(V) + ")");
+    } else {
+        std::vector<std::vector<std::string>> lines;
+        for (std::size_t t = 0; t < ids.size(); t++) {
+            lines.push_back({std::to_string(t), std::to_string(ids[t]),
+                             std::to_string(rows.argmax[t]), decimals(double{rows.best[t]}, 4)});
+        }
+        write_out(table(
+            {{"POSITION", true}, {"ID", true}, {"LIKELIEST NEXT", true}, {"LOGIT", true}}, lines));
+    }
+    return 0;
+}
+
+// ---- check: whole and safe? Every byte is read, nothing is executed.
+
+struct Verdict {
+    std::string file, status = "ok", what;
+    std::int64_t offset = -1;
+    Members values;  // --values: tensors with NaN or infinities
+};
+
+void check_entries(const detail::ZipFile& zip) {  // all checksums, 1 MiB at a time
+    std::vector<std::byte> buffer(1u << 20);
+    for (const detail::ZipEntry& entry : zip.entries()) {
+        std::uint32_t crc = 0;
+        for (std::uint64_t at = 0; at < entry.size; at += buffer.size()) {
+            const auto part = std::span(buffer).first(
+                static_cast<std::size_t>(std::min<std::uint64_t>(buffer.size(), entry.size - at)));
+            zip.file().read(entry.offset + at, part);
+            crc = detail::crc32(part, crc);
+        }
+        detail::ZipFile::verify(entry, crc);
+    }
+}
+// {NaN, infinite} values of a tensor of floats; by their bits, so no setting of the compiler can hide them.
+std::pair<std::int64_t, std::int64_t> count_values(const detail::ZipFile& zip,
+                                                   const detail::StoredTensor& t) {
+    struct Layout {
+        DType dtype;
+        std::uint64_t exponent, fraction;
+    };
+    static constexpr Layout kLayouts[] = {{DType::f32, 0x7f800000, 0x7fffff},
+                                          {DType::bf16, 0x7f80, 0x7f},
+                                          {DType::f16, 0x7c00, 0x3ff},
+                                          {DType::f64, 0x7ff0000000000000, 0xfffffffffffff}};
+    const auto layout = std::find_if(std::begin(kLayouts), std::end(kLayouts),
+                                     [&](const Layout& l) { return l.dtype == t.info.dtype; });
+    if (layout == std::end(kLayouts)) return {0, 0};
+    std::pair<std::int64_t, std::int64_t> counts;
+    std::vector<std::byte> buffer(1u << 20);
+    const std::size_t step = size_of(t.info.dtype);
+    for (std::uint64_t at = 0; at < t.bytes(); at += buffer.size()) {
+        const auto part = std::span(buffer).first(
+            static_cast<std::size_t>(std::min<std::uint64_t>(buffer.size(), t.bytes() - at)));
+        zip.file().read(t.entry->offset + t.offset + at, part);
+        for (std::size_t i = 0; i < part.size(); i += step) {
+            std::uint64_t bits = 0;
+            std::memcpy(&bits, part.data() + i, step);
+            if ((bits & layout->exponent) != layout->exponent) continue;
+            ((bits & layout->fraction) != 0 ? counts.first : counts.second)++;
+        }
+    }
+    return counts;
+}
+
+void check_checkpoint(Verdict& v, const fs::path& path, bool values) {
+    const detail::ZipFile zip{File(path)};
+    check_entries(zip);
+    if (path.filename() == "token_bytes.pt") {
+        const auto bytes =
+            zip.read(*zip.find(detail::top_folder(zip) + "data.pkl"), detail::kMaxPickle);
+        detail::parse_pickle(bytes, detail::PickleFor::checkpoint);
+        v.what = "table of token lengths";
+        return;
+    }
+    const std::vector<detail::StoredTensor> tensors = detail::read_state_dict(zip);
+    v.what = "checkpoint, " + std::to_string(tensors.size()) + " tensors, " +
+             human_bytes(zip.file().size()) + ", checksums right";
+    std::error_code error;
+    if (fs::exists(detail::place(path).meta_file, error)) {
+        v.what += ", " + inspect_model(path).id + " of generation " +
+                  inspect_model(path).settings[0].value;
+    } else {
+        v.what += ", no metadata beside it to compare the shapes with";
+    }
+    if (!values) return;
+    std::int64_t bad = 0;
+    for (const detail::StoredTensor& t : tensors) {
+        const auto [nans, infinities] = count_values(zip, t);
+        if (nans + infinities > 0)
+            v.values.emplace_back(
+                "", object({{"tensor", t.info.name}, {"nan", nans}, {"infinite", infinities}}));
+        bad += nans + infinities;
+    }
+    v.what += ", " + thousands(bad) + " values that are NaN or infinite";
+}
+
+Verdict check_file(const fs::path& path, bool values) {
+    Verdict v;
+    v.file = path.string();
+    try {
+        const std::string extension = path.extension().string();
+        if (extension == ".pt") {
+            check_checkpoint(v, path, values);
+        } else if (extension == ".pkl") {
+            v.what = "tokenizer, " + thousands(load_tokenizer(path).vocab_size()) + " tokens";
+        } else if (extension == ".json") {
+            const std::vector<std::byte> bytes = detail::read_file(path, detail::kMaxMeta);
+            bool has_pattern = false;
+            v.what = "metadata, " +
+                     architecture(detail::read_config(
+                         parse_json(detail::as_text(bytes), JsonDialect::python, 64), has_pattern));
+        } else {
+            const File file(path);  // missing is another answer than refused
+            throw Error(ErrorKind::unsupported,
+                        "not a file that nanogpt reads: .pt, .pkl and .json are");
+        }
+    } catch (const Error& e) {
+        v.status = e.kind == ErrorKind::not_found     ? "missing"
+                   : e.kind == ErrorKind::unsupported ? "unsupported"
+                                                      : "refused";
+        v.what = e.what(), v.offset = e.offset;
+    }
+    return v;
+}
+
+// The files of a checkpoint's directory, or of a whole base directory.
+std::vector<fs::path> files_in(const fs::path& directory) {
+    std::vector<fs::path> files;
+    std::error_code error;
+    fs::recursive_directory_iterator it(directory, fs::directory_options::skip_permission_denied,
+                                        error),
+        end;
+    for (; !error && it != end && files.size() < 100'000; it.increment(error)) {
+        if (it.depth() >= 3) it.disable_recursion_pending();
+        const std::string name = it->path().filename().string();
+        const bool ours = detail::step_of(name) >= 0 ||
+                          detail::step_of(name, "meta_", ".json") >= 0 || name == "tokenizer.pkl" ||
+                          name == "token_bytes.pt";
+        if (ours) files.push_back(it->path());
+    }
+    std::sort(files.begin(), files.end());
+    return files;
+}
+
+int run_check(Options& o) {
+    if (o.arguments.empty())
+        bad_usage("check: a file or a directory is needed. Try: nanogpt help check");
+    std::vector<Verdict> verdicts;
+    const auto add = [&](Verdict v) {
+        const char* color = v.status == "ok" ? kGreen : kRed;
+        if (!o.json) {
+            write_out(paint(terminal.out, color, fit(v.status, 11)) + "  " + safe(v.file) + "  " +
+                      safe(v.what) + "\n");
+            for (const auto& [name, counts] : v.values)
+                write_out("             " + counts.text + "\n");
+            flush_out();
+        }
+        verdicts.push_back(std::move(v));
+    };
+    for (const std::string& argument : o.arguments) {
+        std::error_code error;
+        if (!fs::is_directory(argument, error)) {
+            add(check_file(argument, o.values));
+            continue;
+        }
+        const std::vector<fs::path> files = files_in(argument);
+        for (const fs::path& file : files) add(check_file(file, o.values));
+        if (files.empty())
+            add({.file = argument,
+                 .status = "missing",
+                 .what = "holds no file that nanogpt reads",
+                 .offset = -1,
+                 .values = {}});
+    }
+    const auto count = [&](std::string_view status) {
+        return std::count_if(verdicts.begin(), verdicts.end(),
+                             [&](const Verdict& v) { return v.status == status; });
+    };
+    const auto refused = count("refused") + count("unsupported"), missing = count("missing");
+    if (o.json) {
+        const auto entry = [](const Verdict& v) {
+            const bool good = v.status == "ok";
+            return object(
+                {{"file", v.file},
+                 {"status", v.status},
+                 {"what", good ? Value(v.what) : Value(nullptr)},
+                 {"reason", good ? Value(nullptr) : Value(v.what)},
+                 {"offset", v.offset < 0 ? Value(nullptr) : Value(v.offset)},
+                 {"values", array(v.values, [](const auto& counts) { return counts.second; })}});
+        };
+        write_json(object(
+            {{"files", array(verdicts, entry)}, {"refused", refused}, {"missing", missing}}));
+    }
+    return refused > 0 ? 4 : missing > 0 ? 3 : 0;
+}
+
+// ==== 6. main ====================================================================================
+// Help, and the one place where an exception becomes an exit code.
+
+// `text` broken at blanks into lines of the terminal's width, all but the first indented.
+std::string wrapped(std::string_view text, std::size_t indent) {
+    std::string out;
+    std::size_t column = indent;
+    for (const std::string& word : split(text, " ")) {
+        const bool breaks = column > indent && column + 1 + width_of(word) > terminal.width;
+        if (breaks) out += "\n" + std::string(indent, ' '), column = indent;
+        if (column > indent) out += " ", column++;
+        out += word, column += width_of(word);
+    }
+    return out + "\n";
+}
+std::string flags_help(unsigned bit) {
+    std::string text;
+    for (const Flag& flag : kFlags) {
+        if (!(flag.commands & bit)) continue;
+        const std::string letter = flag.letter ? std::string("-") + flag.letter + ", " : "    ";
+        const std::string name = "  " + letter + "--" + std::string(flag.name) +
+                                 (flag.value.empty() ? "" : " ") + std::string(flag.value);
+        text += name.size() < 30 ? fit(name, 30) : name + "\n" + std::string(30, ' ');
+        text += wrapped(flag.help, 30);
+    }
+    return text;
+}
+std::string version() {
+    constexpr int v = NANOGPT_VERSION;
+    return std::to_string(v / 10000) + "." + std::to_string(v / 100 % 100) + "." +
+           std::to_string(v % 100);
+}
+constexpr const char* kExamples =
+    "  nanogpt chat                          talk with your newest SFT model\n"
+    "  nanogpt -i sft -g d12 -p \"Hello\"      one answer\n"
+    "  nanogpt models                        what there is\n";
+
+int run_help(Options& o) {
+    std::string text;
+    if (!o.arguments.empty()) {
+        const Command& command = find_command(o.arguments[0]);
+        const std::string arguments =
+            command.arguments.empty() ? "" : " " + std::string(command.arguments);
+        text = "nanogpt " + std::string(command.name) + arguments + " [FLAGS]\n" +
+               wrapped(command.summary, 0);
+        if (!command.aliases.empty()) text += "Also: " + std::string(command.aliases) + "\n";
+        text += "\n" + flags_help(command.bit);
+    } else {
+        text =
+            "nanogpt " + version() + ": chat with nanochat checkpoints, and look inside them\n\n";
+        for (const Command& command : kCommands) {
+            text +=
+                fit("  nanogpt " + std::string(command.name) + " " + std::string(command.arguments),
+                    30) +
+                wrapped(command.summary, 30);
+        }
+        text +=
+            "\nA flag in place of a command means chat. All flags of a command: nanogpt help "
+            "COMMAND\n\n";
+        text += std::string(kExamples) +
+                "\nExit codes: 0 done, 1 failed, 2 wrong usage, 3 not found, 4 file refused,\n"
+                "5 not enough memory, 6 device missing, 130 Ctrl-C, 143 SIGTERM\n";
+    }
+    if (o.json) return write_json(object({{"help", text}})), 0;
+    write_out(text);
+    return 0;
+}
+int run_version(Options& o) {
+    if (o.json)
+        return write_json(
+                   object({{"name", "nanogpt"}, {"version", version()}, {"cpu", cpu_features()}})),
+               0;
+    write_out("nanogpt " + version() + " (CPU, " + cpu_features() + ")\n");
+    return 0;
+}
+// Without any argument: what this is, and how many checkpoints it sees.
+int run_nothing(const Options& o) {
+    const fs::path base = base_dir(o.base_dir);
+    const std::size_t found = find_models(base).size();
+    write_out("nanogpt " + version() +
+              ": chat with nanochat checkpoints, and look inside them\n\n" + kExamples + "\n" +
+              std::to_string(found) + (found == 1 ? " checkpoint" : " checkpoints") + " in " +
+              safe(home_relative(base)) +
+              (found == 0 ? "; chat then uses the sample model shipped with nanogpt" : "") +
+              ". More: nanogpt help\n");
+    return 0;
+}
+
+struct Fault {
+    ErrorKind kind;
+    int exit;
+    const char *type, *code;  // as in the HTTP interface
+};
+constexpr Fault kFaults[] = {{ErrorKind::usage, 2, "invalid_request_error", "usage"},
+                             {ErrorKind::not_found, 3, "not_found_error", "not_found"},
+                             {ErrorKind::refused, 4, "conflict_error", "refused"},
+                             {ErrorKind::unsupported, 4, "not_supported_error", "unsupported"},
+                             {ErrorKind::out_of_memory, 5, "overloaded_error", "out_of_memory"},
+                             {ErrorKind::device, 6, "server_error", "device"}};
+
+// Tells an error, on stdout too if programs read along; returns its exit code.
+int report(const Options& o, const std::exception& e) {
+    Fault fault = {ErrorKind::usage, 1, "server_error", "internal"};
+    std::string message = e.what();
+    if (dynamic_cast<const std::bad_alloc*>(&e) != nullptr) {
+        fault = kFaults[static_cast<std::size_t>(ErrorKind::out_of_memory)];
+        message =
+            "not enough memory: an allocation failed. Close other programs or choose a smaller "
+            "model";
+    } else if (const auto* error = dynamic_cast<const Error*>(&e)) {
+        fault = kFaults[static_cast<std::size_t>(error->kind)];
+        if (error->kind == ErrorKind::refused) message = "refused " + message;
+    }
+    std::fflush(stdout);
+    const std::string line = paint(terminal.err, kRed, "nanogpt:") + " " + safe(message) + "\n";
+    std::fputs(line.c_str(), stderr);
+    if (o.json || o.stream_json) {
+        const Value error =
+            object({{"message", message}, {"type", fault.type}, {"code", fault.code}});
+        std::fputs((object({{"error", error}}).text + "\n").c_str(), stdout);
+        std::fflush(stdout);
+    }
+    return fault.exit;
+}
+
+int run(std::span<const std::string> args) {
+    ::signal(SIGPIPE, SIG_DFL);  // whoever closes the pipe has read enough
+    Options o;
+    try {
+        const Command* command = nullptr;
+        try {
+            command = &parse(o, args);
+        } catch (const Error&) {
+            open_terminal(o);  // the mistake is told in the colours asked for
+            throw;
+        }
+        open_terminal(o);
+        check_device(o);
+        const int code = args.empty() ? run_nothing(o) : command->run(o);
+        flush_out();
+        return code;
+    } catch (const std::exception& e) {
+        if (interrupted()) leave_interrupted();
+        return report(o, e);
+    }
+}
+
+}  // namespace
+}  // namespace nanogpt::demo
+
+int main(int argc, char** argv) {
+    return nanogpt::demo::run(std::vector<std::string>(argv + std::min(argc, 1), argv + argc));
+}

@@ -1,0 +1,3 @@
+#include "nanogpt.hpp"
+
+int main() {}
