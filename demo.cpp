@@ -59,6 +59,32 @@ namespace {
 namespace fs = std::filesystem;
 using Clock = std::chrono::steady_clock;
 
+// cat("step ", 3): the parts as one text. Floating-point numbers have their own words (section 2).
+template <class... Parts>
+std::string cat(const Parts&... parts) {
+    std::string text;
+    const auto add = [&](const auto& part) {
+        if constexpr (std::integral<std::remove_cvref_t<decltype(part)>>) {
+            text += std::to_string(part);
+        } else {
+            text += part;
+        }
+    };
+    (add(parts), ...);
+    return text;
+}
+// The texts of each(item), with a separator between them.
+template <class Range, class Each = std::identity>
+std::string join(const Range& items, std::string_view separator, Each each = {}) {
+    std::string text;
+    bool first = true;
+    for (const auto& item : items) {
+        if (!std::exchange(first, false)) text += separator;
+        text += each(item);
+    }
+    return text;
+}
+
 double seconds_since(Clock::time_point start) {
     return std::chrono::duration<double>(Clock::now() - start).count();
 }
@@ -148,40 +174,34 @@ constexpr Command kCommands[] = {
 struct Given {  // one flag on the command line, or one setting typed in the conversation
     std::string_view flag, text;
 };
-[[noreturn]] void bad_value(const Given& given, const std::string& needed) {
-    bad_usage(std::string(given.flag) + ": found " + detail::quote(given.text) + ", needed is " +
-              needed);
+[[noreturn]] void bad_value(const Given& given, std::string_view wanted) {
+    bad_usage(cat(given.flag, ": ", detail::quote(given.text), " is not ", wanted));
 }
 
 // Numbers are read whole and refused otherwise: "5x", "", "nan", "1e999" are nobody's wish.
 template <class Number>
-Number number(const Given& given, Number least, Number most, const char* what) {
+Number number(const Given& given, Number least, Number most, std::string_view wanted) {
     Number value{};
     const char* end = given.text.data() + given.text.size();
     const auto [stop, error] = std::from_chars(given.text.data(), end, value);
     if (error != std::errc() || stop != end || !(value >= least && value <= most))
-        bad_value(given, what);
+        bad_value(given, wanted);
     return value;
 }
 int whole(const Given& given, int least, int most = std::numeric_limits<int>::max()) {
-    const std::string range =
-        most == std::numeric_limits<int>::max()
-            ? "a whole number from " + std::to_string(least) + " on"
-            : "a whole number from " + std::to_string(least) + " to " + std::to_string(most);
-    return number<int>(given, least, most, range.c_str());
+    const bool open = most == std::numeric_limits<int>::max();
+    const std::string range = cat("a whole number from ", least, open ? " on" : cat(" to ", most));
+    return number<int>(given, least, most, range);
 }
 float positive(const Given& given) { return number<float>(given, 1e-6f, 1e9f, "a number above 0"); }
 std::string one_of(const Given& given, std::initializer_list<std::string_view> words) {
-    std::string list;
-    for (const std::string_view word : words) {
-        if (given.text == word) return std::string(word);
-        list += (list.empty() ? "" : ", ") + std::string(word);
-    }
-    bad_value(given, "one of " + list);
+    const auto at = std::find(words.begin(), words.end(), given.text);
+    if (at == words.end()) bad_value(given, cat("one of ", join(words, ", ")));
+    return std::string(*at);
 }
 std::string not_empty(const Given& given, std::size_t most = 4096) {
-    if (given.text.empty()) bad_value(given, "some text");
-    if (given.text.size() > most) bad_value(given, "at most " + std::to_string(most) + " bytes");
+    if (given.text.empty() || given.text.size() > most)
+        bad_value(given, cat("a text of 1 to ", most, " bytes"));
     return std::string(given.text);
 }
 std::vector<std::string> split(std::string_view text, std::string_view separators) {
@@ -228,9 +248,9 @@ void set_generation(Options& o, const Given& g) {
     o.overrides.generation = Generation(std::find(kNames, kNames + 6, name) - kNames);
 }
 void set_window_pattern(Options& o, const Given& g) {
-    if (g.text.empty() || g.text.size() > 256 || g.text.find_first_not_of("SLsl") != g.text.npos) {
-        bad_value(g, "1 to 256 letters S (sliding) or L (full), as in SSSL");
-    }
+    const bool fits = !g.text.empty() && g.text.size() <= 256;
+    if (!fits || g.text.find_first_not_of("SLsl") != g.text.npos)
+        bad_value(g, "made of letters S and L, as in SSSL");
     o.overrides.window_pattern = std::string(g.text);
 }
 void set_types(Options& o, const Given& g) {
@@ -310,7 +330,7 @@ std::size_t edits(std::string_view a, std::string_view b) {
     }
     return row[b.size()];
 }
-// "; did you mean X?" for the nearest of the words, or nothing if none is near.
+// "; did you mean X?" for the nearest of the words, or a full stop if none is near.
 std::string did_you_mean(std::string_view typed, const std::vector<std::string>& words) {
     std::string nearest;
     std::size_t best = std::max<std::size_t>(2, typed.size() / 3) + 1;
@@ -319,7 +339,7 @@ std::string did_you_mean(std::string_view typed, const std::vector<std::string>&
         const std::size_t distance = begins ? 1 : edits(typed.substr(0, 64), word);
         if (distance < best) best = distance, nearest = word;
     }
-    return nearest.empty() ? "" : "; did you mean " + nearest + "?";
+    return nearest.empty() ? "." : cat("; did you mean ", nearest, "?");
 }
 
 bool called(const Command& command, std::string_view word) {
@@ -332,55 +352,47 @@ const Command& find_command(std::string_view word) {
         if (called(command, word)) return command;
         names.emplace_back(command.name);
     }
-    const std::string hint = did_you_mean(word, names);
-    bad_usage("unknown command " + detail::quote(word) + (hint.empty() ? "." : hint) +
-              " Try: nanogpt help");
+    bad_usage(cat("unknown command ", detail::quote(word), did_you_mean(word, names),
+                  " Try: nanogpt help"));
 }
 
-const Flag& find_flag(const Command& command, std::string_view typed) {
-    const bool is_long = typed.starts_with("--");
+const Flag& find_flag(const Command& command, std::string_view name) {
+    const bool is_long = name.starts_with("--");
     std::vector<std::string> names;
     const Flag* elsewhere = nullptr;
     for (const Flag& flag : kFlags) {
         const bool same =
-            is_long ? flag.name == typed.substr(2) : flag.letter != 0 && flag.letter == typed[1];
+            is_long ? flag.name == name.substr(2) : flag.letter != 0 && flag.letter == name[1];
         if (same && (flag.commands & command.bit)) return flag;
         if (same) elsewhere = &flag;
-        if (flag.commands & command.bit) names.push_back("--" + std::string(flag.name));
+        if (flag.commands & command.bit) names.push_back(cat("--", flag.name));
     }
-    const std::string name = is_long ? std::string(typed) : std::string(typed.substr(0, 2));
-    const std::string help = " Try: nanogpt help " + std::string(command.name);
-    if (elsewhere == nullptr) {
-        const std::string hint = is_long ? did_you_mean(name, names) : "";
-        bad_usage("unknown flag " + name + (hint.empty() ? "." : hint) + help);
-    }
-    std::string owners;
+    const std::string help = cat(" Try: nanogpt help ", command.name);
+    if (elsewhere == nullptr)
+        bad_usage(cat("unknown flag ", name, is_long ? did_you_mean(name, names) : ".", help));
+    std::vector<std::string_view> owners;
     for (const Command& other : kCommands) {
-        if (elsewhere->commands & other.bit)
-            owners += (owners.empty() ? "" : ", ") + std::string(other.name);
+        if (elsewhere->commands & other.bit) owners.push_back(other.name);
     }
-    bad_usage(name + " is not a flag of \"" + std::string(command.name) + "\", but of: " + owners +
-              "." + help);
+    bad_usage(
+        cat(name, " is no flag of ", command.name, ", but of ", join(owners, ", "), ".", help));
 }
 
 // Reads one flag at args[at], and its value, which may be the next argument. Returns how many it took.
 std::size_t parse_flag(Options& o, const Command& command, std::span<const std::string> args) {
     const std::string& typed = args[0];
     const bool is_long = typed.starts_with("--");
-    const std::size_t equals = is_long ? typed.find('=') : std::string::npos;
-    const std::string name = typed.substr(0, is_long ? equals : 2);
+    const std::size_t end = is_long ? std::min(typed.find('='), typed.size()) : 2;
+    const std::string name = typed.substr(0, end);
     std::optional<std::string> value;
-    if (equals != std::string::npos) value = typed.substr(equals + 1);
-    if (!is_long && typed.size() > 2) value = typed.substr(2);
+    if (end < typed.size()) value = typed.substr(end + (is_long ? 1 : 0));
     const Flag& flag = find_flag(command, name);
     if (flag.value.empty()) {
-        if (value)
-            bad_usage(name + ": found the value " + detail::quote(*value) + ", it takes none");
+        if (value) bad_usage(cat(name, ": it takes no value, but has ", detail::quote(*value)));
         flag.apply(o, {name, ""});
         return 1;
     }
-    if (!value && args.size() < 2)
-        bad_usage(name + ": its value is missing, " + std::string(flag.value) + " is needed");
+    if (!value && args.size() < 2) bad_usage(cat(name, ": its value ", flag.value, " is missing"));
     flag.apply(o, {name, value ? *value : args[1]});
     return value ? 1 : 2;
 }
@@ -401,9 +413,10 @@ const Command& parse(Options& o, std::span<const std::string> args) {
             } else if (!flags_over && args[0].size() > 1 && args[0][0] == '-') {
                 took = parse_flag(o, command, args);
             } else if (o.arguments.size() == command.most_arguments) {
-                const std::string hint = command.bit & kGenerate ? " A prompt goes with -p." : "";
-                bad_usage("unexpected argument " + detail::quote(args[0]) + "." + hint +
-                          " Try: nanogpt help " + std::string(command.name));
+                const std::string_view hint =
+                    command.bit & kGenerate ? " A prompt goes with -p." : "";
+                bad_usage(cat("unexpected argument ", detail::quote(args[0]), ".", hint,
+                              " Try: nanogpt help ", command.name));
             } else {
                 o.arguments.push_back(args[0]);
             }
@@ -520,7 +533,7 @@ std::size_t columns(char32_t c) {
         return std::any_of(std::begin(ranges), std::end(ranges),
                            [c](const auto& range) { return c >= range[0] && c <= range[1]; });
     };
-    return in(kNone) ? 0 : in(kWide) ? 2 : 1;
+    return c < 0x300 ? 1 : in(kNone) ? 0 : in(kWide) ? 2 : 1;
 }
 std::size_t width_of(std::string_view text) {
     std::size_t width = 0;
@@ -543,20 +556,19 @@ std::string fit(std::string_view text, std::size_t width, bool right = false) {
 }
 
 std::string paint(const Stream& stream, const char* code, std::string_view text) {
-    if (!stream.color) return std::string(text);
-    return "\x1b[" + std::string(code) + "m" + std::string(text) + "\x1b[0m";
+    return stream.color ? cat("\x1b[", code, "m", text, "\x1b[0m") : std::string(text);
 }
 constexpr const char *kBold = "1", *kDim = "2", *kRed = "31", *kGreen = "32";
 
+[[noreturn]] void fail_errno(std::string_view what) {
+    throw std::runtime_error(cat(what, ": ", std::strerror(errno)));
+}
 void write_out(std::string_view text) {
-    if (std::fwrite(text.data(), 1, text.size(), stdout) != text.size()) {
-        throw std::runtime_error(std::string("cannot write to stdout: ") + std::strerror(errno));
-    }
+    if (std::fwrite(text.data(), 1, text.size(), stdout) != text.size())
+        fail_errno("cannot write to stdout");
 }
 void flush_out() {
-    if (std::fflush(stdout) != 0) {
-        throw std::runtime_error(std::string("cannot write to stdout: ") + std::strerror(errno));
-    }
+    if (std::fflush(stdout) != 0) fail_errno("cannot write to stdout");
 }
 // The bytes of an answer: made safe for eyes, unchanged for programs.
 void write_answer(std::string_view text) {
@@ -605,50 +617,53 @@ std::string iso_date(std::int64_t unix_seconds) {
     return date_of(unix_seconds, "%Y-%m-%dT%H:%M:%SZ", true);
 }
 
-// A table fits the width: columns with the largest `leave` go first, then the widest gives way.
+// A table fits the width: columns with the largest `leave` go first, then cells are cut.
 struct Column {
     std::string_view title;
     bool right = false;
     int leave = 0;           // 0: stays
     std::size_t least = 12;  // columns it would rather keep than let others stay
 };
-std::string table(std::vector<Column> columns_, std::vector<std::vector<std::string>> rows) {
+std::string table(std::vector<Column> head, std::vector<std::vector<std::string>> rows) {
     std::vector<std::size_t> widths;
-    for (std::size_t c = 0; c < columns_.size(); c++) {
-        widths.push_back(width_of(columns_[c].title));
+    for (std::size_t c = 0; c < head.size(); c++) {
+        widths.push_back(width_of(head[c].title));
         for (auto& row : rows) widths[c] = std::max(widths[c], width_of(row[c] = safe(row[c])));
     }
     const auto total = [&](bool wish) {
         std::size_t sum = 0;
         for (std::size_t c = 0; c < widths.size(); c++) {
-            sum += 2 + (wish ? std::min(widths[c],
-                                        std::max(columns_[c].least, columns_[c].title.size()))
+            sum += 2 + (wish ? std::min(widths[c], std::max(head[c].least, head[c].title.size()))
                              : widths[c]);
         }
         return sum - 2;
     };
     while (total(true) > terminal.width) {
         const auto leaves = [](const Column& a, const Column& b) { return a.leave < b.leave; };
-        const auto goes = std::max_element(columns_.begin(), columns_.end(), leaves);
+        const auto goes = std::max_element(head.begin(), head.end(), leaves);
         if (goes->leave == 0) break;
-        const auto c = goes - columns_.begin();
-        columns_.erase(goes), widths.erase(widths.begin() + c);
+        const auto c = goes - head.begin();
+        head.erase(goes), widths.erase(widths.begin() + c);
         for (auto& row : rows) row.erase(row.begin() + c);
     }
-    while (total(false) > terminal.width) {
-        const auto widest = std::max_element(widths.begin(), widths.end());
-        if (*widest <= 4) break;
-        --*widest;
+    while (total(false) > terminal.width) {  // the one furthest above its wish gives way
+        std::size_t c = 0;
+        const auto excess = [&](std::size_t k) {
+            return std::pair(widths[k] - std::min(widths[k], head[k].least), widths[k]);
+        };
+        for (std::size_t k = 1; k < widths.size(); k++) c = excess(k) > excess(c) ? k : c;
+        if (widths[c] <= 4) break;
+        widths[c]--;
     }
     std::string text;
     const auto add_row = [&](const auto& cell, const char* color) {
         std::string line;
         for (std::size_t c = 0; c < widths.size(); c++)
-            line += (c ? "  " : "") + fit(cell(c), widths[c], columns_[c].right);
+            line += (c ? "  " : "") + fit(cell(c), widths[c], head[c].right);
         line.erase(line.find_last_not_of(' ') + 1);
         text += (color == nullptr ? line : paint(terminal.out, color, line)) + "\n";
     };
-    add_row([&](std::size_t c) { return columns_[c].title; }, kBold);
+    add_row([&](std::size_t c) { return head[c].title; }, kBold);
     for (const auto& row : rows)
         add_row([&](std::size_t c) { return std::string_view(row[c]); }, nullptr);
     return text;
@@ -698,16 +713,15 @@ Value raw(std::string text) {
     return value;
 }
 Value object(const Members& members) {
-    std::string text;
-    for (const auto& [key, value] : members)
-        text += (text.empty() ? "" : ",") + Value(key).text + ":" + value.text;
-    return raw("{" + text + "}");
+    return raw(cat("{",
+                   join(members, ",",
+                        [](const auto& m) { return cat(Value(m.first).text, ":", m.second.text); }),
+                   "}"));
 }
 template <class Range, class Each = std::identity>
 Value array(const Range& items, Each each = {}) {
-    std::string text;
-    for (const auto& item : items) text += (text.empty() ? "" : ",") + Value(each(item)).text;
-    return raw("[" + text + "]");
+    return raw(
+        cat("[", join(items, ",", [&](const auto& item) { return Value(each(item)).text; }), "]"));
 }
 void write_json(const Value& value) {
     write_out(value.text + "\n");
@@ -770,15 +784,12 @@ public:
                 return Result::line;
             }
             if (at_end_) return Result::end;
-            if (buffer_.size() > kMostBytes)
-                bad_usage("stdin: found a line of more than 16 MiB, shorten it");
             if (!fill()) return Result::interrupted;
         }
     }
     std::string rest() {  // everything to the end
         while (!at_end_) {
             if (!fill()) leave_interrupted();
-            if (buffer_.size() > kMostBytes) bad_usage("stdin: found more than 16 MiB, shorten it");
         }
         return std::move(buffer_);
     }
@@ -786,18 +797,17 @@ public:
 private:
     bool fill() {  // false: Ctrl-C
         pollfd wait[2] = {{0, POLLIN, 0}, {wake_pipe[0], POLLIN, 0}};
-        if (::poll(wait, 2, -1) < 0 && errno != EINTR)
-            throw std::runtime_error("cannot wait for stdin");
+        if (::poll(wait, 2, -1) < 0 && errno != EINTR) fail_errno("cannot wait for stdin");
         if (interrupted()) {
             buffer_.clear();
             return false;
         }
         if (wait[0].revents == 0) return true;
-        char bytes[4096];
+        if (buffer_.size() > kMostBytes)
+            throw std::runtime_error("stdin: more than 16 MiB without an end");
+        char bytes[65536];
         const ssize_t n = ::read(0, bytes, sizeof bytes);
-        if (n < 0 && errno != EINTR && errno != EAGAIN) {
-            throw std::runtime_error(std::string("cannot read stdin: ") + std::strerror(errno));
-        }
+        if (n < 0 && errno != EINTR && errno != EAGAIN) fail_errno("cannot read stdin");
         if (n > 0) buffer_.append(bytes, static_cast<std::size_t>(n));
         at_end_ = n == 0;
         return true;
@@ -817,22 +827,18 @@ public:
     bool operator()(std::uint64_t done, std::uint64_t total) {
         const double now = seconds_since(start_);
         const bool bar = terminal.err.terminal && environment("TERM") != "dumb";
-        if (!terminal.quiet && now >= (bar ? 0.3 : 5.0) && now - last_ >= (bar ? 0.1 : 5.0)) {
-            last_ = now;
-            const double share =
-                total == 0 ? 0 : static_cast<double>(done) / static_cast<double>(total);
-            const auto filled = static_cast<std::size_t>(share * 24);
-            const std::string percent = decimals(100 * share, 0) + "%";
-            if (bar) {
-                drawn_ = true;
-                std::fputs(
-                    ("\r\x1b[K" + fit(safe(what_), 30) + " [" + std::string(filled, '#') +
-                     std::string(24 - std::min<std::size_t>(24, filled), '.') + "] " + percent)
-                        .c_str(),
-                    stderr);
-            } else {
-                say(what_ + " " + percent);
-            }
+        const bool early = now < (bar ? 0.3 : 5.0) || now - last_ < (bar ? 0.1 : 5.0);
+        if (terminal.quiet || early || total == 0) return !interrupted();
+        last_ = now;
+        const double share = static_cast<double>(done) / static_cast<double>(total);
+        const auto filled = std::min<std::size_t>(24, static_cast<std::size_t>(share * 24));
+        const std::string percent = decimals(100 * share, 0) + "%";
+        if (bar) {
+            drawn_ = true;
+            const std::string picture = std::string(filled, '#') + std::string(24 - filled, '.');
+            write_err(cat("\r\x1b[K", fit(safe(what_), 30), " [", picture, "] ", percent));
+        } else {
+            say(cat(what_, " ", percent));
         }
         return !interrupted();
     }
@@ -875,8 +881,7 @@ public:
 
 private:
     [[noreturn]] void fail(const char* what) {
-        throw std::runtime_error(std::string(what) + " " + detail::quote(target_, 300) + ": " +
-                                 std::strerror(errno));
+        fail_errno(cat(what, " ", detail::quote(target_, 300)));
     }
     std::string target_, path_;
     std::FILE* file_ = nullptr;
@@ -898,9 +903,11 @@ bool is_source(std::string_view word) {
 }
 
 std::string words_of(const Wanted& w) {
-    std::string words = w.source.empty() ? w.tag : w.source + (w.tag.empty() ? "" : "/" + w.tag);
-    if (w.step >= 0) words += (words.empty() ? "step " : "/") + std::to_string(w.step);
-    return words;
+    std::vector<std::string> parts;
+    if (!w.source.empty()) parts.push_back(w.source);
+    if (!w.tag.empty()) parts.push_back(w.tag);
+    if (w.step >= 0) parts.push_back(cat(parts.empty() ? "step " : "", w.step));
+    return join(parts, "/");
 }
 
 // The ids of --model: sft, sft/d12, sft/d12/2000, d12, d12_step2000, default, and the names that some
@@ -909,12 +916,12 @@ Wanted parse_id(std::string_view id) {
     for (const std::string_view name : {"default", "nanochat", "gpt-3.5-turbo", "gpt-4o-mini"}) {
         if (id == name) return {};
     }
-    const std::string needed = "an id such as sft/d12/2000, or the path of a model_*.pt";
+    const std::string_view wanted = "an id such as sft/d12/2000, or the path of a model_*.pt";
     const auto step = [&](const std::string& text) {
-        return number<std::int64_t>({"--model", text}, 0, 999'999'999'999, needed.c_str());
+        return number<std::int64_t>({"--model", text}, 0, 999'999'999'999, wanted);
     };
     std::vector<std::string> parts = split(id, "/");
-    if (parts.empty() || parts.size() > 3) bad_value({"--model", id}, needed);
+    if (parts.empty() || parts.size() > 3) bad_value({"--model", id}, wanted);
     if (parts.size() == 1 && !is_source(parts[0])) {
         const std::size_t at = parts[0].find("_step");
         if (at == std::string::npos) return {"", parts[0], -1, true};
@@ -928,22 +935,19 @@ Wanted parse_id(std::string_view id) {
 
 // "sft/d12 (steps 500, 1000, 2000), base/d20 (step 15000)"
 std::string found_ids(std::span<const ModelInfo* const> models) {
-    std::string text;
-    std::size_t tags = 0;
-    for (std::size_t i = 0; i < models.size() && tags < 6; tags++) {
+    std::vector<std::string> tags;
+    for (std::size_t i = 0; i < models.size() && tags.size() < 6;) {
         std::vector<std::int64_t> steps;
-        const std::string name = models[i]->source + "/" + models[i]->tag;
-        for (; i < models.size() && models[i]->source + "/" + models[i]->tag == name; i++)
+        const ModelInfo& m = *models[i];
+        for (; i < models.size() && models[i]->source == m.source && models[i]->tag == m.tag; i++)
             steps.push_back(models[i]->step);
+        if (steps.size() > 8) steps.resize(8);  // the last ones: models come latest first
         std::sort(steps.begin(), steps.end());
-        text += (text.empty() ? "" : ", ") + name + (steps.size() > 1 ? " (steps" : " (step");
-        const std::size_t first = steps.size() > 8 ? steps.size() - 8 : 0;
-        if (first > 0) text += " ...";
-        for (std::size_t k = first; k < steps.size(); k++)
-            text += (k > first ? ", " : " ") + std::to_string(steps[k]);
-        text += ")";
+        const auto words = [](std::int64_t step) { return std::to_string(step); };
+        tags.push_back(cat(m.source, "/", m.tag, steps.size() > 1 ? " (steps " : " (step ",
+                           join(steps, ", ", words), ")"));
     }
-    return text;
+    return join(tags, ", ");
 }
 
 std::string home_relative(const fs::path& path) {
@@ -952,23 +956,21 @@ std::string home_relative(const fs::path& path) {
 }
 [[noreturn]] void no_checkpoints(const fs::path& base) {
     std::error_code error;
-    const std::string what = fs::is_directory(base, error) ? "no checkpoint in " : "no directory ";
-    throw Error(ErrorKind::not_found, what + home_relative(base) +
-                                          ": looked for model_<step>.pt in its folders "
-                                          "base_checkpoints, mid_checkpoints, chatsft_checkpoints "
-                                          "and chatrl_checkpoints. Point elsewhere "
-                                          "with --base-dir DIR or NANOCHAT_BASE_DIR");
+    const char* what = fs::is_directory(base, error) ? "no checkpoint in " : "no directory ";
+    throw Error(ErrorKind::not_found,
+                cat(what, home_relative(base),
+                    ": looked for model_<step>.pt in base_checkpoints, mid_checkpoints, "
+                    "chatsft_checkpoints and chatrl_checkpoints. Point elsewhere with --base-dir "
+                    "DIR or NANOCHAT_BASE_DIR"));
 }
 [[noreturn]] void no_such(const Wanted& w, const std::vector<const ModelInfo*>& ready) {
-    const bool same_source =
-        std::any_of(ready.begin(), ready.end(), [&](auto* m) { return m->source == w.source; });
     std::vector<const ModelInfo*> near;
-    for (const ModelInfo* m : ready) {
-        if (!same_source || m->source == w.source) near.push_back(m);
-    }
+    std::copy_if(ready.begin(), ready.end(), std::back_inserter(near),
+                 [&](auto* m) { return m->source == w.source; });
+    if (near.empty()) near = ready;
     const std::string found = near.empty() ? "nothing that is ready" : found_ids(near);
     throw Error(ErrorKind::not_found,
-                "no checkpoint \"" + words_of(w) + "\": found " + found + ". Try: nanogpt models");
+                cat("no checkpoint \"", words_of(w), "\": found ", found, ". Try: nanogpt models"));
 }
 
 ErrorKind kind_of(Status status) {
@@ -1006,6 +1008,7 @@ const ModelInfo& choose(const std::vector<ModelInfo>& models, Wanted w,
         }
         return found;
     };
+    const bool named = !w.source.empty() || !w.tag.empty() || w.step >= 0;
     std::vector<const ModelInfo*> ready;
     for (const ModelInfo& m : models) {
         if (m.status == Status::ready) ready.push_back(&m);
@@ -1016,10 +1019,9 @@ const ModelInfo& choose(const std::vector<ModelInfo>& models, Wanted w,
     };
     if (w.any_source) {
         const auto found = matching(true, "");
-        if (w.step >= 0 && found.size() > 1) {
-            bad_usage("--model: \"" + w.tag + "_step" + std::to_string(w.step) + "\" is " +
-                      found_ids(found) + ". Name one");
-        }
+        if (w.step >= 0 && found.size() > 1)
+            bad_usage(
+                cat("--model: ", w.tag, "_step", w.step, " is ", found_ids(found), ". Name one"));
         if (!found.empty())
             w.source = matching(true, preferred).empty() ? found[0]->source : preferred;
     } else if (w.source.empty()) {
@@ -1030,8 +1032,7 @@ const ModelInfo& choose(const std::vector<ModelInfo>& models, Wanted w,
     }
     if (const auto found = matching(true, w.source); !found.empty()) return *best_of(found);
     const auto broken = matching(false, w.source);
-    const bool named = !w.tag.empty() || w.step >= 0 || ready.empty();
-    if (named && !broken.empty())
+    if (!broken.empty() && (named || ready.empty()))
         throw Error(kind_of(broken[0]->status), broken[0]->id + ": " + broken[0]->reason);
     no_such(w, ready);
 }
@@ -1081,8 +1082,8 @@ ModelInfo pick_model(Options& o, const std::string& preferred, bool or_bundled) 
         const fs::path sample = or_bundled && !asked ? bundled_sample() : fs::path();
         if (sample.empty()) no_checkpoints(base);
         const bool there = fs::is_directory(base, error);
-        say((there ? "no checkpoint in " : "no nanochat directory ") + home_relative(base) +
-                ": using the sample model shipped with nanogpt",
+        say(cat(there ? "no checkpoint in " : "no nanochat directory ", home_relative(base),
+                ": using the sample model shipped with nanogpt"),
             kDim);
         o.base_dir = sample.string();
         models = find_models(sample, o.overrides);
@@ -1142,13 +1143,13 @@ std::shared_ptr<const Model> load(const ModelInfo& info, const Options& o) {
         cache_bytes(info.config, DType::f32) * static_cast<std::uint64_t>(info.config.sequence_len);
     if (const std::uint64_t have = available_memory(); have > 0 && need > have) {
         throw Error(ErrorKind::out_of_memory,
-                    info.id + ": needs " + human_bytes(need) + " of memory, " + human_bytes(have) +
-                        " is available. Close other programs or choose a smaller model");
+                    cat(info.id, ": needs ", human_bytes(need), " of memory, ", human_bytes(have),
+                        " is available. Close other programs or choose a smaller model"));
     }
     for (const std::string& warning : info.warnings) note(info.id + ": " + warning);
     if (terminal.verbose) {
         for (const Setting& s : info.settings)
-            note(s.name + " " + s.value + " (" + std::string(name_of(s.origin)) + ")");
+            note(cat(s.name, " ", s.value, " (", name_of(s.origin), ")"));
     }
     LoadOptions options;
     options.dtype = o.dtype;
@@ -1172,10 +1173,9 @@ Session open_session(Options& o, const std::string& preferred) {
     Tokenizer tokenizer =
         open_tokenizer(o.tokenizer.empty() ? find_tokenizer(info) : fs::path(o.tokenizer));
     if (tokenizer.vocab_size() != info.config.vocab_size) {
-        throw Error(ErrorKind::refused,
-                    info.id + ": the tokenizer has " + std::to_string(tokenizer.vocab_size()) +
-                        " tokens, the model " + std::to_string(info.config.vocab_size) +
-                        ". Name the right one with --tokenizer FILE");
+        throw Error(ErrorKind::refused, cat(info.id, ": the tokenizer has ", tokenizer.vocab_size(),
+                                            " tokens, the model ", info.config.vocab_size,
+                                            ". Name the right one with --tokenizer FILE"));
     }
     const auto start = Clock::now();
     std::shared_ptr<const Model> model = load(info, o);
@@ -1214,7 +1214,7 @@ public:
     Output(const Options& o, int sample) : options_(o), sample_(sample) {}
     bool operator()(std::string_view piece) {
         if (piece.empty()) return !interrupted();
-        if (text_.empty()) first_seconds_ = seconds_since(start_);
+        if (text_.empty()) first_seconds_ = seconds();
         text_ += piece;
         if (options_.stream_json) {
             Members members = {{"text", piece}};
@@ -1226,6 +1226,7 @@ public:
         return !interrupted();
     }
     const std::string& text() const { return text_; }
+    double seconds() const { return seconds_since(start_); }
     double first_seconds() const { return first_seconds_; }
 
 private:
@@ -1239,11 +1240,10 @@ private:
 void show_stats(const Options& o, const Session& s, const Answer& a) {
     if (!o.stats.value_or(terminal.err.terminal && !terminal.quiet)) return;
     const int used = a.prompt_tokens + a.completion_tokens;
-    say("[" + std::to_string(a.completion_tokens) + " tokens · " +
-            decimals(tokens_per_second(a), 0) + " tok/s · first token " +
-            decimals(1000 * a.first_seconds, 0) + " ms · context " + std::to_string(used) + "/" +
-            std::to_string(s.info.config.sequence_len) + " · " +
-            std::string(finish_word(a.reason)) + " · seed " + std::to_string(o.sampling.seed) + "]",
+    say(cat("[", a.completion_tokens, " tokens · ", decimals(tokens_per_second(a), 0),
+            " tok/s · first token ", decimals(1000 * a.first_seconds, 0), " ms · context ", used,
+            "/", s.info.config.sequence_len, " · ", finish_word(a.reason), " · seed ",
+            o.sampling.seed, "]"),
         kDim);
 }
 
@@ -1295,33 +1295,29 @@ std::string read_prompt(const Options& o, LineReader& input) {
     return valid;
 }
 
-// One continuation of what the sequence holds; `logits` (V) are those after its last token.
-Answer complete(const Options& o, Session& s, Sequence& sequence, std::span<const float> logits,
+// One continuation of the prompt. What the sequence holds of it is not read again, so only the first
+// sample pays for the prompt.
+Answer complete(const Options& o, Session& s, Sequence& sequence, std::span<const Token> prompt,
                 int index) {
-    Sampler sampler(o.sampling, static_cast<std::uint64_t>(index));
+    GenerateParams params = {o.max_tokens, o.sampling, {}};
+    for (Token id = 0; id < s.tokenizer.vocab_size(); id++) {
+        if (s.tokenizer.is_special(id))
+            params.stop.push_back(id);  // <|bos|> begins another document
+    }
     TextStream stream(s.tokenizer, o.stop);
     Output output(o, index);
     Answer answer;
-    const auto start = Clock::now();
-    for (;;) {
-        const Token token = sampler.sample(logits);
-        answer.completion_tokens++;
-        answer.reason = StopReason::stop_token;
-        if (s.tokenizer.is_special(token)) break;  // <|bos|> begins another document
-        answer.reason = StopReason::cancelled;
-        if (!output(stream.push(token))) break;
-        answer.reason = StopReason::stop_token;
-        if (stream.stopped()) break;
-        answer.reason = StopReason::max_tokens;
-        if (answer.completion_tokens == o.max_tokens) break;
-        answer.reason = StopReason::context_full;
-        if (std::ssize(sequence.tokens()) == sequence.capacity()) break;
-        const Chunk chunk = {&sequence, {&token, 1}};
-        logits = s.backend->step({&chunk, 1});
-    }
+    answer.prompt_tokens = static_cast<int>(prompt.size());
+    const auto on_token = [&](Generated generated) {
+        if (answer.completion_tokens++ == 0) answer.prefill_seconds = output.seconds();
+        return output(stream.push(generated.token)) && !stream.stopped();
+    };
+    answer.reason = generate(*s.backend, sequence, prompt, params, on_token, nullptr,
+                             static_cast<std::uint64_t>(index));
     if (answer.reason != StopReason::cancelled) output(stream.finish());
+    if (stream.stopped()) answer.reason = StopReason::stop_token;
     answer.text = output.text();
-    answer.decode_seconds = seconds_since(start);
+    answer.decode_seconds = output.seconds() - answer.prefill_seconds;
     answer.first_seconds = output.first_seconds();
     return answer;
 }
@@ -1337,29 +1333,14 @@ int run_sample(Options& o) {
     std::vector<Token> ids = {s.tokenizer.special("<|bos|>")};
     const std::vector<Token> text_ids = s.tokenizer.encode(prompt);
     ids.insert(ids.end(), text_ids.begin(), text_ids.end());
-    const int S = s.info.config.sequence_len;
-    if (std::ssize(ids) > S) {
-        bad_usage("the prompt has " + std::to_string(ids.size()) + " tokens, the context of " +
-                  s.info.id + " is " + std::to_string(S) + ". Shorten it");
-    }
-    const auto start = Clock::now();
-    const std::unique_ptr<Sequence> sequence = s.backend->new_sequence(S);
-    const Chunk chunk = {sequence.get(), ids};
-    const std::span<const float> last = s.backend->step({&chunk, 1});
-    const std::vector<float> logits(last.begin(), last.end());
-    const double prefill = seconds_since(start);
+    const std::unique_ptr<Sequence> sequence = s.backend->new_sequence(s.info.config.sequence_len);
     std::vector<Answer> answers;
     for (int i = 0; i < o.num_samples && !interrupted(); i++) {
-        sequence->rewind(static_cast<int>(ids.size()));
         const bool as_text = !o.json && !o.stream_json;
         if (i > 0 && as_text) write_out("-----\n");
-        Answer answer = complete(o, s, *sequence, logits, i);
-        answer.prompt_tokens = static_cast<int>(ids.size());
-        answer.prefill_seconds = prefill;
-        answer.first_seconds += prefill;
+        answers.push_back(complete(o, s, *sequence, ids, i));
         if (as_text) write_out("\n"), flush_out();
-        show_stats(o, s, answer);
-        answers.push_back(std::move(answer));
+        show_stats(o, s, answers.back());
     }
     if ((o.json || o.stream_json) && !answers.empty()) write_answers(o, s, prompt, answers);
     if (interrupted()) leave_interrupted();
@@ -1379,8 +1360,8 @@ void answer_chat(const Options& o, Session& s, Chat& chat, std::string_view mess
                            output.first_seconds()};
     if (!o.json && !o.stream_json) write_out("\n"), flush_out();
     if (stats.dropped_messages > dropped) {
-        note("the model no longer sees the first " + std::to_string(stats.dropped_messages) +
-             " messages (context " + std::to_string(s.info.config.sequence_len) + ")");
+        note(cat("the model no longer sees the first ", stats.dropped_messages,
+                 " messages (context ", s.info.config.sequence_len, ")"));
     }
     show_stats(o, s, answer);
     if (o.json || o.stream_json) write_answers(o, s, message, {&answer, 1});
@@ -1434,9 +1415,8 @@ private:
         const ModelInfo& info = session_->info;
         if (terminal.quiet || !interactive_) return;
         const std::string loss = std::isfinite(info.loss) ? " · val loss " + loss_words(info) : "";
-        say("nanogpt chat · " + info.source + "/" + info.tag + " step " +
-            std::to_string(info.step) + loss + " · " + session_->backend->device() + ", " +
-            std::string(name_of(session_->backend->dtype())));
+        say(cat("nanogpt chat · ", info.source, "/", info.tag, " step ", info.step, loss, " · ",
+                session_->backend->device(), ", ", name_of(session_->backend->dtype())));
         if (info.source == "base")
             note("a base model was not trained to chat; nanogpt sample lets it continue a text");
         say("Type 'quit' or 'exit' to end, 'clear' to start over, /help for more.");
@@ -1509,9 +1489,8 @@ private:
             }
             words.push_back("/" + std::string(slash.word));
         }
-        const std::string hint = did_you_mean("/" + word, words);
-        bad_usage("unknown command /" + word + (hint.empty() ? "." : hint) +
-                  " /help lists them, //" + word + " sends the text");
+        bad_usage(cat("unknown command /", word, did_you_mean("/" + word, words),
+                      " /help lists them, //", word, " sends the text"));
     }
 
     void answer(const std::string& message) {
@@ -1720,10 +1699,9 @@ std::string upper(std::string text) {
     return text;
 }
 std::string architecture(const Config& c) {
-    const std::string kv =
-        c.n_kv_head == c.n_head ? "" : " (" + std::to_string(c.n_kv_head) + " kv)";
-    return std::to_string(c.n_layer) + " layers, " + std::to_string(c.n_embd) + " wide, " +
-           std::to_string(c.n_head) + " heads" + kv + ", ctx " + std::to_string(c.sequence_len);
+    const std::string kv = c.n_kv_head == c.n_head ? "" : cat(" (", c.n_kv_head, " kv)");
+    return cat(c.n_layer, " layers, ", c.n_embd, " wide, ", c.n_head, " heads", kv, ", ctx ",
+               c.sequence_len);
 }
 std::string file_of(const ModelInfo& info,
                     const fs::path& base) {  // no absolute path leaves the program
@@ -1740,57 +1718,32 @@ double metric(const ModelInfo& info, std::string_view name) {
     return std::numeric_limits<double>::quiet_NaN();
 }
 
+// clang-format off
 Value architecture_json(const ModelInfo& info) {
     if (!info.has_config) return nullptr;
     const Config& c = info.config;
     const auto& facts = detail::facts(c.generation);
-    return object({{"n_layer", c.n_layer},
-                   {"n_embd", c.n_embd},
-                   {"n_head", c.n_head},
-                   {"n_kv_head", c.n_kv_head},
-                   {"head_dim", c.head_dim()},
-                   {"sequence_len", c.sequence_len},
-                   {"vocab_size", c.vocab_size},
-                   {"window_pattern", c.window_pattern},
-                   {"generation", facts.name},
-                   {"saved_by", facts.dates},
-                   {"rope_base", c.rope_base},
-                   {"qk_scale", c.qk_scale},
-                   {"softcap", c.softcap}});
+    return object({{"n_layer", c.n_layer}, {"n_embd", c.n_embd}, {"n_head", c.n_head}, {"n_kv_head", c.n_kv_head},
+                   {"head_dim", c.head_dim()}, {"sequence_len", c.sequence_len}, {"vocab_size", c.vocab_size},
+                   {"window_pattern", c.window_pattern}, {"generation", facts.name}, {"saved_by", facts.dates},
+                   {"rope_base", c.rope_base}, {"qk_scale", c.qk_scale}, {"softcap", c.softcap}});
 }
 // One entry of the list that programs read.
 Members model_members(const ModelInfo& info, const fs::path& base, const std::string& default_id) {
-    const bool known = !info.tensors.empty();
-    Value loss = nullptr;
-    if (std::isfinite(info.loss)) {
-        loss =
-            object({{"value", info.loss}, {"metric", info.loss_metric}, {"unit", info.loss_unit}});
-    }
+    const bool known = !info.tensors.empty(), ready = info.status == Status::ready, has_loss = std::isfinite(info.loss);
     Members metrics;
     for (const auto& [key, value] : info.metrics) metrics.emplace_back(key, value);
-    const bool ready = info.status == Status::ready;
-    return {{"id", info.id},
-            {"name", info.tag + "_step" + std::to_string(info.step)},
-            {"type", upper(info.source)},
-            {"source", info.source},
-            {"tag", info.tag},
-            {"step", info.step},
-            {"val_loss", metric(info, "val_loss")},
-            {"val_bpb", metric(info, "val_bpb")},
-            {"loss", loss},
-            {"metrics", object(metrics)},
-            {"architecture", architecture_json(info)},
-            {"parameters", known ? Value(info.parameters) : Value(nullptr)},
-            {"size_bytes", info.file_bytes},
-            {"memory_bytes", known ? Value(info.memory_bytes) : Value(nullptr)},
-            {"file", file_of(info, base)},
-            {"modified", iso_date(info.modified)},
-            {"status", name_of(info.status)},
-            {"reason", or_null(info.reason)},
-            {"loaded", false},
-            {"can_chat", ready && info.source != "base"},
+    const Value loss = object({{"value", info.loss}, {"metric", info.loss_metric}, {"unit", info.loss_unit}});
+    return {{"id", info.id}, {"name", cat(info.tag, "_step", info.step)}, {"type", upper(info.source)},
+            {"source", info.source}, {"tag", info.tag}, {"step", info.step}, {"val_loss", metric(info, "val_loss")},
+            {"val_bpb", metric(info, "val_bpb")}, {"loss", has_loss ? loss : nullptr}, {"metrics", object(metrics)},
+            {"architecture", architecture_json(info)}, {"parameters", known ? Value(info.parameters) : nullptr},
+            {"size_bytes", info.file_bytes}, {"memory_bytes", known ? Value(info.memory_bytes) : nullptr},
+            {"file", file_of(info, base)}, {"modified", iso_date(info.modified)}, {"status", name_of(info.status)},
+            {"reason", or_null(info.reason)}, {"loaded", false}, {"can_chat", ready && info.source != "base"},
             {"default", info.id == default_id}};
 }
+// clang-format on
 
 std::string default_of(const std::vector<ModelInfo>& models) {
     try {
@@ -1833,6 +1786,7 @@ std::vector<ModelInfo> listed(const Options& o, std::vector<ModelInfo>& all) {
             o.types.empty() || std::find(o.types.begin(), o.types.end(), m.source) != o.types.end();
         if (fits) models.push_back(m);
     }
+    if (models.empty()) throw Error(ErrorKind::not_found, cat("no checkpoint of type ", join(o.types, ", "), " in ", home_relative(base)));
     const auto less = [&](const ModelInfo& a, const ModelInfo& b) {
         if (o.sort == "step") return a.step > b.step;
         if (o.sort == "date") return a.modified > b.modified;
@@ -1868,19 +1822,19 @@ std::string list_models(const Options& o) {
                               {"MODEL", false, 0, 20},
                               {"STEP", true},
                               {"VAL LOSS", false, 1, 18},
-                              {"ARCHITECTURE", false, 4, 40},
+                              {"ARCHITECTURE", false, 4, 46},
                               {"SIZE", true, 2},
                               {"CHANGED", false, 3, 16},
                               {"STATUS"}},
                              rows);
     const fs::path base = base_dir(o.base_dir);
     const Tokens tokens = base_tokenizer(base);
-    text += std::to_string(rows.size()) +
-            (rows.size() == 1 ? " checkpoint in " : " checkpoints in ") +
-            safe(home_relative(base)) + ", " +
-            (tokens.reason.empty() ? "tokenizer " + thousands(tokens.vocab_size) + " tokens."
-                                   : "no usable tokenizer: " + safe(tokens.reason) + ".");
-    if (hidden > 0) text += " " + std::to_string(hidden) + " refused: --all lists them.";
+    const std::string tokenizer = tokens.reason.empty()
+                                      ? cat("tokenizer ", thousands(tokens.vocab_size), " tokens")
+                                      : cat("no usable tokenizer: ", safe(tokens.reason));
+    text += cat(rows.size(), rows.size() == 1 ? " checkpoint in " : " checkpoints in ",
+                safe(home_relative(base)), ", ", tokenizer, ".");
+    if (hidden > 0) text += cat(" ", hidden, " refused: --all lists them.");
     return text + " * = default for \"nanogpt chat\"\n";
 }
 
@@ -1914,9 +1868,7 @@ int run_models(Options& o) {
 }
 
 std::string shape_words(const std::vector<std::int64_t>& shape) {
-    std::string text;
-    for (const std::int64_t n : shape) text += (text.empty() ? "" : ", ") + std::to_string(n);
-    return "(" + text + ")";
+    return cat("(", join(shape, ", ", [](std::int64_t n) { return std::to_string(n); }), ")");
 }
 
 int run_show(Options& o) {
@@ -1945,22 +1897,21 @@ int run_show(Options& o) {
             }));
         return write_json(object(members)), 0;
     }
-    std::string metrics;
-    for (const auto& [key, value] : info.metrics)
-        metrics += (metrics.empty() ? "" : ", ") + key + " " + Value(value).text;
+    const std::string metrics = join(
+        info.metrics, ", ", [](const auto& m) { return cat(m.first, " ", Value(m.second).text); });
     std::string text = paint(terminal.out, kBold, safe(info.id)) + "\n";
     const auto line = [&](const char* name, const std::string& value) {
         text += "  " + fit(name, 12) + safe(value) + "\n";
     };
-    line("file", file_of(info, base) + ", " + human_bytes(info.file_bytes) + ", changed " +
-                     date_of(info.modified, "%Y-%m-%d %H:%M", false));
+    line("file", cat(file_of(info, base), ", ", human_bytes(info.file_bytes), ", changed ",
+                     date_of(info.modified, "%Y-%m-%d %H:%M", false)));
     line("val loss", loss_words(info));
     if (!metrics.empty()) line("metrics", metrics);
     line("shape", architecture(info.config) + ", vocabulary " + thousands(info.config.vocab_size));
     line("parameters", thousands(info.parameters));
-    line("memory", human_bytes(info.memory_bytes) + " of weights, " + human_bytes(context) +
-                       " of keys and values for a full context (" + human_bytes(cache) +
-                       " per token), as float32");
+    line("memory",
+         cat(human_bytes(info.memory_bytes), " of weights, ", human_bytes(cache),
+             " of keys and values per token, ", human_bytes(context), " for a full context"));
     for (const std::string& warning : info.warnings) line("warning", warning);
     std::vector<std::vector<std::string>> rows;
     for (const Setting& s : info.settings)
@@ -2001,21 +1952,21 @@ std::string token_table(const Tokenizer& tokenizer, std::span<const Token> token
     }
     return table({{"ID", true}, {"PIECE"}, {"BYTES"}}, rows);
 }
-Token token_id(const Tokenizer& tokenizer, const std::string& text) {
-    const int last = tokenizer.vocab_size() - 1;
-    return number<Token>({"id", text}, 0, last,
-                         ("a token id from 0 to " + std::to_string(last)).c_str());
-}
-std::vector<Token> token_ids(const Tokenizer& tokenizer, const Json* array_of_ids,
-                             const std::string& where) {
-    if (array_of_ids == nullptr || array_of_ids->kind != Json::Kind::array)
-        bad_usage(where + ": an array of ids is needed");
+std::vector<Token> parse_ids(std::string_view what, const std::vector<std::string>& texts,
+                             int vocab_size) {
+    const std::string wanted = cat("a token id from 0 to ", vocab_size - 1);
     std::vector<Token> ids;
-    for (const Json& id : array_of_ids->array) {
-        if (id.kind != Json::Kind::number) bad_usage(where + ": found an id that is no number");
-        ids.push_back(token_id(tokenizer, id.string));
-    }
+    for (const std::string& text : texts)
+        ids.push_back(number<Token>({what, text}, 0, vocab_size - 1, wanted));
     return ids;
+}
+std::vector<Token> parse_ids(std::string_view what, const Json* json, int vocab_size) {
+    if (json == nullptr || json->kind != Json::Kind::array)
+        bad_usage(cat(what, ": an array of token ids is needed"));
+    std::vector<std::string> texts;
+    for (const Json& id : json->array)
+        texts.push_back(id.kind == Json::Kind::number ? id.string : "what stands there");
+    return parse_ids(what, texts, vocab_size);
 }
 
 // Calls each(JSON value, "line N") for every line of stdin that is not empty.
@@ -2067,15 +2018,13 @@ int run_detokenize(Options& o) {
     if (o.jsonl) {
         if (!o.arguments.empty()) bad_usage("detokenize: --jsonl reads stdin, leave the ids out");
         return each_json_line([&](const Json& json, const std::string& where) {
-            return object(
-                {{"text", tokenizer.decode(token_ids(tokenizer, json.find("ids"), where))}});
+            return object({{"text", tokenizer.decode(parse_ids(where, json.find("ids"),
+                                                               tokenizer.vocab_size()))}});
         });
     }
-    std::string typed;
-    for (const std::string& argument : o.arguments) typed += argument + " ";
-    if (o.arguments.empty()) typed = LineReader().rest();
-    std::vector<Token> ids;
-    for (const std::string& id : split(typed, ", \t\r\n[]")) ids.push_back(token_id(tokenizer, id));
+    const std::string typed = o.arguments.empty() ? LineReader().rest() : join(o.arguments, " ");
+    const std::vector<Token> ids =
+        parse_ids("ids", split(typed, ", \t\r\n[]"), tokenizer.vocab_size());
     const std::string text = to_utf8(tokenizer.decode(ids));
     if (o.json) return write_json(object({{"text", text}, {"count", ids.size()}})), 0;
     write_answer(text + "\n");
@@ -2103,25 +2052,14 @@ struct LogitRows : Observer {  // logits (T, V) of a sequence, to a file and to 
 };
 
 std::vector<Token> read_ids(const Options& o, int vocab_size) {
-    if (o.ids.empty() == o.ids_file.empty())
-        bad_usage("logits: one of --ids LIST and --ids-file FILE is needed");
-    std::vector<std::string> texts = split(o.ids, ", ");
-    if (!o.ids_file.empty()) {
-        const std::vector<std::byte> bytes = detail::read_file(o.ids_file, 16u << 20);
-        const Json json = parse_json(detail::as_text(bytes));
-        if (json.kind != Json::Kind::array) bad_usage("--ids-file: a JSON array of ids is needed");
-        for (const Json& id : json.array)
-            texts.push_back(id.kind == Json::Kind::number ? id.string : "not a number");
-    }
-    std::vector<Token> ids;
-    const std::string needed = "token ids from 0 to " + std::to_string(vocab_size - 1);
-    for (const std::string& text : texts)
-        ids.push_back(number<Token>({"--ids", text}, 0, vocab_size - 1, needed.c_str()));
-    if (ids.empty()) bad_usage("logits: found no ids, one at least is needed");
-    return ids;
+    if (!o.ids.empty()) return parse_ids("--ids", split(o.ids, ", "), vocab_size);
+    const std::vector<std::byte> bytes = detail::read_file(o.ids_file, 16u << 20);
+    const Json json = parse_json(detail::as_text(bytes));
+    return parse_ids("--ids-file", &json, vocab_size);
 }
 
 int run_logits(Options& o) {
+    if (o.ids.empty() == o.ids_file.empty()) bad_usage("logits: one of --ids LIST and --ids-file FILE is needed");
     catch_interrupts();
     const ModelInfo info = pick_model(o, "sft", false);
     const std::vector<Token> ids = read_ids(o, info.config.vocab_size);
@@ -2136,7 +2074,7 @@ int run_logits(Options& o) {
     if (o.json) {
         write_json(object({{"shape", array(std::array{T, V})}, {"argmax", array(rows.argmax)}}));
     } else if (file) {
-        note("wrote " + o.out + ": float32 (" + std::to_string(T) + ", " + std::to_string(V) + ")");
+        note(cat("wrote ", o.out, ": float32 (", T, ", ", V, ")"));
     } else {
         std::vector<std::vector<std::string>> lines;
         for (std::size_t t = 0; t < ids.size(); t++) {
@@ -2212,12 +2150,12 @@ void check_checkpoint(Verdict& v, const fs::path& path, bool values) {
         return;
     }
     const std::vector<detail::StoredTensor> tensors = detail::read_state_dict(zip);
-    v.what = "checkpoint, " + std::to_string(tensors.size()) + " tensors, " +
-             human_bytes(zip.file().size()) + ", checksums right";
+    v.what = cat("checkpoint, ", tensors.size(), " tensors, ", human_bytes(zip.file().size()),
+                 ", checksums right");
     std::error_code error;
     if (fs::exists(detail::place(path).meta_file, error)) {
-        v.what += ", " + inspect_model(path).id + " of generation " +
-                  inspect_model(path).settings[0].value;
+        const ModelInfo info = inspect_model(path);
+        v.what += cat(", ", info.id, " of generation ", info.settings[0].value);
     } else {
         v.what += ", no metadata beside it to compare the shapes with";
     }

@@ -8,9 +8,13 @@ set -eu
 root=$(cd "$(dirname "$0")/.." && pwd)
 header=$root/nanogpt.hpp
 cxx=${CXX:-c++}
-work=${1:-$(mktemp -d)}
+work=${1:-}
+if [ -z "$work" ]; then
+    work=$(mktemp -d)
+    trap 'rm -rf "$work"' EXIT
+fi
 mkdir -p "$work"
-rm -f "$work"/prefix_*.hpp "$work"/prefix_*.cpp "$work"/prefix_*.err
+rm -f "$work"/prefix_* "$work/failed"
 command -v "$cxx" >/dev/null || { echo "prefixes: no compiler $cxx: skipped"; exit 77; }
 
 # One file per cut: the lines above the next banner, then a } for each namespace and an #endif for
@@ -46,7 +50,6 @@ check() {
     fi
 }
 
-rm -f "$work/failed"
 count=0
 for file in "$work"/prefix_*.hpp; do
     check "$file" &

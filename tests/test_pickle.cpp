@@ -512,9 +512,9 @@ std::vector<nanogpt::detail::StoredTensor> read_tensors(const fs::path& file,
 }
 
 struct BadClaim {
-    const char* name;
+    std::string name;
     std::function<void(Claim&)> change;
-    const char* reason;
+    std::string reason;
 };
 
 const std::vector<BadClaim>& bad_claims() {
@@ -686,7 +686,7 @@ TEST_CASE("pickle: fixture A has the records, sizes, checksums and offsets of it
     write_file(dir / "a.pt", from_base64(kFixtureA));
     const ZipFile zip{nanogpt::File(dir / "a.pt")};
     const struct {
-        const char* name;
+        std::string name;
         std::uint64_t size;
         std::uint32_t crc;
     } want[] = {{"data.pkl", 631, 0xC0D1BE85}, {"data/0", 8, 0xD5065190},
@@ -695,7 +695,7 @@ TEST_CASE("pickle: fixture A has the records, sizes, checksums and offsets of it
     CHECK(zip.entries().size() == std::size(want));
     for (const auto& w : want) {
         CAPTURE(w.name);
-        const auto* entry = zip.find(std::string("model_000010/") + w.name);
+        const auto* entry = zip.find("model_000010/" + w.name);
         REQUIRE(entry != nullptr);
         CHECK(entry->size == w.size);
         CHECK(entry->crc == w.crc);
@@ -715,7 +715,7 @@ TEST_CASE("pickle: fixture B, a genuine dict of views, is read as offsets and st
     const PickleValue& root = tree[tree.root];
     REQUIRE(root.kind == PickleKind::dict);
     const struct {
-        const char *name, *storage_class, *key;
+        std::string name, storage_class, key;
         std::int64_t offset;
         std::vector<std::int64_t> shape, strides;
     } want[] = {{"a", "torch IntStorage", "0", 2, {4}, {1}},

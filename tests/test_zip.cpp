@@ -26,9 +26,9 @@ std::string read_all(const fs::path& file) {
 }
 
 struct BadZip {
-    const char* name;
+    std::string name;
     std::function<std::string(ZipWriter)> make;
-    const char* reason;  // must be part of the message
+    std::string reason;  // must be part of the message
 };
 
 // A zip64 extra field of the directory with these values.
@@ -300,7 +300,8 @@ std::vector<BadZip> bad_zip64_ends() {
 }
 
 // Changes one entry of the good archive.
-BadZip entry_case(const char* name, std::function<void(ZipEntry&)> change, const char* reason) {
+BadZip entry_case(const std::string& name, std::function<void(ZipEntry&)> change,
+                  const std::string& reason) {
     return {name,
             [change = std::move(change)](ZipWriter z) {
                 change(z["data/1"]);

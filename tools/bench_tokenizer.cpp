@@ -1,4 +1,4 @@
-// Times Tokenizer::encode over files, one thread, for bench_tokenizer.py, which compares it with tiktoken.
+// Times Tokenizer::encode over files, one thread; bench_tokenizer.py compares it with tiktoken.
 //   bench_tokenizer <tokenizer.pkl> <rounds> <file>...
 // Prints a line per file: bytes, tokens, FNV-1a of the ids, and the seconds of each round; first of
 // all a line with the seconds that load_tokenizer took in each of `rounds` rounds.
@@ -9,11 +9,13 @@
 #include "nanogpt.hpp"
 
 static double now() {  // seconds
-    return std::chrono::duration<double>(std::chrono::steady_clock::now().time_since_epoch()).count();
+    return std::chrono::duration<double>(std::chrono::steady_clock::now().time_since_epoch())
+        .count();
 }
 
 int main(int argc, char** argv) try {
-    if (argc < 4) return std::fputs("usage: bench_tokenizer tokenizer.pkl rounds file...\n", stderr), 2;
+    if (argc < 4)
+        return std::fputs("usage: bench_tokenizer tokenizer.pkl rounds file...\n", stderr), 2;
     const int rounds = std::atoi(argv[2]);
     std::printf("load");
     for (int i = 0; i < rounds; ++i) {
@@ -31,7 +33,8 @@ int main(int argc, char** argv) try {
         for (const nanogpt::Token token : tokens) {
             hash = (hash ^ static_cast<std::uint32_t>(token)) * 0x100000001B3U;
         }
-        std::printf("%zu %zu %016llx", text.size(), tokens.size(), static_cast<unsigned long long>(hash));
+        std::printf("%zu %zu %016llx", text.size(), tokens.size(),
+                    static_cast<unsigned long long>(hash));
         for (int i = 0; i < rounds; ++i) {
             const double start = now();
             tokens = tokenizer.encode(text);

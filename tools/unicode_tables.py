@@ -19,7 +19,7 @@ import textwrap
 
 VERSION = (16, 0)
 
-# Letters (L) and numbers (N) of Unicode 16.0.0 that Unicode 15.0.0 does not have: first, last, class.
+# Letters (L) and numbers (N) that Unicode 16.0.0 has and 15.0.0 has not: first, last, class.
 # 2EBF0 to 2EE5D came with 15.1, all others with 16.0. Between 15.0 and 16.0 no code point that was
 # assigned before changed from or to letter, number or space.
 ADDED = [
@@ -62,7 +62,7 @@ END = "// ---- end of what tools/unicode_tables.py wrote"
 
 
 def read_classes(data):
-    """UnicodeData.txt: code point; name; general category; ... Big blocks give first and last only."""
+    """UnicodeData.txt: code point; name; general category; ... Big blocks: first and last only."""
     classes = {}
     first = None
     for line in (data / "UnicodeData.txt").read_text(encoding="utf-8").splitlines():
@@ -95,7 +95,7 @@ def sets_of_unicode_16(data):
     for first, last, new in ADDED:
         for c in range(first, last + 1):
             if classes.setdefault(c, new) != new:
-                sys.exit(f"unicode_tables.py: U+{c:04X} is {classes[c]} in the data, {new} in ADDED")
+                sys.exit(f"unicode_tables.py: U+{c:04X} is {classes[c]}, {new} in ADDED")
     sets = {k: {c for c, have in classes.items() if have == k} for k in "LN"}
     sets["S"] = {c for first, last, name in read_ranges(data / "PropList.txt")
                  if name == "White_Space" for c in range(first, last + 1)}

@@ -16,15 +16,18 @@
 
 namespace odr {
 
-struct View {
-    std::vector<std::pair<std::string, std::size_t>> layout;  // bytes: a size or an offset
-    std::vector<float> logits;                                // (V)
-    std::string text;                                         // of pure functions
+using Layout = std::vector<std::pair<std::string, std::size_t>>;  // bytes: a size or an offset
+
+struct Result {
+    std::vector<float> logits;  // (V)
+    std::string text;           // of pure functions
 };
 
-// The two files, one function each.
-View plain_view(const std::string& checkpoint);
-View fast_view(const std::string& checkpoint);
+// The two files, the same two functions each.
+Layout plain_layout();
+Layout fast_layout();
+Result plain_result(const std::string& checkpoint);
+Result fast_result(const std::string& checkpoint);
 
 namespace {
 
@@ -35,9 +38,10 @@ std::size_t offset_in(const T& object, const Member& member) {
 }
 
 // Sizes, and offsets of last members: those move when any member before them does.
-void add_layout(View& view) {
+Layout make_layout() {
     using namespace nanogpt;
-    const auto add = [&](const char* name, std::size_t n) { view.layout.emplace_back(name, n); };
+    Layout layout;
+    const auto add = [&](const char* name, std::size_t n) { layout.emplace_back(name, n); };
     const auto last = [&](const char* name, const auto& object, const auto& member) {
         add(name, sizeof object);
         add(name, offset_in(object, member));
@@ -77,18 +81,18 @@ void add_layout(View& view) {
     add("TextStream", sizeof(TextStream));
     add("CalculatorTool", sizeof(CalculatorTool));
     add("Chat", sizeof(Chat));
+    return layout;
 }
 
-View make_view(const std::string& checkpoint) {
-    View view;
-    add_layout(view);
-    view.text = nanogpt::to_utf8("a\xff\xc3\xa9") + nanogpt::calculate("2+3*4").value_or("none");
+Result make_result(const std::string& checkpoint) {
+    Result result;
+    result.text = nanogpt::to_utf8("a\xff\xc3\xa9") + nanogpt::calculate("2+3*4").value_or("none");
     const auto model = nanogpt::load_model(checkpoint, {.threads = 2});
     nanogpt::KVCache cache(*model, 8);
     const std::vector<nanogpt::Token> tokens = {1, 2, 3, 5, 8};
     const auto logits = nanogpt::forward(*model, cache, tokens);
-    view.logits.assign(logits.begin(), logits.end());
-    return view;
+    result.logits.assign(logits.begin(), logits.end());
+    return result;
 }
 
 }  // namespace
