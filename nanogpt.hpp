@@ -533,7 +533,7 @@ public:
         find_directory();
         read_directory();
         for (ZipEntry& entry : entries_) check_local_header(entry);
-        check_overlaps();
+        check_order();
     }
 
     const File& file() const { return file_; }
@@ -729,17 +729,25 @@ private:
         if (e.offset > directory_ || e.size > directory_ - e.offset)
             refuse(who + " lies outside the file", at);
     }
-    void check_overlaps() const {
+    // The entries must fill the file up to the directory: no overlaps, and nothing between them but the
+    // descriptors (12 to 24 bytes) that torch writes behind the data. A file cannot be two things at once.
+    void check_order() const {
         std::vector<const ZipEntry*> order;
         for (const ZipEntry& e : entries_) order.push_back(&e);
         std::sort(order.begin(), order.end(),
                   [](const auto* a, const auto* b) { return a->header < b->header; });
-        for (std::size_t i = 1; i < order.size(); ++i) {
-            if (order[i]->header < order[i - 1]->offset + order[i - 1]->size) {
+        std::uint64_t end = 0;
+        for (std::size_t i = 0; i <= order.size(); ++i) {
+            const std::uint64_t next = i < order.size() ? order[i]->header : directory_;
+            const auto at = static_cast<std::int64_t>(next);
+            if (next < end) {
                 refuse("zip: the entries " + quote(order[i - 1]->name) + " and " +
                            quote(order[i]->name) + " overlap",
-                       static_cast<std::int64_t>(order[i]->header));
+                       at);
             }
+            if (next - end > (i == 0 ? 0 : 24))
+                refuse("zip: there are bytes that belong to no entry", at);
+            if (i < order.size()) end = order[i]->offset + order[i]->size;
         }
     }
 
@@ -1498,7 +1506,6 @@ static_assert(short_window(facts(Generation::g1), 2048) == 1024 &&
 struct StoredTensor {  // where a tensor's elements lie in the file
     TensorInfo info;
     const ZipEntry* entry = nullptr;
-    std::uint64_t offset = 0;  // bytes into the entry
     std::uint64_t bytes() const { return count(info.shape) * size_of(info.dtype); }
 };
 
@@ -1547,6 +1554,7 @@ inline StoredTensor stored_tensor(const PickleTree& tree, const PickleValue& val
         static_cast<std::uint64_t>(offset) > static_cast<std::uint64_t>(elements) - n) {
         refuse(who + " reaches past its storage of " + std::to_string(elements) + " elements");
     }
+    if (n != static_cast<std::uint64_t>(elements)) refuse(who + " is only a part of its storage");
     t.entry = zip.find(top + "data/" + std::string(key));
     if (t.entry == nullptr) refuse(who + " has no entry data/" + std::string(key) + " in the file");
     if (checked_mul(static_cast<std::uint64_t>(elements), itemsize) != t.entry->size) {
@@ -1554,7 +1562,6 @@ inline StoredTensor stored_tensor(const PickleTree& tree, const PickleValue& val
                    std::to_string(t.entry->size) + " bytes",
                static_cast<std::int64_t>(t.entry->offset));
     }
-    t.offset = static_cast<std::uint64_t>(offset) * itemsize;
     return t;
 }
 
@@ -1623,8 +1630,7 @@ inline std::vector<StoredTensor> read_state_dict(const ZipFile& zip) {
               [](const auto* a, const auto* b) { return a->entry < b->entry; });
     for (std::size_t i = 1; i < order.size(); ++i) {
         const StoredTensor &a = *order[i - 1], &b = *order[i];
-        const bool same =
-            a.offset == b.offset && a.info.dtype == b.info.dtype && a.info.shape == b.info.shape;
+        const bool same = a.info.dtype == b.info.dtype && a.info.shape == b.info.shape;
         if (a.entry == b.entry && !same)
             refuse("tensors " + quote(a.info.name) + " and " + quote(b.info.name) +
                    " share a storage");
@@ -3567,7 +3573,7 @@ private:
         constexpr std::size_t kPiece = std::size_t{1}
                                        << 20;  // bytes; a checksum over them hits the cache
         const DType from = job.from->info.dtype;
-        const std::uint64_t bytes = job.from->bytes(), begin = job.from->offset;
+        const std::uint64_t bytes = job.from->bytes();
         const detail::ZipEntry& entry = *job.from->entry;
         std::vector<std::byte> staging(from == job.to ? 0 : std::min<std::uint64_t>(kPiece, bytes));
         std::uint32_t crc = 0;
@@ -3575,12 +3581,12 @@ private:
             const auto n = static_cast<std::size_t>(std::min<std::uint64_t>(kPiece, bytes - done));
             std::byte* out = memory_.get() + job.at + done / size_of(from) * size_of(job.to);
             const std::span<std::byte> piece(from == job.to ? out : staging.data(), n);
-            zip_.file().read(entry.offset + begin + done, piece);
+            zip_.file().read(entry.offset + done, piece);
             if (options_.verify) crc = detail::crc32(piece, crc);
             if (from != job.to) convert(out, job.to, piece.data(), from, n / size_of(from));
             report(n, total);
         }
-        if (options_.verify && bytes == entry.size) detail::ZipFile::verify(entry, crc);
+        if (options_.verify) detail::ZipFile::verify(entry, crc);
     }
     static void convert(std::byte* out, DType to, const std::byte* in, DType from, std::size_t n) {
         const auto run = [&](auto read) {

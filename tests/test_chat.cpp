@@ -521,7 +521,8 @@ TEST_CASE("chat: without a result nothing is forced, and the next block is a fre
     for (const char* answer : {"{python_start}1/0{python_end}x", "{python_start}{python_end}x",
                                "{python_start}hello{python_end}x", "1+1{python_end}x",
                                "{python_start}1+{output_start}1{python_end}x", "1+1",
-                               "{python_start}1+1", "{output_start}1+1{output_end}"}) {
+                               "{python_start}1+{python_end}5{python_end}x", "{python_start}1+1",
+                               "{output_start}1+1{output_end}"}) {
         CHECK(with_tool(answer) == answer);
     }
     CHECK(with_tool("{python_start}1/0{python_end}5{python_start}3{python_end}4{python_end}") ==
