@@ -1088,25 +1088,13 @@ ModelInfo pick_model(Options& o, const std::string& preferred, bool or_bundled) 
         o.base_dir = sample.string();
         models = find_models(sample, o.overrides);
     }
-    const ModelInfo& chosen = choose(models, w, preferred);
+    ModelInfo chosen = choose(models, w, preferred);
     const bool left_open = w.source.empty() && !w.any_source;
     if (left_open && chosen.source != preferred)
         note("no " + preferred + " checkpoint, using " + chosen.id);
     return chosen;
 }
 
-// MemAvailable of the machine, bytes; 0 if the system does not tell.
-std::uint64_t available_memory() {
-    std::FILE* file = std::fopen("/proc/meminfo", "re");
-    if (file == nullptr) return 0;
-    unsigned long long kilobytes = 0;
-    char line[256];
-    while (kilobytes == 0 && std::fgets(line, sizeof line, file) != nullptr) {
-        std::sscanf(line, "MemAvailable: %llu kB", &kilobytes);
-    }
-    std::fclose(file);
-    return std::uint64_t{kilobytes} * 1024;
-}
 // Bytes of keys and values for one token: K heads of hd, both, in all layers.
 std::uint64_t cache_bytes(const Config& c, DType dtype) {
     const std::int64_t numbers = std::int64_t{2} * c.n_layer * c.n_kv_head * c.head_dim();
@@ -1141,7 +1129,7 @@ std::shared_ptr<const Model> load(const ModelInfo& info, const Options& o) {
     const std::uint64_t need =
         weight_bytes(info, o.dtype) +
         cache_bytes(info.config, DType::f32) * static_cast<std::uint64_t>(info.config.sequence_len);
-    if (const std::uint64_t have = available_memory(); have > 0 && need > have) {
+    if (const std::uint64_t have = nanogpt::detail::available_memory(); have > 0 && need > have) {
         throw Error(ErrorKind::out_of_memory,
                     cat(info.id, ": needs ", human_bytes(need), " of memory, ", human_bytes(have),
                         " is available. Close other programs or choose a smaller model"));
@@ -1786,7 +1774,9 @@ std::vector<ModelInfo> listed(const Options& o, std::vector<ModelInfo>& all) {
             o.types.empty() || std::find(o.types.begin(), o.types.end(), m.source) != o.types.end();
         if (fits) models.push_back(m);
     }
-    if (models.empty()) throw Error(ErrorKind::not_found, cat("no checkpoint of type ", join(o.types, ", "), " in ", home_relative(base)));
+    if (models.empty())
+        throw Error(ErrorKind::not_found, cat("no checkpoint of type ", join(o.types, ", "), " in ",
+                                              home_relative(base)));
     const auto less = [&](const ModelInfo& a, const ModelInfo& b) {
         if (o.sort == "step") return a.step > b.step;
         if (o.sort == "date") return a.modified > b.modified;
@@ -2059,7 +2049,8 @@ std::vector<Token> read_ids(const Options& o, int vocab_size) {
 }
 
 int run_logits(Options& o) {
-    if (o.ids.empty() == o.ids_file.empty()) bad_usage("logits: one of --ids LIST and --ids-file FILE is needed");
+    if (o.ids.empty() == o.ids_file.empty())
+        bad_usage("logits: one of --ids LIST and --ids-file FILE is needed");
     catch_interrupts();
     const ModelInfo info = pick_model(o, "sft", false);
     const std::vector<Token> ids = read_ids(o, info.config.vocab_size);
@@ -2128,7 +2119,7 @@ std::pair<std::int64_t, std::int64_t> count_values(const detail::ZipFile& zip,
     for (std::uint64_t at = 0; at < t.bytes(); at += buffer.size()) {
         const auto part = std::span(buffer).first(
             static_cast<std::size_t>(std::min<std::uint64_t>(buffer.size(), t.bytes() - at)));
-        zip.file().read(t.entry->offset + t.offset + at, part);
+        zip.file().read(t.entry->offset + at, part);
         for (std::size_t i = 0; i < part.size(); i += step) {
             std::uint64_t bits = 0;
             std::memcpy(&bits, part.data() + i, step);

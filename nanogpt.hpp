@@ -1042,7 +1042,7 @@ private:
         const bool checkpoint = what_ == PickleFor::checkpoint;
         // clang-format off
         switch (op) {
-            case 0x80: return protocol();
+            case 0x80: return protocol(number<1>());
             case 0x95: return frame(number<8>());
             case '.': return stop();
             case '(': return mark();
@@ -1110,8 +1110,7 @@ private:
         const std::string_view module = line();
         global(module, line());
     }
-    void protocol() {
-        const std::uint64_t version = number<1>();
+    void protocol(std::uint64_t version) {
         if (op_at_ != 0 || version < 2 || version > 5)
             fail("pickle: protocol " + std::to_string(version) + " is not accepted here");
     }
@@ -1886,6 +1885,24 @@ inline bool softcap_was_20(const Json& base_meta) {
     return tokens != nullptr && tokens->kind == Json::Kind::number && tokens->number == 41943040;
 }
 
+// G0 had no windows. Later some programs dropped the pattern when they saved: "L" then, as nanochat does.
+inline void check_pattern(ModelInfo& info, bool has_pattern, const Json& sibling) {
+    if (info.config.generation == Generation::g0) {
+        if (has_pattern) {
+            info.warnings.push_back("window_pattern " + quote(info.config.window_pattern) +
+                                    " is ignored: this generation had no windows");
+        }
+        info.config.window_pattern = "L";
+    } else if (!has_pattern) {
+        const Json* mc = sibling.find("model_config");
+        const Json* theirs = mc != nullptr ? mc->find("window_pattern") : nullptr;
+        const std::string hint =
+            theirs != nullptr ? "; the base model of this tag has " + quote(theirs->string) : "";
+        info.warnings.push_back("window_pattern is not stored, \"L\" is assumed as nanochat does" +
+                                hint + " (--window-pattern)");
+    }
+}
+
 inline void check_overrides(const Overrides& o) {
     const auto bad = [](const char* name, const char* need) {
         throw Error(ErrorKind::usage, std::string("override of ") + name + " must be " + need);
@@ -1906,64 +1923,50 @@ inline void settle(ModelInfo& info, const Json& meta, bool has_pattern, Generati
                    const Overrides& o) {
     check_overrides(o);
     Config& c = info.config;
-    const auto note = [&](const char* name, std::string value, Origin origin) {
-        info.settings.push_back({name, std::move(value), origin});
-    };
-    const auto pick = [](bool overridden, Origin otherwise) {
-        return overridden ? Origin::overridden : otherwise;
-    };
     c.generation = o.generation.value_or(found);
     const GenerationFacts& f = facts(c.generation);
+    const auto note = [&](const char* name, std::string value, bool overridden, Origin otherwise) {
+        info.settings.push_back(
+            {name, std::move(value), overridden ? Origin::overridden : otherwise});
+    };
     note("generation", std::string(f.name) + " (" + std::string(f.dates) + ")",
-         pick(o.generation.has_value(), Origin::implied));
+         o.generation.has_value(), Origin::implied);
     c.sequence_len = o.sequence_len.value_or(c.sequence_len);
-    note("sequence_len", std::to_string(c.sequence_len),
-         pick(o.sequence_len.has_value(), Origin::stored));
+    note("sequence_len", std::to_string(c.sequence_len), o.sequence_len.has_value(),
+         Origin::stored);
     c.rope_base = o.rope_base.value_or(f.rope_base);
-    note("rope_base", format(c.rope_base), pick(o.rope_base.has_value(), Origin::implied));
+    note("rope_base", format(c.rope_base), o.rope_base.has_value(), Origin::implied);
     c.qk_scale = o.qk_scale.value_or(f.qk_scale);
-    note("qk_scale", format(c.qk_scale), pick(o.qk_scale.has_value(), Origin::implied));
+    note("qk_scale", format(c.qk_scale), o.qk_scale.has_value(), Origin::implied);
     c.bf16_rope_tables = o.bf16_rope_tables.value_or(f.bf16_rope_tables);
-    note("rope_table", c.bf16_rope_tables ? "bfloat16" : "float32",
-         pick(o.bf16_rope_tables.has_value(), Origin::assumed));
+    note("rope_table", c.bf16_rope_tables ? "bfloat16" : "float32", o.bf16_rope_tables.has_value(),
+         Origin::assumed);
     c.ve_gate_scale = f.ve_gate_scale;
     c.ve_gate_channels = f.ve_gate_channels;
 
-    const bool g2 = c.generation == Generation::g2;
-    const bool needs_sibling = (g2 || !has_pattern) && c.has_lambdas() && info.source != "base";
-    const Json sibling = needs_sibling ? base_sibling(info) : Json{};
-    const bool cap20 = g2 && softcap_was_20(info.source == "base" ? meta : sibling);
-    c.softcap = o.softcap.value_or(cap20 ? 20.0f : 15.0f);
-    note("softcap", format(c.softcap),
-         pick(o.softcap.has_value(), g2 ? Origin::assumed : Origin::implied));
+    const bool g0 = c.generation == Generation::g0, g2 = c.generation == Generation::g2;
+    const Json sibling =
+        (g2 || !has_pattern) && !g0 && info.source != "base" ? base_sibling(info) : Json{};
+    c.softcap = o.softcap.value_or(
+        g2 && softcap_was_20(info.source == "base" ? meta : sibling) ? 20.0f : 15.0f);
+    note("softcap", format(c.softcap), o.softcap.has_value(),
+         g2 ? Origin::assumed : Origin::implied);
     if (g2 && !o.softcap) {
         info.warnings.push_back("softcap " + format(c.softcap) +
-                                " is assumed: it was 15, but 20 from 2026-03-03 to 03-09, "
-                                "and the file does not tell (--softcap)");
+                                " is assumed: it was 15, but 20 from 2026-03-03 to 03-09, and the "
+                                "file does not tell (--softcap)");
     }
-    Origin pattern = has_pattern ? Origin::stored : Origin::assumed;
-    if (c.generation == Generation::g0 && !o.window_pattern) {
-        if (has_pattern)
-            info.warnings.push_back("window_pattern " + quote(c.window_pattern) +
-                                    " is ignored: this generation had no windows");
-        c.window_pattern = "L", pattern = Origin::implied;
-    } else if (!has_pattern && !o.window_pattern) {
-        const Json* mc = sibling.find("model_config");
-        const Json* theirs = mc != nullptr ? mc->find("window_pattern") : nullptr;
-        info.warnings.push_back("window_pattern is not stored, \"L\" is assumed as nanochat does" +
-                                (theirs != nullptr
-                                     ? "; the base model of this tag has " + quote(theirs->string)
-                                     : std::string()) +
-                                " (--window-pattern)");
-    }
+    if (!o.window_pattern) check_pattern(info, has_pattern, sibling);
     c.window_pattern = o.window_pattern.value_or(c.window_pattern);
     check_window_pattern(c.window_pattern);
-    note("window_pattern", c.window_pattern, pick(o.window_pattern.has_value(), pattern));
+    note("window_pattern", c.window_pattern, o.window_pattern.has_value(),
+         g0            ? Origin::implied
+         : has_pattern ? Origin::stored
+                       : Origin::assumed);
     c.short_window = o.short_window.value_or(short_window(f, c.sequence_len));
-    if (c.generation != Generation::g0) {
-        note("short_window", std::to_string(c.short_window),
-             pick(o.short_window.has_value(), Origin::implied));
-    }
+    if (!g0)
+        note("short_window", std::to_string(c.short_window), o.short_window.has_value(),
+             Origin::implied);
 }
 
 // Everything about one checkpoint but its weights. `info` has its files, source, tag and step; throws.
@@ -3101,94 +3104,101 @@ inline float sum_lanes(const float* lanes) {
 //
 //   panel: y (T, N) = x (T, K) w (N, K)^T; rows are ldy, ldx and ldw elements apart
 //   mix:   z (T, cols) = p (T, n) v (n, cols), summed over n in order; cols a multiple of 16
-#define NANOGPT_KERNELS(isa, W, R, C, attribute)                                                   \
-    namespace isa {                                                                                \
-    using F = float __attribute__((vector_size(4 * W), aligned(4), may_alias));                    \
-    using U = std::uint32_t __attribute__((vector_size(4 * W)));                                   \
-    using H = std::uint16_t __attribute__((vector_size(2 * W), aligned(2), may_alias));            \
-    constexpr std::size_t P = kLanes / W;                                                          \
-    attribute inline F load(const float* p) { return *reinterpret_cast<const F*>(p); }             \
-    attribute inline void store(float* p, F v) { *reinterpret_cast<F*>(p) = v; }                   \
-    attribute inline F load(const std::uint16_t* p) { /* bfloat16: the upper half of a float */    \
-        const U wide = __builtin_convertvector(*reinterpret_cast<const H*>(p), U) << 16;           \
-        return reinterpret_cast<const F&>(wide);                                                   \
-    }                                                                                              \
-    template <class Weight, std::size_t Rows, std::size_t Cols>                                    \
-    attribute void dots(float* y, std::size_t ldy, const float* x, std::size_t ldx,                \
-                        const Weight* w, std::size_t ldw, std::size_t K) {                         \
-        F sum[Rows][Cols][P] = {};                                                                 \
-        std::size_t k = 0;                                                                         \
-        for (; k + kLanes <= K; k += kLanes) {                                                     \
-            F xs[Rows][P];                                                                         \
-            for (std::size_t r = 0; r < Rows; ++r)                                                 \
-                for (std::size_t p = 0; p < P; ++p) xs[r][p] = load(x + r * ldx + k + p * W);      \
-            for (std::size_t c = 0; c < Cols; ++c)                                                 \
-                for (std::size_t p = 0; p < P; ++p) {                                              \
-                    const F ws = load(w + c * ldw + k + p * W);                                    \
-                    for (std::size_t r = 0; r < Rows; ++r) sum[r][c][p] += xs[r][p] * ws;          \
-                }                                                                                  \
-        }                                                                                          \
-        float lanes                                                                                \
-            [Rows * Cols]                                                                          \
-            [kLanes]; /* from here on by memory: the registers above must be named by constants */ \
-        for (std::size_t r = 0; r < Rows; ++r)                                                     \
-            for (std::size_t c = 0; c < Cols; ++c)                                                 \
-                for (std::size_t p = 0; p < P; ++p)                                                \
-                    store(lanes[r * Cols + c] + p * W, sum[r][c][p]);                              \
-        for (std::size_t i = 0; i < Rows * Cols; ++i) {                                            \
-            const std::size_t r = i / Cols, c = i % Cols;                                          \
-            if (k < K) { /* the rest, padded with zeros */                                         \
-                float xs[kLanes] = {};                                                             \
-                Weight ws[kLanes] = {};                                                            \
-                std::memcpy(xs, x + r * ldx + k, (K - k) * sizeof(float));                         \
-                std::memcpy(ws, w + c * ldw + k, (K - k) * sizeof(Weight));                        \
-                for (std::size_t p = 0; p < kLanes; p += W)                                        \
-                    store(lanes[i] + p, load(lanes[i] + p) + load(xs + p) * load(ws + p));         \
-            }                                                                                      \
-            y[r * ldy + c] = sum_lanes(lanes[i]);                                                  \
-        }                                                                                          \
-    }                                                                                              \
-    template <class Weight>                                                                        \
-    attribute void panel(float* y, std::size_t ldy, const float* x, std::size_t ldx,               \
-                         const Weight* w, std::size_t ldw, std::size_t T, std::size_t N,           \
-                         std::size_t K) {                                                          \
-        std::size_t t = 0;                                                                         \
-        for (; t + R <= T; t += R) {                                                               \
-            std::size_t n = 0;                                                                     \
-            for (; n + C <= N; n += C)                                                             \
-                dots<Weight, R, C>(y + t * ldy + n, ldy, x + t * ldx, ldx, w + n * ldw, ldw, K);   \
-            for (; n < N; ++n)                                                                     \
-                dots<Weight, R, 1>(y + t * ldy + n, ldy, x + t * ldx, ldx, w + n * ldw, ldw, K);   \
-        }                                                                                          \
-        for (; t < T; ++t) {                                                                       \
-            std::size_t n = 0;                                                                     \
-            for (; n + C <= N; n += C)                                                             \
-                dots<Weight, 1, C>(y + t * ldy + n, ldy, x + t * ldx, ldx, w + n * ldw, ldw, K);   \
-            for (; n < N; ++n)                                                                     \
-                dots<Weight, 1, 1>(y + t * ldy + n, ldy, x + t * ldx, ldx, w + n * ldw, ldw, K);   \
-        }                                                                                          \
-    }                                                                                              \
-    template <std::size_t Rows>                                                                    \
-    attribute void weigh(float* z, std::size_t ldz, const float* p, std::size_t ldp,               \
-                         const float* v, std::size_t ldv, std::size_t n, std::size_t cols) {       \
-        for (std::size_t c = 0; c < cols; c += kLanes) {                                           \
-            F sum[Rows][P] = {};                                                                   \
-            for (std::size_t s = 0; s < n; ++s)                                                    \
-                for (std::size_t i = 0; i < P; ++i) {                                              \
-                    const F vs = load(v + s * ldv + c + i * W);                                    \
-                    for (std::size_t r = 0; r < Rows; ++r) sum[r][i] += p[r * ldp + s] * vs;       \
-                }                                                                                  \
-            for (std::size_t r = 0; r < Rows; ++r)                                                 \
-                std::memcpy(z + r * ldz + c, sum[r], sizeof sum[r]);                               \
-        }                                                                                          \
-    }                                                                                              \
-    attribute inline void mix(float* z, std::size_t ldz, const float* p, std::size_t ldp,          \
-                              const float* v, std::size_t ldv, std::size_t T, std::size_t n,       \
-                              std::size_t cols) {                                                  \
-        std::size_t t = 0;                                                                         \
-        for (; t + R <= T; t += R) weigh<R>(z + t * ldz, ldz, p + t * ldp, ldp, v, ldv, n, cols);  \
-        for (; t < T; ++t) weigh<1>(z + t * ldz, ldz, p + t * ldp, ldp, v, ldv, n, cols);          \
-    }                                                                                              \
+#define NANOGPT_KERNELS(isa, W, R, C, attribute)                                                  \
+    namespace isa {                                                                               \
+    using F = float __attribute__((vector_size(4 * W)));                                          \
+    using U = std::uint32_t __attribute__((vector_size(4 * W)));                                  \
+    using H = std::uint16_t __attribute__((vector_size(2 * W)));                                  \
+    constexpr std::size_t P = kLanes / W;                                                         \
+    attribute inline F load(const float* p) {                                                     \
+        F v;                                                                                      \
+        std::memcpy(&v, p, sizeof v); /* one instruction; p need not be aligned */                \
+        return v;                                                                                 \
+    }                                                                                             \
+    attribute inline void store(float* p, F v) { std::memcpy(p, &v, sizeof v); }                  \
+    attribute inline F load(const std::uint16_t* p) { /* bfloat16: the upper half of a float */   \
+        H half;                                                                                   \
+        std::memcpy(&half, p, sizeof half);                                                       \
+        const U wide = __builtin_convertvector(half, U) << 16;                                    \
+        F v;                                                                                      \
+        std::memcpy(&v, &wide, sizeof v);                                                         \
+        return v;                                                                                 \
+    }                                                                                             \
+    template <class Weight, std::size_t Rows, std::size_t Cols>                                   \
+    attribute void dots(float* y, std::size_t ldy, const float* x, std::size_t ldx,               \
+                        const Weight* w, std::size_t ldw, std::size_t K) {                        \
+        F sum[Rows][Cols][P] = {};                                                                \
+        std::size_t k = 0;                                                                        \
+        for (; k + kLanes <= K; k += kLanes) {                                                    \
+            F xs[Rows][P];                                                                        \
+            for (std::size_t r = 0; r < Rows; ++r)                                                \
+                for (std::size_t p = 0; p < P; ++p) xs[r][p] = load(x + r * ldx + k + p * W);     \
+            for (std::size_t c = 0; c < Cols; ++c)                                                \
+                for (std::size_t p = 0; p < P; ++p) {                                             \
+                    const F ws = load(w + c * ldw + k + p * W);                                   \
+                    for (std::size_t r = 0; r < Rows; ++r) sum[r][c][p] += xs[r][p] * ws;         \
+                }                                                                                 \
+        }                                                                                         \
+        float lanes[Rows * Cols]                                                                  \
+                   [kLanes]; /* memory from here on: registers cannot be indexed by a variable */ \
+        for (std::size_t r = 0; r < Rows; ++r)                                                    \
+            for (std::size_t c = 0; c < Cols; ++c)                                                \
+                for (std::size_t p = 0; p < P; ++p)                                               \
+                    store(lanes[r * Cols + c] + p * W, sum[r][c][p]);                             \
+        for (std::size_t i = 0; i < Rows * Cols; ++i) {                                           \
+            const std::size_t r = i / Cols, c = i % Cols;                                         \
+            if (k < K) { /* the rest, padded with zeros */                                        \
+                float xs[kLanes] = {};                                                            \
+                Weight ws[kLanes] = {};                                                           \
+                std::memcpy(xs, x + r * ldx + k, (K - k) * sizeof(float));                        \
+                std::memcpy(ws, w + c * ldw + k, (K - k) * sizeof(Weight));                       \
+                for (std::size_t p = 0; p < kLanes; p += W)                                       \
+                    store(lanes[i] + p, load(lanes[i] + p) + load(xs + p) * load(ws + p));        \
+            }                                                                                     \
+            y[r * ldy + c] = sum_lanes(lanes[i]);                                                 \
+        }                                                                                         \
+    }                                                                                             \
+    template <class Weight>                                                                       \
+    attribute void panel(float* y, std::size_t ldy, const float* x, std::size_t ldx,              \
+                         const Weight* w, std::size_t ldw, std::size_t T, std::size_t N,          \
+                         std::size_t K) {                                                         \
+        std::size_t t = 0;                                                                        \
+        for (; t + R <= T; t += R) {                                                              \
+            std::size_t n = 0;                                                                    \
+            for (; n + C <= N; n += C)                                                            \
+                dots<Weight, R, C>(y + t * ldy + n, ldy, x + t * ldx, ldx, w + n * ldw, ldw, K);  \
+            for (; n < N; ++n)                                                                    \
+                dots<Weight, R, 1>(y + t * ldy + n, ldy, x + t * ldx, ldx, w + n * ldw, ldw, K);  \
+        }                                                                                         \
+        for (; t < T; ++t) {                                                                      \
+            std::size_t n = 0;                                                                    \
+            for (; n + C <= N; n += C)                                                            \
+                dots<Weight, 1, C>(y + t * ldy + n, ldy, x + t * ldx, ldx, w + n * ldw, ldw, K);  \
+            for (; n < N; ++n)                                                                    \
+                dots<Weight, 1, 1>(y + t * ldy + n, ldy, x + t * ldx, ldx, w + n * ldw, ldw, K);  \
+        }                                                                                         \
+    }                                                                                             \
+    template <std::size_t Rows>                                                                   \
+    attribute void weigh(float* z, std::size_t ldz, const float* p, std::size_t ldp,              \
+                         const float* v, std::size_t ldv, std::size_t n, std::size_t cols) {      \
+        for (std::size_t c = 0; c < cols; c += kLanes) {                                          \
+            F sum[Rows][P] = {};                                                                  \
+            for (std::size_t s = 0; s < n; ++s)                                                   \
+                for (std::size_t i = 0; i < P; ++i) {                                             \
+                    const F vs = load(v + s * ldv + c + i * W);                                   \
+                    for (std::size_t r = 0; r < Rows; ++r) sum[r][i] += p[r * ldp + s] * vs;      \
+                }                                                                                 \
+            for (std::size_t r = 0; r < Rows; ++r)                                                \
+                std::memcpy(z + r * ldz + c, sum[r], sizeof sum[r]);                              \
+        }                                                                                         \
+    }                                                                                             \
+    attribute inline void mix(float* z, std::size_t ldz, const float* p, std::size_t ldp,         \
+                              const float* v, std::size_t ldv, std::size_t T, std::size_t n,      \
+                              std::size_t cols) {                                                 \
+        std::size_t t = 0;                                                                        \
+        for (; t + R <= T; t += R) weigh<R>(z + t * ldz, ldz, p + t * ldp, ldp, v, ldv, n, cols); \
+        for (; t < T; ++t) weigh<1>(z + t * ldz, ldz, p + t * ldp, ldp, v, ldv, n, cols);         \
+    }                                                                                             \
     }  // namespace isa
 
 #if defined(__x86_64__)
@@ -3210,13 +3220,12 @@ struct Kernels {  // the instance that suits this processor
 inline const Kernels& kernels() {
     static const Kernels chosen = [] {
 #if defined(__x86_64__)
-        const auto has = [](bool feature) { return feature; };
-        if (has(__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-                __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq"))) {
+        if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+            __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq")) {
             return Kernels{"avx512", avx512::panel<float>, avx512::panel<std::uint16_t>,
                            avx512::mix};
         }
-        if (has(__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"))) {
+        if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) {
             return Kernels{"avx2", avx2::panel<float>, avx2::panel<std::uint16_t>, avx2::mix};
         }
         return Kernels{"sse2", base::panel<float>, base::panel<std::uint16_t>, base::mix};
@@ -3348,10 +3357,9 @@ inline void linear(ThreadPool& pool, float* y, const float* x, const Tensor& w, 
     const auto task = [&](std::size_t i) {
         const std::size_t n = i * panel, rows = std::min(panel, N - n);
         if (w.dtype == DType::bf16 && T >= kWiden) {
-            std::vector<float> wide(rows * K);
-            for (std::size_t j = 0; j < wide.size(); ++j)
-                wide[j] = bf16_to_f32(w.bf16()[n * K + j]);
-            detail::kernels().panel_f32(y + n, N, x, K, wide.data(), K, T, rows, K);
+            const auto wide = std::make_unique_for_overwrite<float[]>(rows * K);
+            for (std::size_t j = 0; j < rows * K; ++j) wide[j] = bf16_to_f32(w.bf16()[n * K + j]);
+            detail::kernels().panel_f32(y + n, N, x, K, wide.get(), K, T, rows, K);
         } else if (w.dtype == DType::bf16) {
             detail::kernels().panel_bf16(y + n, N, x, K, w.bf16() + n * K, K, T, rows, K);
         } else {
@@ -4727,7 +4735,7 @@ inline std::optional<std::string> calculate(std::string_view expression) {
     std::erase(text, ',');
     const auto has = [](const std::string& s, const char* part) { return s.find(part) < s.size(); };
     if (text.find_first_not_of("0123456789*+-/.() ") == std::string::npos) {
-        return has(text, "**") ? std::nullopt : detail::Expression(text).evaluate();
+        return detail::Expression(text).evaluate();  // which has no **
     }
     // nanochat runs the string through Python's eval, fenced in by these checks. There is nothing
     // to protect here, but that "profile" gets no answer is part of what models were trained with.
@@ -4877,7 +4885,7 @@ inline std::vector<Token> chat_stop_tokens(const Tokenizer& tokenizer) {
 }
 
 // Tokens in, text out as soon as it is certain: whole characters (one may spread over several
-// tokens), no special tokens, nothing of a stop text. What could still become a stop text is held
+// tokens), no special tokens, nothing of a stop text. A call of the calculator reads "[37*41 = 1517] ". What could still become a stop text is held
 // back. However a text is cut into tokens, the joined pieces are the same.
 class TextStream {
 public:
@@ -4892,13 +4900,30 @@ public:
     }
 
     std::string push(Token token) {
-        if (tokenizer_.is_special(token)) return {};
-        return release(utf8_.push(tokenizer_.piece(token)), false);
+        if (tokenizer_.is_special(token)) return release(tool_mark(tokenizer_.piece(token)), false);
+        return release(utf8_.push((called_ ? close() : "") + std::string(tokenizer_.piece(token))),
+                       false);
     }
-    std::string finish() { return release(utf8_.finish(), true); }  // what is still held back
+    std::string finish() {  // what is still held back
+        const std::string rest = utf8_.finish();
+        return release(rest + close(), true);
+    }
     bool stopped() const { return stopped_; }  // at a stop text; nothing is shown any more
 
 private:
+    std::string close() {  // the bracket of a call, if one is open
+        const bool open = std::exchange(open_, false);
+        called_ = false;
+        return open ? "]" : "";
+    }
+    // "[" expression " = " result "]"; without a result, "]" comes before whatever comes instead.
+    std::string tool_mark(std::string_view special) {
+        if (special == "<|python_end|>") return called_ = open_, "";
+        if (special == "<|output_start|>" && called_) return called_ = false, " = ";
+        std::string mark = close() + (special == "<|output_end|>" ? " " : "");
+        open_ = special == "<|python_start|>" || special == "<|output_start|>";
+        return open_ ? mark + "[" : mark;
+    }
     std::string release(const std::string& text, bool last) {
         if (stopped_) return {};
         held_ += text;
@@ -4931,6 +4956,7 @@ private:
     Utf8Stream utf8_;
     std::string held_;
     bool stopped_ = false;
+    bool open_ = false, called_ = false;  // inside a call's brackets; its expression has ended
 };
 
 struct ReplyStats {
@@ -4953,8 +4979,8 @@ public:
     Chat(Backend& backend, const Tokenizer& tokenizer, GenerateParams params = {})
         : backend_(backend), tokenizer_(tokenizer), params_(std::move(params)) {}
 
-    // Answers a message. on_text gets whole characters as they come and returns false to stop; the
-    // answer then stays in the conversation as far as it came. The random generator starts from
+    // Answers a message. on_text gets whole characters as they come, "" for a token that completes
+    // none, and returns false to stop; the answer then stays in the conversation as far as it came. The random generator starts from
     // params().sampling.seed each time, as in nanochat. Without stop tokens in params() those of
     // chat_stop_tokens() hold.
     // Prompt and answer share the context. Oldest exchanges are left out of the prompt while less
@@ -5056,7 +5082,7 @@ private:
         bool go_on = true;
         const auto show = [&](const std::string& text) {
             now.text += text;
-            if (go_on && !text.empty() && on_text) go_on = on_text(text);
+            if (go_on && on_text) go_on = on_text(text);
             return go_on && !stream.stopped();
         };
         const Clock::time_point start = Clock::now();
@@ -5073,7 +5099,7 @@ private:
         stats_.completion_tokens = static_cast<int>(now.answer.size());
         stats_.context_used = stats_.prompt_tokens + stats_.completion_tokens;
 
-        if (reason != StopReason::cancelled) show(stream.finish());
+        show(stream.finish());
         if (reason == StopReason::max_tokens && clipped) reason = StopReason::context_full;
         if (stream.stopped()) reason = StopReason::stop_token;
         stats_.stop_text = stream.stopped();

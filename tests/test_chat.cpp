@@ -805,6 +805,7 @@ TEST_CASE("chat: a stop text ends the answer and is not shown") {
     CHECK(chat.reply("1", screen.show()) == StopReason::stop_token);
     CHECK(chat.stats().stop_text);
     CHECK(screen.text == "one");
+    CHECK(text_of(chat.answer()) == "one. t");  // nothing was generated after it
     CHECK(chat.messages()[1].content == "one");
     chat.stop_texts() = {"three.?"};
     CHECK(chat.reply("1", screen.show()) == StopReason::stop_token);

@@ -484,6 +484,24 @@ std::vector<BadZip> bad_archives() {
          "checksum"},
         {"junk in front, with offsets that do not count it",
          [](const ZipWriter& z) { return "#!/bin/sh\n" + z.bytes(); }, "not before its locator"},
+        {"junk in front, with offsets that count it",
+         [](ZipWriter z) {
+             z.prefix = "#!/bin/sh\n";
+             return z.bytes();
+         },
+         "belong to no entry"},
+        {"junk between the last entry and the directory",
+         [](ZipWriter z) {
+             z.between = "twelve bytes, then more";
+             return z.bytes();
+         },
+         "belong to no entry"},
+        {"junk between two entries",
+         [](ZipWriter z) {
+             z["data/0"].descriptor = std::string(25, 'x');
+             return z.bytes();
+         },
+         "belong to no entry"},
         {"70,000 entries",
          [](ZipWriter z) {
              z.entries.clear();

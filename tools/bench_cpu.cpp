@@ -13,7 +13,8 @@
 namespace {
 
 double seconds() {
-    return std::chrono::duration<double>(std::chrono::steady_clock::now().time_since_epoch()).count();
+    return std::chrono::duration<double>(std::chrono::steady_clock::now().time_since_epoch())
+        .count();
 }
 double median(std::vector<double> v) {
     std::sort(v.begin(), v.end());
@@ -22,10 +23,12 @@ double median(std::vector<double> v) {
 
 // Bytes of weights that one decoded token reads: all matrices but the embedding tables.
 double weight_bytes(const nanogpt::Model& model) {
-    double bytes = static_cast<double>(model.config().vocab_size) * static_cast<double>(model.weights().lm_head.cols()) *
+    double bytes = static_cast<double>(model.config().vocab_size) *
+                   static_cast<double>(model.weights().lm_head.cols()) *
                    static_cast<double>(nanogpt::size_of(model.weights().lm_head.dtype));
     for (const nanogpt::Layer& l : model.weights().layers) {
-        for (const nanogpt::Tensor* t : {&l.c_q, &l.c_k, &l.c_v, &l.attn_c_proj, &l.c_fc, &l.mlp_c_proj}) {
+        for (const nanogpt::Tensor* t :
+             {&l.c_q, &l.c_k, &l.c_v, &l.attn_c_proj, &l.c_fc, &l.mlp_c_proj}) {
             bytes += static_cast<double>(t->bytes());
         }
     }
@@ -59,10 +62,12 @@ double read_bandwidth(nanogpt::ThreadPool& pool, std::size_t bytes) {
 int run(int argc, char** argv) {
     const int threads = argc > 2 ? std::stoi(argv[2]) : 0;
     const bool bf16 = argc > 3 && std::string(argv[3]) == "bfloat16";
-    const auto model = nanogpt::load_model(argv[1], {.dtype = bf16 ? nanogpt::DType::bf16 : nanogpt::DType::f32, .threads = threads});
+    const auto model = nanogpt::load_model(
+        argv[1], {.dtype = bf16 ? nanogpt::DType::bf16 : nanogpt::DType::f32, .threads = threads});
     std::vector<nanogpt::Token> prompt(512);
     for (std::size_t i = 0; i < prompt.size(); ++i) {
-        prompt[i] = static_cast<nanogpt::Token>(i * 7919 % static_cast<std::size_t>(model->config().vocab_size));
+        prompt[i] = static_cast<nanogpt::Token>(
+            i * 7919 % static_cast<std::size_t>(model->config().vocab_size));
     }
     nanogpt::KVCache cache(*model, 1024);
     std::vector<double> prefill, decode;
@@ -78,15 +83,22 @@ int run(int argc, char** argv) {
         nanogpt::forward(*model, cache, {&prompt[static_cast<std::size_t>(i)], 1});
         if (i >= 8) decode.push_back(seconds() - start);
     }
-    const double bytes = weight_bytes(*model), limit = read_bandwidth(model->pool(), static_cast<std::size_t>(bytes));
+    const double bytes = weight_bytes(*model),
+                 limit = read_bandwidth(model->pool(), static_cast<std::size_t>(bytes));
     const double token = median(decode), prompt_time = median(prefill), reached = bytes / token;
-    std::printf("%s, %d threads, weights %s\n", nanogpt::cpu_features().c_str(), model->pool().size(), bf16 ? "bfloat16" : "float32");
+    std::printf("%s, %d threads, weights %s\n", nanogpt::cpu_features().c_str(),
+                model->pool().size(), bf16 ? "bfloat16" : "float32");
     std::printf("read bandwidth   %8.2f GB/s\n", limit * 1e-9);
-    std::printf("decode           %8.2f ms a token, %.1f MB of weights, %.2f GB/s = %.2f of the bandwidth\n", token * 1e3,
-                bytes * 1e-6, reached * 1e-9, reached / limit);
+    std::printf(
+        "decode           %8.2f ms a token, %.1f MB of weights, %.2f GB/s = %.2f of the "
+        "bandwidth\n",
+        token * 1e3, bytes * 1e-6, reached * 1e-9, reached / limit);
     std::printf("prefill of 512   %8.1f ms, %.1f tok/s\n", prompt_time * 1e3, 512 / prompt_time);
-    std::printf("{\"threads\":%d,\"dtype\":\"%s\",\"bandwidth\":%.4g,\"bytes\":%.6g,\"token_s\":%.5g,\"share\":%.3f,\"prefill_s\":%.5g}\n",
-                model->pool().size(), bf16 ? "bfloat16" : "float32", limit, bytes, token, reached / limit, prompt_time);
+    std::printf(
+        "{\"threads\":%d,\"dtype\":\"%s\",\"bandwidth\":%.4g,\"bytes\":%.6g,\"token_s\":%.5g,"
+        "\"share\":%.3f,\"prefill_s\":%.5g}\n",
+        model->pool().size(), bf16 ? "bfloat16" : "float32", limit, bytes, token, reached / limit,
+        prompt_time);
     return 0;
 }
 
