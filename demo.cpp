@@ -560,8 +560,12 @@ std::string paint(const Stream& stream, const char* code, std::string_view text)
 }
 constexpr const char *kBold = "1", *kDim = "2", *kRed = "31", *kGreen = "32";
 
+struct StreamLost : std::runtime_error {  // standard input or output cannot be used any more
+    using std::runtime_error::runtime_error;
+};
+template <class Exception = StreamLost>
 [[noreturn]] void fail_errno(std::string_view what) {
-    throw std::runtime_error(cat(what, ": ", std::strerror(errno)));
+    throw Exception(cat(what, ": ", std::strerror(errno)));
 }
 void write_out(std::string_view text) {
     if (std::fwrite(text.data(), 1, text.size(), stdout) != text.size())
@@ -803,8 +807,7 @@ private:
             return false;
         }
         if (wait[0].revents == 0) return true;
-        if (buffer_.size() > kMostBytes)
-            throw std::runtime_error("stdin: more than 16 MiB without an end");
+        if (buffer_.size() > kMostBytes) throw StreamLost("stdin: more than 16 MiB without an end");
         char bytes[65536];
         const ssize_t n = ::read(0, bytes, sizeof bytes);
         if (n < 0 && errno != EINTR && errno != EAGAIN) fail_errno("cannot read stdin");
@@ -881,7 +884,7 @@ public:
 
 private:
     [[noreturn]] void fail(const char* what) {
-        fail_errno(cat(what, " ", detail::quote(target_, 300)));
+        fail_errno<std::runtime_error>(cat(what, " ", detail::quote(target_, 300)));
     }
     std::string target_, path_;
     std::FILE* file_ = nullptr;
@@ -1061,6 +1064,38 @@ Wanted wanted(const Options& o) {
     return parse_id(o.model);
 }
 
+struct Tokens {  // of the base directory's tokenizer
+    int vocab_size = 0;
+    std::string reason;  // why it cannot be used
+};
+Tokens base_tokenizer(const fs::path& base) {
+    try {
+        return {load_tokenizer(base / "tokenizer" / "tokenizer.pkl").vocab_size(), ""};
+    } catch (const Error& e) {
+        return {0, e.what()};
+    }
+}
+
+// The checkpoints of a base directory; those that its tokenizer does not fit cannot be used.
+std::vector<ModelInfo> models_in(const fs::path& base, const Options& o) {
+    std::vector<std::string> skipped;
+    std::vector<ModelInfo> models = find_models(base, o.overrides, &skipped);
+    for (const std::string& warning : skipped) note(warning);
+    const Tokens tokens = models.empty() || !o.tokenizer.empty() ? Tokens{} : base_tokenizer(base);
+    std::error_code error;
+    for (ModelInfo& m : models) {
+        const bool own = fs::exists(m.model_file.parent_path() / "tokenizer.pkl", error);
+        if (m.status != Status::ready || own || tokens.vocab_size == 0 ||
+            tokens.vocab_size == m.config.vocab_size) {
+            continue;
+        }
+        m.status = Status::no_tokenizer;
+        m.reason = cat("needs a tokenizer of ", thousands(m.config.vocab_size),
+                       " tokens, the one here has ", thousands(tokens.vocab_size));
+    }
+    return models;
+}
+
 // `or_bundled`: chat and sample work without any checkpoint of one's own; o.base_dir then becomes the
 // bundled one.
 ModelInfo pick_model(Options& o, const std::string& preferred, bool or_bundled) {
@@ -1074,9 +1109,7 @@ ModelInfo pick_model(Options& o, const std::string& preferred, bool or_bundled) 
     }
     const Wanted w = wanted(o);
     const fs::path base = base_dir(o.base_dir);
-    std::vector<std::string> skipped;
-    std::vector<ModelInfo> models = find_models(base, o.overrides, &skipped);
-    for (const std::string& warning : skipped) note(warning);
+    std::vector<ModelInfo> models = models_in(base, o);
     if (models.empty()) {
         const bool asked = !o.base_dir.empty() || !o.tag.empty() || o.step >= 0 || !o.model.empty();
         const fs::path sample = or_bundled && !asked ? bundled_sample() : fs::path();
@@ -1371,7 +1404,9 @@ public:
             try {
                 if (!next_message(message)) break;
                 if (!message.empty()) obey(message);
-            } catch (const Error& e) {
+            } catch (const StreamLost&) {
+                throw;
+            } catch (const std::exception& e) {
                 failure_ = interrupted() ? 0 : report(options_, e);
             }
             forget_interrupts();
@@ -1749,24 +1784,10 @@ bool is_best(const ModelInfo& info, const std::vector<ModelInfo>& models) {
            });
 }
 
-struct Tokens {  // of the base directory's tokenizer
-    int vocab_size = 0;
-    std::string reason;  // why it cannot be used
-};
-Tokens base_tokenizer(const fs::path& base) {
-    try {
-        return {load_tokenizer(base / "tokenizer" / "tokenizer.pkl").vocab_size(), ""};
-    } catch (const Error& e) {
-        return {0, e.what()};
-    }
-}
-
 // All checkpoints of --type in the order of --sort; `all` keeps those found.
 std::vector<ModelInfo> listed(const Options& o, std::vector<ModelInfo>& all) {
     const fs::path base = base_dir(o.base_dir);
-    std::vector<std::string> skipped;
-    all = find_models(base, o.overrides, &skipped);
-    for (const std::string& warning : skipped) note(warning);
+    all = models_in(base, o);
     if (all.empty()) no_checkpoints(base);
     std::vector<ModelInfo> models;
     for (const ModelInfo& m : all) {

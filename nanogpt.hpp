@@ -93,6 +93,7 @@
 #include <exception>           // exception_ptr
 #include <filesystem>          // path
 #include <functional>          // function
+#include <initializer_list>    // initializer_list
 #include <limits>              // numeric_limits
 #include <memory>              // shared_ptr
 #include <mutex>               // mutex
@@ -100,8 +101,10 @@
 #include <optional>            // optional
 #include <span>                // span
 #include <stdexcept>           // runtime_error
+#include <stop_token>          // stop_token
 #include <string>              // string
 #include <string_view>         // string_view
+#include <system_error>        // error_code
 #include <thread>              // jthread
 #include <utility>             // move, pair
 #include <vector>              // vector
@@ -171,6 +174,9 @@ auto naming(const std::filesystem::path& file, Read&& read) {
         return read();
     } catch (const Error& e) {
         throw Error(e.kind, quote(file.filename().string(), 200) + ": " + e.what(), e.offset);
+    } catch (const std::bad_alloc&) {
+        throw Error(ErrorKind::out_of_memory,
+                    quote(file.filename().string(), 200) + ": not enough memory to read it");
     }
 }
 
@@ -263,14 +269,23 @@ inline std::uint16_t f32_to_bf16(float x) {
     return static_cast<std::uint16_t>((u + 0x7fffu + (u >> 16 & 1u)) >> 16);
 }
 
+// Neither NaN nor an infinity. By bits: under -ffast-math compilers drop comparisons that ask for it.
+inline bool is_finite(float x) {
+    return (std::bit_cast<std::uint32_t>(x) & 0x7f800000u) != 0x7f800000u;
+}
+inline bool is_finite(double x) {
+    constexpr std::uint64_t kExponent = std::uint64_t{0x7ff} << 52;
+    return (std::bit_cast<std::uint64_t>(x) & kExponent) != kExponent;
+}
+
 inline float f16_to_f32(std::uint16_t h) {
     const std::uint32_t sign = std::uint32_t{h & 0x8000u} << 16, exponent = h >> 10 & 31u;
     const std::uint32_t mantissa = h & 0x3ffu;
-    if (exponent == 31)
-        return std::bit_cast<float>(sign | 0x7f800000u | mantissa << 13);  // inf, NaN
+    // inf, NaN
+    if (exponent == 31) return std::bit_cast<float>(sign | 0x7f800000u | mantissa << 13);
     if (exponent != 0) return std::bit_cast<float>(sign | (exponent + 112) << 23 | mantissa << 13);
-    const float tiny =
-        static_cast<float>(mantissa) * 0x1p-24f;  // subnormal: mantissa * 2^-24, exact
+    // subnormal: mantissa * 2^-24, exact
+    const float tiny = static_cast<float>(mantissa) * 0x1p-24f;
     return sign != 0 ? -tiny : tiny;
 }
 
@@ -316,9 +331,10 @@ inline std::string to_string(std::span<const std::int64_t> shape) {
     return out + ")";
 }
 
-// Uninitialised memory for weights and caches, on 2 MiB borders so that the kernel can back it with large
-// pages (fewer TLB misses while all weights stream through, see SPEED.md). Untouched pages cost nothing.
-inline std::shared_ptr<std::byte> allocate(std::uint64_t bytes) {
+// Uninitialised memory, on a 2 MiB border so that the kernel can back weights with large pages: fewer TLB
+// misses while all of them stream through. A cache fills slowly and takes small ones: what is not yet
+// written then costs nothing.
+inline std::shared_ptr<std::byte> allocate(std::uint64_t bytes, bool large_pages = true) {
     constexpr std::uint64_t kPage = std::uint64_t{2} << 20;
     const std::uint64_t size = checked_add(bytes, kPage - 1) / kPage * kPage;
     void* p = size > SIZE_MAX / 2 ? nullptr : std::aligned_alloc(kPage, std::max(size, kPage));
@@ -326,7 +342,7 @@ inline std::shared_ptr<std::byte> allocate(std::uint64_t bytes) {
         throw Error(ErrorKind::out_of_memory,
                     "cannot allocate " + std::to_string(bytes >> 20) + " MiB");
     }
-    madvise(p, size, MADV_HUGEPAGE);  // a wish; ignored where it cannot be met
+    if (large_pages) madvise(p, size, MADV_HUGEPAGE);  // a wish; ignored where it cannot be met
     return {static_cast<std::byte*>(p), [](std::byte* q) { std::free(q); }};
 }
 
@@ -720,8 +736,8 @@ private:
         if (as_text(h).substr(30) != e.name || name != e.name.size())
             refuse(who + " has another name in its local header", at);
         const std::uint64_t packed = little_endian<4>(h, 18), size = little_endian<4>(h, 22);
-        const bool deferred =
-            (flags & 8) != 0 && packed == 0 && size == 0;  // sizes follow the data
+        // sizes follow the data
+        const bool deferred = (flags & 8) != 0 && packed == 0 && size == 0;
         const bool zip64 = packed == 0xffffffff && size == 0xffffffff;
         if (!deferred && !zip64 && (packed != e.size || size != e.size))
             refuse(who + " has other sizes in its local header", at);
@@ -899,7 +915,8 @@ private:
         return items;
     }
     void put(std::uint64_t i) {
-        if (i >= in_.size()) fail("pickle: memo index " + std::to_string(i) + " is out of range");
+        if (i >= std::min(in_.size(), 2 * kMaxPickleValues))
+            fail("pickle: memo index " + std::to_string(i) + " is out of range");
         if (i >= memo_.size()) memo_.resize(static_cast<std::size_t>(i) + 1, kUnset);
         memo_[static_cast<std::size_t>(i)] = top();
     }
@@ -1031,8 +1048,8 @@ private:
         if (is(target, Kind::encoding) && node(target).items.empty()) {
             node(state).closed = true;
             node(target).items = {state};
-        } else if (!is(target, Kind::ordered_dict) ||
-                   !is(state, Kind::dict)) {  // its _metadata is of no use here
+            // its _metadata is of no use here
+        } else if (!is(target, Kind::ordered_dict) || !is(state, Kind::dict)) {
             fail("pickle: BUILD on what is neither an OrderedDict nor a new Encoding");
         }
     }
@@ -1189,6 +1206,8 @@ enum class JsonDialect : std::uint8_t { strict, python };
 
 namespace detail {
 
+constexpr std::size_t kMaxJsonValues = 100000;  // 96 bytes each
+
 class JsonReader {
 public:
     JsonReader(std::string_view text, JsonDialect dialect, int max_depth)
@@ -1222,6 +1241,7 @@ private:
     Json read(int depth) {
         space();
         if (depth > max_depth_) fail("is nested deeper than " + std::to_string(max_depth_));
+        if (++values_ > kMaxJsonValues) fail("has more than 100,000 values");
         Json value;
         if (at_ == in_.size()) fail(in_.empty() ? "is empty" : "ends too early");
         const char c = peek();
@@ -1353,7 +1373,7 @@ private:
     std::string_view in_;
     bool python_;
     int max_depth_;
-    std::size_t at_ = 0;
+    std::size_t at_ = 0, values_ = 0;
 };
 
 }  // namespace detail
@@ -1399,8 +1419,8 @@ struct Config {
     float ve_gate_scale = 3;    // gate = scale * sigmoid(...)
     int ve_gate_channels = 12;  // leading channels that the gate reads
     int short_window = 512;     // an S layer sees this many positions back, itself besides
-    bool bf16_rope_tables =
-        false;  // cos and sin rounded to bfloat16, as nanochat did until 2026-03-04
+    // cos and sin rounded to bfloat16, as nanochat did until 2026-03-04
+    bool bf16_rope_tables = false;
 
     int head_dim() const { return n_embd / n_head; }  // hd
     // A query sees the keys at most this many positions back (inclusive). The last layer is always L.
@@ -1460,16 +1480,19 @@ struct ModelInfo {  // all that is known without reading the weights
     std::string loss_metric, loss_unit;  // "val_bpb" in "bits/byte", "val_loss" in "nats/token"
     std::vector<std::pair<std::string, double>> metrics;  // such as mmlu_acc
     std::vector<Setting> settings;
+    Overrides overrides;  // what was insisted on
     std::vector<std::string> warnings;
     std::vector<TensorInfo> tensors;
     std::int64_t parameters = 0;
     std::uint64_t file_bytes = 0;
-    std::uint64_t memory_bytes =
-        0;  // of the weights, loaded as float32 (what is stored shorter stays so)
+    // of the weights, loaded as float32 (what is stored shorter stays so)
+    std::uint64_t memory_bytes = 0;
     std::int64_t modified = 0;  // seconds since 1970
 };
 
 namespace detail {
+
+constexpr int kSmearChannels = 24;  // of x, that G4's smear gate reads
 
 struct GenerationFacts {
     Generation generation;
@@ -1510,10 +1533,12 @@ struct StoredTensor {  // where a tensor's elements lie in the file
 
 // ---- the state dict: names and places of the tensors
 
-inline std::string plain_name(
-    std::string_view name) {  // torch.compile and DataParallel put prefixes
-    for (const std::string_view prefix : {"module.", "_orig_mod."}) {
-        if (name.starts_with(prefix)) name.remove_prefix(prefix.size());
+// torch.compile and DataParallel put prefixes
+inline std::string plain_name(std::string_view name) {
+    constexpr std::string_view kPrefixes[] = {"_orig_mod.", "module."};
+    for (int i = 0; i < 4; ++i) {
+        for (const std::string_view p : kPrefixes)
+            name.remove_prefix(name.starts_with(p) ? p.size() : 0);
     }
     return std::string(name);
 }
@@ -1621,8 +1646,8 @@ inline std::vector<StoredTensor> read_state_dict(const ZipFile& zip) {
         if (tensors[i].info.name == tensors[i - 1].info.name)
             refuse("has two tensors " + quote(tensors[i].info.name));
     }
-    std::vector<const StoredTensor*>
-        order;  // two tensors may share a storage only if they are the same
+    // two tensors may share a storage only if they are the same
+    std::vector<const StoredTensor*> order;
     for (const StoredTensor& t : tensors) order.push_back(&t);
     std::sort(order.begin(), order.end(),
               [](const auto* a, const auto* b) { return a->entry < b->entry; });
@@ -1702,7 +1727,8 @@ inline std::vector<TensorInfo> expected_tensors(const Config& c) {
     if (c.generation == Generation::g2e)
         add("bigram_embed.embed.weight", {5 * V, D}), add("bigram_lambdas", {L});
     if (c.generation == Generation::g4)
-        add("smear_gate.weight", {1, 24}), add("smear_lambda", {1}), add("backout_lambda", {1});
+        add("smear_gate.weight", {1, kSmearChannels}), add("smear_lambda", {1}),
+            add("backout_lambda", {1});
     for (int i = 0; i < c.n_layer; ++i) {
         const std::string h = "transformer.h." + std::to_string(i) + ".";
         add(h + "attn.c_q.weight", {D, D});
@@ -1736,8 +1762,8 @@ inline void check_tensors(const Config& config, std::span<const StoredTensor> te
         const bool optional = config.generation == Generation::g1 &&
                               (e.name == "resid_lambdas" || e.name == "x0_lambdas");
         if (t == nullptr) {
-            if (!optional)
-                missing.push_back(e.name);  // nanochat patches a missing one to ones or zeros
+            // nanochat patches a missing one to ones or zeros
+            if (!optional) missing.push_back(e.name);
         } else if (t->info.shape != e.shape) {
             other.push_back(e.name + " is " + to_string(t->info.shape) + ", the config needs " +
                             to_string(e.shape));
@@ -1826,14 +1852,13 @@ inline Config read_config(const Json& meta, bool& has_pattern) {
 inline void read_losses(const Json& meta, ModelInfo& info) {
     for (const auto& [key, value] : meta.object) {
         if (value.kind != Json::Kind::number || key == "step" || key == "device_batch_size" ||
-            key == "max_seq_len" || key == "total_batch_size" ||
-            !(std::abs(value.number) <= std::numeric_limits<double>::max())) {
+            key == "max_seq_len" || key == "total_batch_size" || !is_finite(value.number)) {
             continue;
         }
         const bool bits = key == "val_bpb", nats = key == "val_loss";
         if (!bits && !nats) info.metrics.emplace_back(key, value.number);
-        if (bits ||
-            (nats && info.loss_metric.empty())) {  // only bits per byte compare across tokenizers
+        // only bits per byte compare across tokenizers
+        if (bits || (nats && info.loss_metric.empty())) {
             info.loss = value.number;
             info.loss_metric = key;
             info.loss_unit = bits ? "bits/byte" : "nats/token";
@@ -1855,18 +1880,37 @@ inline std::string format(float value) {  // 100000, 1.15
     return {buffer, end};
 }
 
+// The number of "model_<number>.pt"; -1 if the name is another.
+inline std::int64_t step_of(std::string_view name, std::string_view prefix = "model_",
+                            std::string_view suffix = ".pt") {
+    if (!name.starts_with(prefix) || !name.ends_with(suffix) ||
+        name.size() <= prefix.size() + suffix.size())
+        return -1;
+    name = name.substr(prefix.size(), name.size() - prefix.size() - suffix.size());
+    if (name.size() > 12 || name.find_first_not_of("0123456789") != name.npos) return -1;
+    std::int64_t step = -1;
+    std::from_chars(name.data(), name.data() + name.size(), step);
+    return step;
+}
+
+// itself, if there is no working directory
+inline std::filesystem::path full_path(const std::filesystem::path& path) {
+    std::error_code ec;
+    auto out = std::filesystem::absolute(path, ec);
+    return ec ? path : out;
+}
+
 // The metadata of the base model of the same tag: it tells when the run was, and its window pattern.
 inline Json base_sibling(const ModelInfo& info) {
-    const auto own = info.model_file.parent_path();
+    const auto own = full_path(info.model_file).parent_path();
     const auto dir = own.parent_path().parent_path() / "base_checkpoints" / own.filename();
     std::error_code ec;
     std::filesystem::path newest;
+    std::int64_t last = -1;
     std::filesystem::directory_iterator it(dir, ec), end;
     for (int n = 0; !ec && it != end && n < 100000; it.increment(ec), ++n) {
-        const std::string name = it->path().filename().string();
-        if (name.starts_with("meta_") && name.ends_with(".json") &&
-            name > newest.filename().string())
-            newest = it->path();
+        const std::int64_t step = step_of(it->path().filename().string(), "meta_", ".json");
+        if (step > last) newest = it->path(), last = step;
     }
     try {
         if (!newest.empty())
@@ -1902,12 +1946,23 @@ inline void check_pattern(ModelInfo& info, bool has_pattern, const Json& sibling
     }
 }
 
+inline Overrides merge(Overrides first, const Overrides& second) {
+    const auto fill = [](auto& value, const auto& other) { value = value ? value : other; };
+    fill(first.generation, second.generation), fill(first.softcap, second.softcap);
+    fill(first.rope_base, second.rope_base), fill(first.qk_scale, second.qk_scale);
+    fill(first.window_pattern, second.window_pattern),
+        fill(first.short_window, second.short_window);
+    fill(first.sequence_len, second.sequence_len),
+        fill(first.bf16_rope_tables, second.bf16_rope_tables);
+    return first;
+}
+
 inline void check_overrides(const Overrides& o) {
     const auto bad = [](const char* name, const char* need) {
         throw Error(ErrorKind::usage, std::string("override of ") + name + " must be " + need);
     };
     const auto positive = [](const std::optional<float>& x) {  // false for NaN and infinity too
-        return !x || (*x > 0 && *x <= std::numeric_limits<float>::max());
+        return !x || (is_finite(*x) && *x > 0);
     };
     if (!positive(o.softcap)) bad("softcap", "a positive number");
     if (!positive(o.rope_base)) bad("rope_base", "a positive number");
@@ -1921,6 +1976,7 @@ inline void check_overrides(const Overrides& o) {
 inline void settle(ModelInfo& info, const Json& meta, bool has_pattern, Generation found,
                    const Overrides& o) {
     check_overrides(o);
+    info.overrides = o;
     Config& c = info.config;
     c.generation = o.generation.value_or(found);
     const GenerationFacts& f = facts(c.generation);
@@ -1943,6 +1999,11 @@ inline void settle(ModelInfo& info, const Json& meta, bool has_pattern, Generati
     c.ve_gate_scale = f.ve_gate_scale;
     c.ve_gate_channels = f.ve_gate_channels;
 
+    const int channels = c.generation == Generation::g4 ? kSmearChannels : f.ve_gate_channels;
+    if (c.n_embd < channels)
+        refuse("n_embd is " + std::to_string(c.n_embd) + ", the gates of this generation read " +
+               std::to_string(channels) + " channels");
+
     const bool g0 = c.generation == Generation::g0, g2 = c.generation == Generation::g2;
     const Json sibling =
         (g2 || !has_pattern) && !g0 && info.source != "base" ? base_sibling(info) : Json{};
@@ -1954,6 +2015,11 @@ inline void settle(ModelInfo& info, const Json& meta, bool has_pattern, Generati
         info.warnings.push_back("softcap " + format(c.softcap) +
                                 " is assumed: it was 15, but 20 from 2026-03-03 to 03-09, and the "
                                 "file does not tell (--softcap)");
+    }
+    if (g0 && (o.window_pattern || o.short_window)) {
+        throw Error(
+            ErrorKind::usage,
+            "this checkpoint is of generation g0, which had no windows. Add --gen g1 to insist");
     }
     if (!o.window_pattern) check_pattern(info, has_pattern, sibling);
     c.window_pattern = o.window_pattern.value_or(c.window_pattern);
@@ -2005,19 +2071,6 @@ inline std::vector<StoredTensor> inspect(ModelInfo& info, const ZipFile& zip,
     });
 }
 
-// The number of "model_<number>.pt"; -1 if the name is another.
-inline std::int64_t step_of(std::string_view name, std::string_view prefix = "model_",
-                            std::string_view suffix = ".pt") {
-    if (!name.starts_with(prefix) || !name.ends_with(suffix) ||
-        name.size() <= prefix.size() + suffix.size())
-        return -1;
-    name = name.substr(prefix.size(), name.size() - prefix.size() - suffix.size());
-    if (name.size() > 12 || name.find_first_not_of("0123456789") != name.npos) return -1;
-    std::int64_t step = -1;
-    std::from_chars(name.data(), name.data() + name.size(), step);
-    return step;
-}
-
 struct SourceFolder {
     const char *folder, *source;
 };
@@ -2033,10 +2086,10 @@ inline ModelInfo place(const std::filesystem::path& model_file) {
     info.model_file = model_file;
     const std::string name = model_file.filename().string();
     info.step = std::max<std::int64_t>(step_of(name), 0);
-    const auto absolute = std::filesystem::absolute(model_file);
-    info.tag = absolute.parent_path().filename().string();
+    const auto full = full_path(model_file);
+    info.tag = full.parent_path().filename().string();
     for (const SourceFolder& s : kSources) {
-        if (absolute.parent_path().parent_path().filename() == s.folder) info.source = s.source;
+        if (full.parent_path().parent_path().filename() == s.folder) info.source = s.source;
     }
     info.id = (info.source.empty() ? "file" : info.source) + "/" + info.tag + "/" +
               std::to_string(info.step);
@@ -2156,10 +2209,12 @@ inline std::vector<ModelInfo> find_models(const std::filesystem::path& base,
             if (x != y) return x > y;
             return a.tag != b.tag ? a.tag < b.tag : a.step > b.step;
         });
-        for (ModelInfo& m :
-             found) {  // sft_checkpoints must not repeat an id of chatsft_checkpoints
-            const bool twice = std::any_of(models.begin(), models.end(),
-                                           [&](const ModelInfo& o) { return o.id == m.id; });
+        // sft_checkpoints must not repeat an id of chatsft_checkpoints
+        const std::size_t before = models.size();
+        for (ModelInfo& m : found) {
+            const auto earlier = std::span(models).first(before);
+            const bool twice = std::any_of(earlier.begin(), earlier.end(),
+                                           [&](const ModelInfo& e) { return e.id == m.id; });
             if (!twice) models.push_back(std::move(m));
         }
     }
@@ -2199,7 +2254,7 @@ inline ModelInfo inspect_model(const std::filesystem::path& dir_or_file, std::in
 
 // The tokenizer that belongs to a checkpoint: beside the model, ../../tokenizer/, or the base directory's.
 inline std::filesystem::path find_tokenizer(const ModelInfo& info) {
-    const auto dir = std::filesystem::absolute(info.model_file).parent_path();
+    const auto dir = detail::full_path(info.model_file).parent_path();
     std::error_code ec;
     for (const auto& folder :
          {dir, dir.parent_path().parent_path() / "tokenizer", base_dir() / "tokenizer"}) {
@@ -2694,8 +2749,8 @@ private:
         Token token;
         std::uint32_t rank;  // of the token that it makes with the next part
     };
-    static constexpr std::uint32_t kNoRank =
-        static_cast<std::uint32_t>(kNoToken);  // above all others
+    // above all others
+    static constexpr std::uint32_t kNoRank = static_cast<std::uint32_t>(kNoToken);
 
     void look(std::uint32_t i) {
         const std::uint32_t next = parts_[i].next;
@@ -2993,22 +3048,24 @@ class ThreadPool {
 public:
     explicit ThreadPool(int threads = 0) {  // 0: one per physical core
         const int n = std::clamp(threads > 0 ? threads : physical_cores(), 1, 1024);
-        for (int i = 1; i < n; ++i) {
-            workers_.emplace_back([this](std::stop_token stop) { serve(stop); });
+        try {
+            for (int i = 1; i < n; ++i) {
+                workers_.emplace_back([this](std::stop_token stop) { serve(stop); });
+            }
+        } catch (const std::system_error&) {
+            stop();
+            throw Error(ErrorKind::out_of_memory,
+                        "cannot start " + std::to_string(n) + " threads. Try --threads 1");
         }
     }
-    ~ThreadPool() {
-        for (std::jthread& w : workers_) w.request_stop();
-        round_.fetch_add(1);
-        round_.notify_all();
-    }
+    ~ThreadPool() { stop(); }
     ThreadPool(const ThreadPool&) = delete;
     ThreadPool& operator=(const ThreadPool&) = delete;
 
     int size() const { return static_cast<int>(workers_.size()) + 1; }
 
     // Calls task(i) once for every i < n, on all threads, the caller's included; returns when all are done.
-    // Rethrows the first exception. Which thread takes which i is left to chance: no result may depend on it.
+    // After an exception no more are started, and it is thrown here. Which thread takes which i is left to chance: no result may depend on it.
     void run(std::size_t n, const std::function<void(std::size_t)>& task) {
         if (workers_.empty() || n < 2) {
             for (std::size_t i = 0; i < n; ++i) task(i);
@@ -3037,8 +3094,8 @@ public:
     }
 
 private:
-    static constexpr int kSpins =
-        4000;  // some 20 us: the next operation of a token comes sooner than that
+    // some 20 us: the next operation of a token comes sooner than that
+    static constexpr int kSpins = 4000;
     static void relax() {
 #if defined(__x86_64__)
         __builtin_ia32_pause();
@@ -3050,6 +3107,11 @@ private:
         for (int i = 0; i < kSpins && busy.load(std::memory_order_acquire) != 0; ++i) relax();
         return busy.load(std::memory_order_acquire);
     }
+    void stop() {
+        for (std::jthread& w : workers_) w.request_stop();
+        round_.fetch_add(1);
+        round_.notify_all();
+    }
     void work() {
         for (std::size_t i; (i = next_.fetch_add(1, std::memory_order_relaxed)) < count_;) {
             try {
@@ -3057,6 +3119,7 @@ private:
             } catch (...) {
                 const std::lock_guard lock(error_mutex_);
                 if (!error_) error_ = std::current_exception();
+                next_.store(count_, std::memory_order_relaxed);  // nobody starts another one
             }
         }
     }
@@ -3102,7 +3165,7 @@ inline float sum_lanes(const float* lanes) {
 // multiplications: 4 x 6 accumulators leave 8 of AVX-512's 32 registers for operands. With few rows the
 // memory sets the pace, and it delivers one stream at 28 GB/s where six get 17 (a core of an EPYC 9004).
 //
-//   panel: y (T, N) = x (T, K) w (N, K)^T; rows are ldy, ldx and ldw elements apart
+//   panel: y (T, N) = x (T, K) w (N, K)^T; rows are ldy, ldx and ldw elements apart; `stream`: w comes from memory
 //   mix:   z (T, cols) = p (T, n) v (n, cols), summed over n in order; cols a multiple of 16
 #define NANOGPT_KERNELS(isa, W, R, C, attribute)                                                       \
     namespace isa {                                                                                    \
@@ -3171,8 +3234,8 @@ inline float sum_lanes(const float* lanes) {
     template <class Weight>                                                                            \
     attribute void panel(float* y, std::size_t ldy, const float* x, std::size_t ldx,                   \
                          const Weight* w, std::size_t ldw, std::size_t T, std::size_t N,               \
-                         std::size_t K) {                                                              \
-        const std::size_t tiled = T > 2 * R ? N / C * C : 0;                                           \
+                         std::size_t K, bool stream) {                                                 \
+        const std::size_t tiled = stream ? 0 : N / C * C;                                              \
         std::size_t t = 0;                                                                             \
         for (; t + R <= T; t += R)                                                                     \
             row<Weight, R>(y + t * ldy, ldy, x + t * ldx, ldx, w, ldw, N, K, tiled);                   \
@@ -3211,12 +3274,14 @@ NANOGPT_KERNELS(base, 4, 2, 3, )  // SSE2, or NEON: a part of every x86-64 and e
 
 struct Kernels {  // the instance that suits this processor
     template <class Weight>
-    using Panel = void (*)(float*, std::size_t, const float*, std::size_t, const Weight*,
-                           std::size_t, std::size_t, std::size_t, std::size_t);
+    using Panel = void (*)(float* y, std::size_t ldy, const float* x, std::size_t ldx,
+                           const Weight* w, std::size_t ldw, std::size_t T, std::size_t N,
+                           std::size_t K, bool stream);
     const char* name;
     Panel<float> panel_f32;
     Panel<std::uint16_t> panel_bf16;
-    Panel<float> mix;
+    void (*mix)(float* z, std::size_t ldz, const float* p, std::size_t ldp, const float* v,
+                std::size_t ldv, std::size_t T, std::size_t n, std::size_t cols);
 };
 inline const Kernels& kernels() {
     static const Kernels chosen = [] {
@@ -3334,16 +3399,20 @@ inline void softmax(float* x, std::size_t n) {
 }
 
 // x = cap * tanh(x / cap) in place (Gemma 2, Riviere et al. 2024). tanh |z| = (1 - e) / (1 + e) with
-// e = e^(-2 |z|), 16 at a time: within 2e-6 at cap 15, where std::tanh took 0.9 ms for 32,768 logits.
+// e = e^(-2 |z|), 16 at a time: as exact as its sum 1 - e, 6e-8 of the cap, where 32,768 calls of std::tanh
+// take 0.9 ms. A cap far above all logits leaves nothing of that sum, and takes the calls.
 inline void softcap(float* x, std::size_t n, float cap) {
+    if (cap > 100) {
+        for (std::size_t i = 0; i < n; ++i) x[i] = cap * std::tanh(x[i] / cap);
+        return;
+    }
     for (std::size_t i = 0; i < n; i += detail::kLanes) {
         const std::size_t part = std::min(detail::kLanes, n - i);
         float e[detail::kLanes] = {};
         for (std::size_t l = 0; l < part; ++l) e[l] = std::abs(x[i + l]) * (-2 / cap);
         detail::exp16(e);
-        for (std::size_t l = 0; l < part; ++l) {
-            x[i + l] = std::copysign(cap * (1 - e[l]) / (1 + e[l]), x[i + l]);
-        }
+        for (std::size_t l = 0; l < detail::kLanes; ++l) e[l] = cap * (1 - e[l]) / (1 + e[l]);
+        for (std::size_t l = 0; l < part; ++l) x[i + l] = std::copysign(e[l], x[i + l]);
     }
 }
 
@@ -3363,9 +3432,10 @@ inline float sigmoid(float x) { return 1.0f / (1.0f + std::exp(-x)); }
 inline void linear(ThreadPool& pool, float* y, const float* x, const Tensor& w, std::size_t T,
                    std::size_t N) {
     constexpr std::size_t kPanelBytes = std::size_t{256} << 10;
-    constexpr std::size_t kWiden =
-        16;  // from so many rows on, bfloat16 is widened once per panel: 1.6 x faster
+    // from so many rows on, bfloat16 is widened once per panel: 1.6 x faster
+    constexpr std::size_t kWiden = 16;
     const std::size_t K = w.cols();
+    const bool stream = T <= 8;  // the memory sets the pace
     const std::size_t fit = std::max<std::size_t>(kPanelBytes / (K * 4), 1);  // rows
     const std::size_t share =
         (N + static_cast<std::size_t>(pool.size()) - 1) / static_cast<std::size_t>(pool.size());
@@ -3375,11 +3445,11 @@ inline void linear(ThreadPool& pool, float* y, const float* x, const Tensor& w, 
         if (w.dtype == DType::bf16 && T >= kWiden) {
             const auto wide = std::make_unique_for_overwrite<float[]>(rows * K);
             for (std::size_t j = 0; j < rows * K; ++j) wide[j] = bf16_to_f32(w.bf16()[n * K + j]);
-            detail::kernels().panel_f32(y + n, N, x, K, wide.get(), K, T, rows, K);
+            detail::kernels().panel_f32(y + n, N, x, K, wide.get(), K, T, rows, K, false);
         } else if (w.dtype == DType::bf16) {
-            detail::kernels().panel_bf16(y + n, N, x, K, w.bf16() + n * K, K, T, rows, K);
+            detail::kernels().panel_bf16(y + n, N, x, K, w.bf16() + n * K, K, T, rows, K, stream);
         } else {
-            detail::kernels().panel_f32(y + n, N, x, K, w.f32() + n * K, K, T, rows, K);
+            detail::kernels().panel_f32(y + n, N, x, K, w.f32() + n * K, K, T, rows, K, stream);
         }
     };
     const std::size_t tasks = (N + panel - 1) / panel;
@@ -3409,10 +3479,11 @@ inline void attention(float* z, std::size_t ldz, const float* q, std::size_t ldq
         const auto first_key = [&](std::size_t t) {
             return pos + t > window ? pos + t - window : 0;
         };
-        const std::size_t lo = first_key(t0),
-                          n = pos + t0 + rows - lo;  // keys that some row of the block sees
+        // keys that some row of the block sees
+        const std::size_t lo = first_key(t0), n = pos + t0 + rows - lo;
         for (std::size_t r = 0; r < rows; ++r) std::copy_n(q + (t0 + r) * ldq, hd, &qs[r * hdp]);
-        detail::kernels().panel_f32(p.data(), ld, qs.data(), hdp, k + lo * hdp, hdp, rows, n, hdp);
+        detail::kernels().panel_f32(p.data(), ld, qs.data(), hdp, k + lo * hdp, hdp, rows, n, hdp,
+                                    rows == 1);
         for (std::size_t r = 0; r < rows; ++r) {
             float* row = &p[r * ld];
             const std::size_t own = first_key(t0 + r), begin = own - lo,
@@ -3464,14 +3535,14 @@ struct Weights {
 };
 
 struct LoadOptions {
-    DType dtype =
-        DType::f32;  // or bf16: float32 weights are rounded; bfloat16 ones stay as they are in both
-    int threads = 0;  // 0: one per physical core
-    Overrides overrides = {};
-    bool verify = true;      // checksums of all weights
-    std::int64_t step = -1;  // of a directory's checkpoints: -1 the last
-    std::function<bool(std::uint64_t done, std::uint64_t total)> progress =
-        {};  // bytes; false stops: Error
+    // or bf16: float32 weights are rounded; bfloat16 ones stay as they are in both
+    DType dtype = DType::f32;
+    int threads = 0;           // 0: one per physical core
+    Overrides overrides = {};  // beside those that a ModelInfo was found with
+    bool verify = true;        // checksums of all weights
+    std::int64_t step = -1;    // of a directory's checkpoints: -1 the last
+    // bytes; false stops: Error
+    std::function<bool(std::uint64_t done, std::uint64_t total)> progress = {};
 };
 
 class Model {  // immutable once loaded; threads and sequences share it freely
@@ -3516,8 +3587,8 @@ inline void copy_row(float* out, const Tensor& table, std::size_t row) {
 
 }  // namespace detail
 
-// Reads the weights of one checkpoint straight to where they stay: one allocation, and one megabyte per
-// thread for those that change their type on the way. So there are never two copies of the model.
+// Reads the weights of one checkpoint straight to where they stay: one allocation, and a quarter of a
+// megabyte per thread for those that change their type on the way. So there are never two copies of the model.
 class ModelLoader {
 public:
     static std::shared_ptr<const Model> load(ModelInfo info, const LoadOptions& options) {
@@ -3547,7 +3618,7 @@ private:
         if (!info.id.empty())
             own.source = info.source, own.tag = info.tag, own.id = info.id,
             own.meta_file = info.meta_file;
-        stored_ = detail::inspect(own, zip_, options.overrides);
+        stored_ = detail::inspect(own, zip_, detail::merge(options.overrides, info.overrides));
         model_->pool_ = std::make_unique<ThreadPool>(options.threads);
         model_->dtype_ = options.dtype;
         plan();
@@ -3575,9 +3646,9 @@ private:
     }
 
     void read() {
-        memory_ = detail::allocate(model_->bytes_);
-        std::vector<const Job*>
-            order;  // the largest first, so that no thread ends up with it alone
+        memory_ = detail::allocate(model_->bytes_, true);
+        // the largest first, so that no thread ends up with it alone
+        std::vector<const Job*> order;
         for (const Job& j : jobs_) order.push_back(&j);
         std::stable_sort(order.begin(), order.end(), [](const Job* a, const Job* b) {
             return a->from->bytes() > b->from->bytes();
@@ -3651,7 +3722,7 @@ private:
     float scalar(const std::string& name, std::size_t i, float otherwise) const {
         const Tensor t = tensor(name);
         const float x = t ? t.f32()[i] : otherwise;
-        if (!(std::abs(x) <= std::numeric_limits<float>::max())) {
+        if (!is_finite(x)) {
             detail::refuse(name + "[" + std::to_string(i) +
                            "] is not a finite number: the checkpoint is damaged");
         }
@@ -3780,8 +3851,8 @@ struct Observer {
 
 // ---- what changes while a sequence is read or written
 
-struct
-    Workspace {  // buffers of one forward pass, kept between calls; a few MiB for a prompt of 512
+// buffers of one forward pass, kept between calls; a few MiB for a prompt of 512
+struct Workspace {
     std::vector<float> embed, x, x0, middle, h, q, k, v, z, mlp, gate, cos, sin, logits, scores,
         pattern;
 };
@@ -3792,7 +3863,8 @@ struct
 class KVCache {
 public:
     KVCache(const Model& model, int capacity)
-        : capacity_(capacity),
+        : model_(&model),
+          capacity_(capacity),
           heads_(static_cast<std::size_t>(model.config().n_kv_head)),
           row_(detail::round_up(static_cast<std::size_t>(model.config().head_dim()),
                                 detail::kLanes)) {
@@ -3801,10 +3873,15 @@ public:
         const std::uint64_t rows = std::uint64_t{heads_} * static_cast<std::uint64_t>(capacity) *
                                    static_cast<std::uint64_t>(model.config().n_layer);
         const std::uint64_t half = detail::checked_mul(rows, row_ * sizeof(float));
-        memory_ = detail::allocate(detail::checked_mul(half, 2));
+        memory_ = detail::allocate(detail::checked_mul(half, 2), false);
+        tokens_.reserve(static_cast<std::size_t>(capacity));  // append() must not throw
         k_ = reinterpret_cast<float*>(memory_.get());
         v_ = reinterpret_cast<float*>(memory_.get() + half);
     }
+    KVCache(const KVCache&) = delete;  // a copy would share keys and values
+    KVCache& operator=(const KVCache&) = delete;
+
+    const Model& model() const { return *model_; }
     int length() const { return static_cast<int>(tokens_.size()); }  // in tokens
     int capacity() const { return capacity_; }
     std::span<const Token> tokens() const { return tokens_; }
@@ -3827,6 +3904,7 @@ private:
         return (static_cast<std::size_t>(layer) * heads_ + head) *
                static_cast<std::size_t>(capacity_) * row_;
     }
+    const Model* model_;
     int capacity_;
     std::size_t heads_, row_;
     std::shared_ptr<std::byte> memory_;
@@ -3854,9 +3932,13 @@ struct Part {  // the rows of one slice: begin ... begin + T - 1
     int pos;  // of the first
 };
 
-inline void check_slices(const Config& config, std::span<const Slice> batch) {
+inline void check_slices(const Model& model, std::span<const Slice> batch) {
+    const Config& config = model.config();
     for (std::size_t i = 0; i < batch.size(); ++i) {
         const Slice& s = batch[i];
+        if (s.cache == nullptr || &s.cache->model() != &model) {
+            throw Error(ErrorKind::usage, "a sequence of another model was given to this one");
+        }
         if (s.tokens.empty())
             throw Error(ErrorKind::usage, "a step of a sequence needs at least one token");
         for (std::size_t j = 0; j < i; ++j) {
@@ -3886,8 +3968,8 @@ inline std::size_t bigram_row(const Row& row, int vocab_size) {
     if (row.previous < 0) return static_cast<std::size_t>(mod);
     const auto mix = static_cast<std::int32_t>(36313u * static_cast<std::uint32_t>(row.id) ^
                                                27191u * static_cast<std::uint32_t>(row.previous));
-    return static_cast<std::size_t>((mix % mod + mod) %
-                                    mod);  // Python's remainder is never negative
+    // Python's remainder is never negative
+    return static_cast<std::size_t>((mix % mod + mod) % mod);
 }
 
 // One forward pass over the rows of all slices. The public functions below say what it gives.
@@ -3899,7 +3981,7 @@ public:
           pool_(model.pool()),
           ws_(ws),
           observer_(observer) {
-        check_slices(c_, batch);
+        check_slices(model, batch);
         for (const Slice& s : batch) {
             const auto past = s.cache->tokens();
             parts_.push_back({s.cache, rows_.size(), s.tokens.size(), s.cache->length()});
@@ -4059,9 +4141,8 @@ inline void Pass::embed() {
 // chunk x[t-1] is computed again from the token before, so cutting a prompt changes nothing.
 inline void Pass::smear() {
     if (c_.generation != Generation::g4) return;
-    constexpr std::size_t kChannels = 24;
     std::copy_n(ws_.x.data(), T * D, ws_.embed.data());
-    std::vector<float> gate(kChannels), before(D);
+    std::vector<float> gate(kSmearChannels), before(D);
     copy_row(gate.data(), w_.smear_gate, 0);
     for (const Part& part : parts_) {
         for (std::size_t t = part.begin; t < part.begin + part.T; ++t) {
@@ -4073,7 +4154,7 @@ inline void Pass::smear() {
                 previous = before.data();
             }
             float dot = 0;
-            for (std::size_t j = 0; j < kChannels; ++j) dot += gate[j] * ws_.embed[t * D + j];
+            for (std::size_t j = 0; j < kSmearChannels; ++j) dot += gate[j] * ws_.embed[t * D + j];
             const float g = w_.smear_lambda * ops::sigmoid(dot);
             for (std::size_t j = 0; j < D; ++j) ws_.x[t * D + j] += g * previous[j];
         }
@@ -4212,9 +4293,11 @@ inline std::span<const float> Pass::head() {
     ws_.logits.resize(std::max(rows, last.size()) * V);
     ops::linear(pool_, ws_.logits.data(), all ? ws_.x.data() : ws_.h.data(), w_.lm_head, rows, V);
     if (all) tap(HookPoint::logits_raw, -1, ws_.logits.data(), {V});
-    constexpr std::size_t kPart = 4096;
-    pool_.run((rows * V + kPart - 1) / kPart, [&](std::size_t i) {
-        ops::softcap(&ws_.logits[i * kPart], std::min(kPart, rows * V - i * kPart), c_.softcap);
+    constexpr std::size_t kPart = 4096;  // logits of one row
+    const std::size_t parts = (V + kPart - 1) / kPart;
+    pool_.run(rows * parts, [&](std::size_t i) {
+        const std::size_t begin = i % parts * kPart;
+        ops::softcap(&ws_.logits[i / parts * V + begin], std::min(kPart, V - begin), c_.softcap);
     });
     if (all) {
         tap(HookPoint::logits, -1, ws_.logits.data(), {V});
@@ -4279,8 +4362,8 @@ public:
     // that together reach top_p. At temperature 0 the largest logit; of equal ones the lowest id. Every call
     // takes one random number. NaN counts as impossible; throws refused if no logit is left.
     Token sample(std::span<const float> logits) {
-        const double u =
-            static_cast<double>(mix(key_ + ++count_ * kGolden) >> 11) * 0x1p-53;  // [0, 1)
+        // [0, 1)
+        const double u = static_cast<double>(mix(key_ + ++count_ * kGolden) >> 11) * 0x1p-53;
         if (params_.temperature == 0) return argmax(logits);
         candidates(logits);
         const double top = static_cast<double>(logits[static_cast<std::size_t>(ids_[0])]);
@@ -4303,7 +4386,7 @@ public:
     static Token argmax(std::span<const float> logits) {
         std::size_t best = logits.size();
         for (std::size_t i = 0; i < logits.size(); ++i) {
-            if (possible(logits[i]) && (best == logits.size() || logits[i] > logits[best]))
+            if (is_finite(logits[i]) && (best == logits.size() || logits[i] > logits[best]))
                 best = i;
         }
         if (best == logits.size())
@@ -4318,16 +4401,12 @@ private:
         z = (z ^ z >> 27) * 0x94d049bb133111eb;
         return z ^ z >> 31;
     }
-    static bool possible(
-        float x) {  // neither NaN nor an infinity; by bits, so that no compiler flag undoes it
-        return (std::bit_cast<std::uint32_t>(x) & 0x7f800000u) != 0x7f800000u;
-    }
 
     // The tokens to choose from; the likeliest first, and of equal ones the lowest id first.
     void candidates(std::span<const float> logits) {
         ids_.clear();
         for (std::size_t i = 0; i < logits.size(); ++i) {
-            if (possible(logits[i])) ids_.push_back(static_cast<Token>(i));
+            if (is_finite(logits[i])) ids_.push_back(static_cast<Token>(i));
         }
         if (ids_.empty()) argmax(logits);  // throws
         const auto likelier = [&](Token a, Token b) {
@@ -4452,8 +4531,8 @@ inline std::span<const float> prefill(Backend& backend, Sequence& sequence,
     const auto held = sequence.tokens();
     const auto differ = std::mismatch(prompt.begin(), prompt.end(), held.begin(), held.end());
     auto known = static_cast<std::size_t>(differ.first - prompt.begin());
-    known =
-        std::min(known, prompt.size() - 1);  // the last token is read again: its logits are wanted
+    // the last token is read again: its logits are wanted
+    known = std::min(known, prompt.size() - 1);
     sequence.rewind(static_cast<int>(known));
     std::span<const float> logits;
     for (; known < prompt.size(); known += std::min(kPiece, prompt.size() - known)) {
@@ -4493,8 +4572,8 @@ inline StopReason generate(Backend& backend, Sequence& sequence, std::span<const
     Sampler sampler(params.sampling, stream);
     std::span<const float> logits = prefill(backend, sequence, prompt);
     for (int n = 0; n < params.max_tokens; ++n) {
-        const Token sampled =
-            sampler.sample(logits);  // also before a forced token: the generator goes on
+        // also before a forced token: the generator goes on
+        const Token sampled = sampler.sample(logits);
         const std::optional<Token> forced = tool != nullptr ? tool->next_forced() : std::nullopt;
         const Token token = forced.value_or(sampled);
         if (tool != nullptr) tool->on_token(token);
@@ -4916,13 +4995,15 @@ public:
     }
 
     std::string push(Token token) {
-        if (tokenizer_.is_special(token)) return release(tool_mark(tokenizer_.piece(token)), false);
-        return release(utf8_.push((called_ ? close() : "") + std::string(tokenizer_.piece(token))),
-                       false);
+        const std::string_view piece = tokenizer_.piece(token);
+        const std::string bytes = tokenizer_.is_special(token)
+                                      ? tool_mark(piece)
+                                      : (called_ ? close() : "") + std::string(piece);
+        return release(utf8_.push(bytes), false);
     }
     std::string finish() {  // what is still held back
-        const std::string rest = utf8_.finish();
-        return release(rest + close(), true);
+        std::string rest = utf8_.push(close());
+        return release(rest += utf8_.finish(), true);
     }
     bool stopped() const { return stopped_; }  // at a stop text; nothing is shown any more
 
@@ -4934,11 +5015,17 @@ private:
     }
     // "[" expression " = " result "]"; without a result, "]" comes before whatever comes instead.
     std::string tool_mark(std::string_view special) {
-        if (special == "<|python_end|>") return called_ = open_, "";
-        if (special == "<|output_start|>" && called_) return called_ = false, " = ";
-        std::string mark = close() + (special == "<|output_end|>" ? " " : "");
+        if (special == "<|python_end|>") {
+            called_ = open_;
+            return {};
+        }
+        if (special == "<|output_start|>" && called_) {
+            called_ = false;
+            return " = ";
+        }
+        const std::string end = close() + (special == "<|output_end|>" ? " " : "");
         open_ = special == "<|python_start|>" || special == "<|output_start|>";
-        return open_ ? mark + "[" : mark;
+        return open_ ? end + "[" : end;
     }
     std::string release(const std::string& text, bool last) {
         if (stopped_) return {};
@@ -4993,7 +5080,13 @@ struct ReplyStats {
 class Chat {
 public:
     Chat(Backend& backend, const Tokenizer& tokenizer, GenerateParams params = {})
-        : backend_(backend), tokenizer_(tokenizer), params_(std::move(params)) {}
+        : backend_(backend), tokenizer_(tokenizer), params_(std::move(params)) {
+        if (tokenizer.vocab_size() == backend.config().vocab_size) return;
+        throw Error(ErrorKind::usage,
+                    "the tokenizer has " + std::to_string(tokenizer.vocab_size()) +
+                        " tokens, the model " + std::to_string(backend.config().vocab_size) +
+                        ": they do not belong together");
+    }
 
     // Answers a message. on_text gets whole characters as they come, "" for a token that completes
     // none, and returns false to stop; the answer then stays in the conversation as far as it came. The random generator starts from

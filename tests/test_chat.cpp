@@ -596,10 +596,16 @@ TEST_CASE("chat: a character is shown when its last byte is there") {
     CHECK(stream.finish() == "");
 }
 
-TEST_CASE("chat: special tokens are never shown, a block of the calculator is plain text") {
+TEST_CASE("chat: special tokens are never shown, a call of the calculator stands in brackets") {
     CHECK(shown(ids_of("{bos}a{python_start}1+1{python_end}{output_start}2{output_end}b"
-                       "{assistant_end}")) == "a1+12b");
-    CHECK(shown({0xF0, 0x9F, mark("python_start"), 0x91, 0x8B}) == "\xF0\x9F\x91\x8B");
+                       "{assistant_end}")) == "a[1+1 = 2] b");
+    CHECK(shown(ids_of("a{python_start}1+{python_end}b")) == "a[1+]b");     // no result
+    CHECK(shown(ids_of("a{python_start}1+1{assistant_end}")) == "a[1+1]");  // cut off
+    CHECK(shown(ids_of("a{output_start}2{output_end}b")) == "a[2] b");      // by the model
+    CHECK(shown(ids_of("{python_start}1{python_start}2{python_end}")) == "[1][2]");
+    // half a character cannot be completed behind a mark that is shown
+    CHECK(shown({0xF0, 0x9F, mark("python_start"), 0x91}) == "\xEF\xBF\xBD[\xEF\xBF\xBD]");
+    CHECK(shown({0xF0, 0x9F, mark("user_end"), 0x91, 0x8B}) == "\xF0\x9F\x91\x8B");
 }
 
 TEST_CASE("chat: the pieces joined are the text of all tokens at once") {
@@ -733,7 +739,7 @@ TEST_CASE("chat: the calculator works within a reply, and its tokens are marked"
     CHECK(chat.reply("?", screen.show()) == StopReason::stop_token);
     const std::string answer = text_of(chat.answer());
     CHECK(answer.starts_with("{python_start}6*7{python_end}{output_start}42{output_end}"));
-    CHECK(screen.text.starts_with("6*742"));
+    CHECK(screen.text.starts_with("[6*7 = 42] "));
     std::string forced;
     for (std::size_t i = 0; i < chat.answer().size(); ++i) {
         if (chat.answer_forced()[i]) forced += text_of(chat.answer().subspan(i, 1));
@@ -786,7 +792,7 @@ TEST_CASE("chat: after false nothing more is shown, not even what was held back"
     chat.params().stop = {Token{'b'}};
     chat.stop_texts() = {"bc"};
     int calls = 0;
-    const auto once = [&](std::string_view) { return ++calls > 1; };
+    const auto once = [&](std::string_view text) { return text.empty() || ++calls > 1; };
     chat.reply("1", once);
     CHECK(calls == 1);
     backend.say({"xb"});

@@ -10,11 +10,12 @@ have() { command -v "$1" >/dev/null 2>&1; }
 # Prints the name of a compiler that understands C++20: $CXX, or else the first of the usual names.
 # With $CXX set no other is tried.
 find_compiler() {
-    local cxx program='#include <span>
+    local cxx program='#include <charconv>
+        #include <span>
         #include <string>
         template <class T> concept Sized = requires(T t) { t.size(); };
         int f(Sized auto s) { return int(std::span<char>(s).size()); }
-        int main() { return f(std::string()); }'
+        int main() { double d; const char* s = "1"; std::from_chars(s, s + 1, d); return f(std::string(s)); }'
     for cxx in ${CXX:-c++ g++ clang++}; do
         if have "$cxx" && "$cxx" -std=c++20 -x c++ -fsyntax-only - <<<"$program" 2>/dev/null; then
             printf '%s\n' "$cxx"
@@ -32,7 +33,7 @@ require() {
     have ninja || have make || missing+=(make)
     if [ "${1:-}" = doctest ] && ! has_doctest; then missing+=(doctest-dev); fi
     [ ${#missing[@]} -eq 0 ] || install_packages "${missing[@]}"
-    CXX=$(find_compiler) || { say "no C++20 compiler works (g++ 11 or later is needed)"; return 1; }
+    CXX=$(find_compiler) || { say "no C++20 compiler works (g++ 12 or later is needed)"; return 1; }
     export CXX
 }
 
