@@ -2016,7 +2016,8 @@ inline void settle(ModelInfo& info, const Json& meta, bool has_pattern, Generati
                                 " is assumed: it was 15, but 20 from 2026-03-03 to 03-09, and the "
                                 "file does not tell (--softcap)");
     }
-    if (g0 && (o.window_pattern || o.short_window)) {
+    if (g0 && (o.short_window ||
+               o.window_pattern.value_or("").find_first_of("Ss") != std::string::npos)) {
         throw Error(
             ErrorKind::usage,
             "this checkpoint is of generation g0, which had no windows. Add --gen g1 to insist");
