@@ -2,8 +2,9 @@
 //
 //   bench_cpu CHECKPOINT_DIR [threads] [float32|bfloat16]
 //
-// Measures, with the same threads, 1. the read bandwidth over a buffer as large as the weights, 2. decoding
-// (one token a step: every weight is read once), 3. a prompt of 512 tokens. Medians; the last line is JSON.
+// Measures a prompt of 512 tokens, then in turns, with the same threads, the read bandwidth over a buffer as
+// large as the weights and decoding (one token a step: every weight is read once). Medians; the last line is
+// JSON.
 #include <cstdio>
 #include <string>
 #include <vector>
@@ -35,29 +36,34 @@ double weight_bytes(const nanogpt::Model& model) {
     return bytes;
 }
 
-// Reads a buffer that no cache holds, 15 times; the median, as for what is compared with it.
-double read_bandwidth(nanogpt::ThreadPool& pool, std::size_t bytes) {
-    constexpr std::size_t kPart = std::size_t{256} << 10;
-    const auto buffer = nanogpt::detail::allocate(bytes);
-    auto* words = reinterpret_cast<std::uint64_t*>(buffer.get());
-    for (std::size_t i = 0; i < bytes / 8; ++i) words[i] = i * 0x9e3779b97f4a7c15u;
-    std::atomic<std::uint64_t> all{0};
-    std::vector<double> times;
-    for (int run = 0; run < 15; ++run) {
+// A buffer as large as the weights, which no cache holds; read() reads all of it once.
+class Memory {
+public:
+    Memory(nanogpt::ThreadPool& pool, std::size_t bytes)
+        : pool_(pool), parts_(bytes / kPart), buffer_(nanogpt::detail::allocate(parts_ * kPart)) {
+        auto* words = reinterpret_cast<std::uint64_t*>(buffer_.get());
+        for (std::size_t i = 0; i < parts_ * kPart / 8; ++i) words[i] = i * 0x9e3779b97f4a7c15u;
+    }
+    double read() {  // bytes per second
         const double start = seconds();
-        pool.run(bytes / kPart, [&](std::size_t part) {
-            const std::uint64_t* p = words + part * kPart / 8;
+        pool_.run(parts_, [&](std::size_t part) {
+            const auto* p = reinterpret_cast<const std::uint64_t*>(buffer_.get() + part * kPart);
             std::uint64_t sum[16] = {};
             for (std::size_t i = 0; i < kPart / 8; i += 16) {
                 for (std::size_t l = 0; l < 16; ++l) sum[l] += p[i + l];
             }
-            for (const std::uint64_t s : sum) all.fetch_add(s, std::memory_order_relaxed);
+            for (const std::uint64_t s : sum) all_.fetch_add(s, std::memory_order_relaxed);
         });
-        times.push_back(seconds() - start);
+        return static_cast<double>(parts_ * kPart) / (seconds() - start);
     }
-    if (all.load() == 1) std::puts("");  // the sum is used
-    return static_cast<double>(bytes / kPart * kPart) / median(times);
-}
+
+private:
+    static constexpr std::size_t kPart = std::size_t{256} << 10;
+    nanogpt::ThreadPool& pool_;
+    std::size_t parts_;
+    std::shared_ptr<std::byte> buffer_;
+    std::atomic<std::uint64_t> all_{0};  // so that the sums are used
+};
 
 int run(int argc, char** argv) {
     const int threads = argc > 2 ? std::stoi(argv[2]) : 0;
@@ -77,14 +83,17 @@ int run(int argc, char** argv) {
         nanogpt::forward(*model, cache, prompt);
         if (i > 0) prefill.push_back(seconds() - start);  // the first touches fresh pages
     }
+    const double bytes = weight_bytes(*model);
+    Memory memory(model->pool(), static_cast<std::size_t>(bytes));
+    std::vector<double> bandwidth;
     cache.rewind(64);
-    for (int i = 0; i < 88; ++i) {
+    for (int i = 0; i < 120; ++i) {  // the two take turns: what else the machine does slows both
+        if (i % 4 == 0) bandwidth.push_back(memory.read());
         const double start = seconds();
         nanogpt::forward(*model, cache, {&prompt[static_cast<std::size_t>(i)], 1});
-        if (i >= 8) decode.push_back(seconds() - start);
+        decode.push_back(seconds() - start);
     }
-    const double bytes = weight_bytes(*model),
-                 limit = read_bandwidth(model->pool(), static_cast<std::size_t>(bytes));
+    const double limit = median(bandwidth);
     const double token = median(decode), prompt_time = median(prefill), reached = bytes / token;
     std::printf("%s, %d threads, weights %s\n", nanogpt::cpu_features().c_str(),
                 model->pool().size(), bf16 ? "bfloat16" : "float32");
