@@ -190,35 +190,64 @@ inline std::uint64_t checked_mul(std::uint64_t a, std::uint64_t b) {
     return a * b;
 }
 
-// Length in bytes of the UTF-8 character that s begins with; 0 if it begins with none.
-// Overlong forms, surrogates and values past U+10FFFF are no characters (Unicode 16, table 3-7).
-inline std::size_t utf8_character(std::string_view s) {
-    const auto byte = [&](std::size_t i) -> unsigned {
-        return i < s.size() ? static_cast<unsigned char>(s[i]) : 0u;
-    };
-    const auto tail = [&](std::size_t i) { return (byte(i) & 0xc0) == 0x80; };
-    const unsigned a = byte(0), b = byte(1);
-    if (s.empty()) return 0;
-    if (a < 0x80) return 1;
-    if (a >= 0xc2 && a <= 0xdf) return tail(1) ? 2 : 0;
-    if (a >= 0xe0 && a <= 0xef) {
-        const bool fits = (a != 0xe0 || b >= 0xa0) && (a != 0xed || b <= 0x9f);
-        return fits && tail(1) && tail(2) ? 3 : 0;
+// The start of some bytes read as UTF-8. Well formed: `code` is the character. Malformed: `code` is
+// U+FFFD and `length` the maximal invalid subpart. `cut`: the bytes end inside a character that
+// more bytes could complete; `length` is then all of them.
+struct Utf8Char {
+    char32_t code;
+    std::uint32_t length;  // bytes, 1 to 4
+    bool cut;
+};
+
+inline constexpr char32_t kReplacement = 0xFFFD;
+inline constexpr std::string_view kReplacementUtf8 = "\xEF\xBF\xBD";
+
+// Reads the character at the start of `bytes`, which must not be empty.
+//   first byte   00-7F      C2-DF      E0-EF      F0-F4      (others never start a character)
+//   bits         0xxxxxxx   110xxxxx   1110xxxx   11110xxx   then 10xxxxxx each
+// The second byte has narrower limits after four of them, which exclude overlong forms (E0, F0),
+// surrogates (ED) and what lies above U+10FFFF (F4).
+inline Utf8Char decode_utf8(std::string_view bytes) {
+    const auto byte = [&](std::size_t i) { return static_cast<unsigned char>(bytes[i]); };
+    const std::uint32_t first = byte(0);
+    if (first < 0x80) return {first, 1, false};
+    if (first < 0xC2 || first > 0xF4) return {kReplacement, 1, false};
+    const std::uint32_t length = first < 0xE0 ? 2 : first < 0xF0 ? 3 : 4;
+    std::uint32_t least = first == 0xE0 ? 0xA0 : first == 0xF0 ? 0x90 : 0x80;
+    std::uint32_t most = first == 0xED ? 0x9F : first == 0xF4 ? 0x8F : 0xBF;
+    char32_t code = first & (0xFFU >> (length + 1));
+    for (std::uint32_t i = 1; i < length; ++i, least = 0x80, most = 0xBF) {
+        if (i == bytes.size()) return {kReplacement, i, true};
+        if (byte(i) < least || byte(i) > most) return {kReplacement, i, false};
+        code = code << 6 | (byte(i) & 0x3FU);
     }
-    if (a >= 0xf0 && a <= 0xf4) {
-        const bool fits = (a != 0xf0 || b >= 0x90) && (a != 0xf4 || b <= 0x8f);
-        return fits && tail(1) && tail(2) && tail(3) ? 4 : 0;
-    }
-    return 0;
+    return {code, length, false};
 }
-inline bool is_utf8(std::string_view s) {
-    while (!s.empty()) {
-        const std::size_t n = utf8_character(s);
-        if (n == 0) return false;
-        s.remove_prefix(n);
+
+// Where the first byte outside ASCII is, from `begin` on; bytes.size() if there is none. Looks at
+// eight bytes at a time.
+inline std::size_t skip_ascii(std::string_view bytes, std::size_t begin) {
+    std::size_t i = begin;
+    for (std::uint64_t eight; i + 8 <= bytes.size(); i += 8) {
+        std::memcpy(&eight, bytes.data() + i, 8);
+        if ((eight & 0x8080808080808080U) != 0) break;
     }
-    return true;
+    while (i < bytes.size() && static_cast<unsigned char>(bytes[i]) < 0x80) ++i;
+    return i;
 }
+
+// Length in bytes of the longest well-formed start of `bytes`; bytes.size() if all is well formed.
+// U+FFFD may stand in the bytes itself, as EF BF BD; every other way to decode to it is an error.
+inline std::size_t valid_utf8_length(std::string_view bytes) {
+    std::size_t i = skip_ascii(bytes, 0);
+    while (i < bytes.size()) {
+        const Utf8Char c = decode_utf8(bytes.substr(i));
+        if (c.code == kReplacement && bytes.substr(i, 3) != kReplacementUtf8) return i;
+        i = skip_ascii(bytes, i + c.length);
+    }
+    return i;
+}
+inline bool is_utf8(std::string_view s) { return valid_utf8_length(s) == s.size(); }
 inline void append_utf8(std::string& out, std::uint32_t c) {
     const auto put = [&](std::uint32_t byte) {
         out += static_cast<char>(static_cast<unsigned char>(byte));
@@ -1196,8 +1225,8 @@ struct JsonMember {
     Json second;        // value
 };
 inline const Json* Json::find(std::string_view key) const {
-    for (const auto& [name, value] : object) {
-        if (name == key) return &value;
+    for (const JsonMember& member : object) {
+        if (member.first == key) return &member.second;
     }
     return nullptr;
 }
@@ -1900,18 +1929,35 @@ inline std::filesystem::path full_path(const std::filesystem::path& path) {
     return ec ? path : out;
 }
 
+// Names in a directory; none if there is no such directory or it cannot be read.
+inline std::vector<std::filesystem::path> list(const std::filesystem::path& dir) {
+    constexpr std::size_t kMostEntries = 100000;
+    std::vector<std::filesystem::path> paths;
+    std::error_code ec;
+    std::filesystem::directory_iterator it(dir, ec), end;
+    for (; !ec && it != end && paths.size() < kMostEntries; it.increment(ec))
+        paths.push_back(it->path());
+    std::sort(paths.begin(), paths.end());
+    return paths;
+}
+
+// The file <prefix><step><suffix> of a directory with this step, or with the largest if `wanted` is -1; "" if none.
+inline std::filesystem::path find_step(const std::filesystem::path& dir, std::string_view prefix,
+                                       std::string_view suffix, std::int64_t wanted = -1) {
+    std::filesystem::path best;
+    std::int64_t last = -1;
+    for (const auto& path : list(dir)) {
+        const std::int64_t step = step_of(path.filename().string(), prefix, suffix);
+        if (step > last && (wanted < 0 || step == wanted)) best = path, last = step;
+    }
+    return best;
+}
+
 // The metadata of the base model of the same tag: it tells when the run was, and its window pattern.
 inline Json base_sibling(const ModelInfo& info) {
     const auto own = full_path(info.model_file).parent_path();
     const auto dir = own.parent_path().parent_path() / "base_checkpoints" / own.filename();
-    std::error_code ec;
-    std::filesystem::path newest;
-    std::int64_t last = -1;
-    std::filesystem::directory_iterator it(dir, ec), end;
-    for (int n = 0; !ec && it != end && n < 100000; it.increment(ec), ++n) {
-        const std::int64_t step = step_of(it->path().filename().string(), "meta_", ".json");
-        if (step > last) newest = it->path(), last = step;
-    }
+    const auto newest = find_step(dir, "meta_", ".json");
     try {
         if (!newest.empty())
             return parse_json(as_text(read_file(newest, kMaxMeta)), JsonDialect::python, 64);
@@ -1929,14 +1975,21 @@ inline bool softcap_was_20(const Json& base_meta) {
 }
 
 // G0 had no windows. Later some programs dropped the pattern when they saved: "L" then, as nanochat does.
-inline void check_pattern(ModelInfo& info, bool has_pattern, const Json& sibling) {
+inline void check_pattern(ModelInfo& info, const Overrides& o, bool has_pattern,
+                          const Json& sibling) {
     if (info.config.generation == Generation::g0) {
+        if (o.short_window ||
+            o.window_pattern.value_or("").find_first_of("Ss") != std::string::npos) {
+            throw Error(ErrorKind::usage,
+                        "this checkpoint is of generation g0, which had no windows. Add --gen g1 "
+                        "to insist");
+        }
         if (has_pattern) {
             info.warnings.push_back("window_pattern " + quote(info.config.window_pattern) +
                                     " is ignored: this generation had no windows");
         }
         info.config.window_pattern = "L";
-    } else if (!has_pattern) {
+    } else if (!has_pattern && !o.window_pattern) {
         const Json* mc = sibling.find("model_config");
         const Json* theirs = mc != nullptr ? mc->find("window_pattern") : nullptr;
         const std::string hint =
@@ -1980,19 +2033,20 @@ inline void settle(ModelInfo& info, const Json& meta, bool has_pattern, Generati
     Config& c = info.config;
     c.generation = o.generation.value_or(found);
     const GenerationFacts& f = facts(c.generation);
-    const auto note = [&](const char* name, std::string value, bool overridden, Origin otherwise) {
-        info.settings.push_back(
-            {name, std::move(value), overridden ? Origin::overridden : otherwise});
+    const auto note = [&](const char* name, std::string value, bool forced, Origin origin) {
+        info.settings.push_back({name, std::move(value), forced ? Origin::overridden : origin});
+    };
+    const auto number = [&](const char* name, float& field, std::optional<float> forced,
+                            float otherwise, Origin origin) {
+        note(name, format(field = forced.value_or(otherwise)), forced.has_value(), origin);
     };
     note("generation", std::string(f.name) + " (" + std::string(f.dates) + ")",
          o.generation.has_value(), Origin::implied);
     c.sequence_len = o.sequence_len.value_or(c.sequence_len);
     note("sequence_len", std::to_string(c.sequence_len), o.sequence_len.has_value(),
          Origin::stored);
-    c.rope_base = o.rope_base.value_or(f.rope_base);
-    note("rope_base", format(c.rope_base), o.rope_base.has_value(), Origin::implied);
-    c.qk_scale = o.qk_scale.value_or(f.qk_scale);
-    note("qk_scale", format(c.qk_scale), o.qk_scale.has_value(), Origin::implied);
+    number("rope_base", c.rope_base, o.rope_base, f.rope_base, Origin::implied);
+    number("qk_scale", c.qk_scale, o.qk_scale, f.qk_scale, Origin::implied);
     c.bf16_rope_tables = o.bf16_rope_tables.value_or(f.bf16_rope_tables);
     note("rope_table", c.bf16_rope_tables ? "bfloat16" : "float32", o.bf16_rope_tables.has_value(),
          Origin::assumed);
@@ -2007,22 +2061,15 @@ inline void settle(ModelInfo& info, const Json& meta, bool has_pattern, Generati
     const bool g0 = c.generation == Generation::g0, g2 = c.generation == Generation::g2;
     const Json sibling =
         (g2 || !has_pattern) && !g0 && info.source != "base" ? base_sibling(info) : Json{};
-    c.softcap = o.softcap.value_or(
-        g2 && softcap_was_20(info.source == "base" ? meta : sibling) ? 20.0f : 15.0f);
-    note("softcap", format(c.softcap), o.softcap.has_value(),
-         g2 ? Origin::assumed : Origin::implied);
+    const bool cap20 = g2 && softcap_was_20(info.source == "base" ? meta : sibling);
+    number("softcap", c.softcap, o.softcap, cap20 ? 20.0f : 15.0f,
+           g2 ? Origin::assumed : Origin::implied);
     if (g2 && !o.softcap) {
         info.warnings.push_back("softcap " + format(c.softcap) +
                                 " is assumed: it was 15, but 20 from 2026-03-03 to 03-09, and the "
                                 "file does not tell (--softcap)");
     }
-    if (g0 && (o.short_window ||
-               o.window_pattern.value_or("").find_first_of("Ss") != std::string::npos)) {
-        throw Error(
-            ErrorKind::usage,
-            "this checkpoint is of generation g0, which had no windows. Add --gen g1 to insist");
-    }
-    if (!o.window_pattern) check_pattern(info, has_pattern, sibling);
+    check_pattern(info, o, has_pattern, sibling);
     c.window_pattern = o.window_pattern.value_or(c.window_pattern);
     check_window_pattern(c.window_pattern);
     note("window_pattern", c.window_pattern, o.window_pattern.has_value(),
@@ -2158,18 +2205,6 @@ inline bool is_tag(std::string_view tag) {
                        [&](char c) { return alphanumeric(c) || kMore.find(c) != kMore.npos; });
 }
 
-// Names in a directory; none if there is no such directory or it cannot be read.
-inline std::vector<std::filesystem::path> list(const std::filesystem::path& dir) {
-    constexpr std::size_t kMostEntries = 100000;
-    std::vector<std::filesystem::path> paths;
-    std::error_code ec;
-    std::filesystem::directory_iterator it(dir, ec), end;
-    for (; !ec && it != end && paths.size() < kMostEntries; it.increment(ec))
-        paths.push_back(it->path());
-    std::sort(paths.begin(), paths.end());
-    return paths;
-}
-
 }  // namespace detail
 
 // nanochat's base directory: the one given, else $NANOCHAT_BASE_DIR, else ~/.cache/nanochat.
@@ -2228,13 +2263,8 @@ inline std::filesystem::path model_file(const std::filesystem::path& dir_or_file
                                         std::int64_t step) {
     std::error_code ec;
     if (!std::filesystem::is_directory(dir_or_file, ec)) return dir_or_file;
-    std::filesystem::path best;
-    std::int64_t best_step = -1;
-    for (const auto& path : list(dir_or_file)) {
-        const std::int64_t s = step_of(path.filename().string());
-        if (s >= 0 && (step < 0 ? s > best_step : s == step)) best = path, best_step = s;
-    }
-    if (!best.empty()) return best;
+    const auto found = find_step(dir_or_file, "model_", ".pt", step);
+    if (!found.empty()) return found;
     const std::string wanted =
         step < 0 ? "model_<step>.pt" : "checkpoint of step " + std::to_string(step);
     throw Error(ErrorKind::not_found,
@@ -2274,64 +2304,6 @@ inline std::filesystem::path find_tokenizer(const ModelInfo& info) {
 // 3-7 and "Best Practices for Using U+FFFD"). No normalization, no case mapping, no width.
 
 namespace detail {
-
-// The start of some bytes read as UTF-8. Well formed: `code` is the character. Malformed: `code` is
-// U+FFFD and `length` the maximal invalid subpart. `cut`: the bytes end inside a character that
-// more bytes could complete; `length` is then all of them.
-struct Utf8Char {
-    char32_t code;
-    std::uint32_t length;  // bytes, 1 to 4
-    bool cut;
-};
-
-inline constexpr char32_t kReplacement = 0xFFFD;
-inline constexpr std::string_view kReplacementUtf8 = "\xEF\xBF\xBD";
-
-// Reads the character at the start of `bytes`, which must not be empty.
-//   first byte   00-7F      C2-DF      E0-EF      F0-F4      (others never start a character)
-//   bits         0xxxxxxx   110xxxxx   1110xxxx   11110xxx   then 10xxxxxx each
-// The second byte has narrower limits after four of them, which exclude overlong forms (E0, F0),
-// surrogates (ED) and what lies above U+10FFFF (F4).
-inline Utf8Char decode_utf8(std::string_view bytes) {
-    const auto byte = [&](std::size_t i) { return static_cast<unsigned char>(bytes[i]); };
-    const std::uint32_t first = byte(0);
-    if (first < 0x80) return {first, 1, false};
-    if (first < 0xC2 || first > 0xF4) return {kReplacement, 1, false};
-    const std::uint32_t length = first < 0xE0 ? 2 : first < 0xF0 ? 3 : 4;
-    std::uint32_t least = first == 0xE0 ? 0xA0 : first == 0xF0 ? 0x90 : 0x80;
-    std::uint32_t most = first == 0xED ? 0x9F : first == 0xF4 ? 0x8F : 0xBF;
-    char32_t code = first & (0xFFU >> (length + 1));
-    for (std::uint32_t i = 1; i < length; ++i, least = 0x80, most = 0xBF) {
-        if (i == bytes.size()) return {kReplacement, i, true};
-        if (byte(i) < least || byte(i) > most) return {kReplacement, i, false};
-        code = code << 6 | (byte(i) & 0x3FU);
-    }
-    return {code, length, false};
-}
-
-// Where the first byte outside ASCII is, from `begin` on; bytes.size() if there is none. Looks at
-// eight bytes at a time.
-inline std::size_t skip_ascii(std::string_view bytes, std::size_t begin) {
-    std::size_t i = begin;
-    for (std::uint64_t eight; i + 8 <= bytes.size(); i += 8) {
-        std::memcpy(&eight, bytes.data() + i, 8);
-        if ((eight & 0x8080808080808080U) != 0) break;
-    }
-    while (i < bytes.size() && static_cast<unsigned char>(bytes[i]) < 0x80) ++i;
-    return i;
-}
-
-// Length in bytes of the longest well-formed start of `bytes`; bytes.size() if all is well formed.
-// U+FFFD may stand in the bytes itself, as EF BF BD; every other way to decode to it is an error.
-inline std::size_t valid_utf8_length(std::string_view bytes) {
-    std::size_t i = skip_ascii(bytes, 0);
-    while (i < bytes.size()) {
-        const Utf8Char c = decode_utf8(bytes.substr(i));
-        if (c.code == kReplacement && bytes.substr(i, 3) != kReplacementUtf8) return i;
-        i = skip_ascii(bytes, i + c.length);
-    }
-    return i;
-}
 
 // What the split patterns know of a character: \p{L}, \p{N}, White_Space (\s), anything else;
 // `none` is the end of the text.
@@ -3824,31 +3796,15 @@ enum class HookPoint : std::uint8_t {
 };
 // TransformerLens' name of a point, such as "blocks.3.attn.hook_q"; nanochat's word where only it has one.
 inline std::string name(HookPoint point, int layer) {
-    constexpr std::string_view kNames[] = {"hook_embed",
-                                           "hook_embed_norm",
-                                           "hook_smear",
-                                           "hook_resid_pre",
-                                           "ln1.hook_normalized",
-                                           "attn.hook_q",
-                                           "attn.hook_k",
-                                           "attn.hook_ve_gate",
-                                           "attn.hook_v",
-                                           "attn.hook_rot_q",
-                                           "attn.hook_rot_k",
-                                           "attn.hook_attn_scores",
-                                           "attn.hook_pattern",
-                                           "attn.hook_z",
-                                           "hook_attn_out",
-                                           "hook_resid_mid",
-                                           "ln2.hook_normalized",
-                                           "mlp.hook_pre",
-                                           "mlp.hook_post",
-                                           "hook_mlp_out",
-                                           "hook_resid_post",
-                                           "hook_backout",
-                                           "ln_final.hook_normalized",
-                                           "hook_logits_raw",
-                                           "hook_logits"};
+    // clang-format off
+    constexpr std::string_view kNames[] = {
+        "hook_embed", "hook_embed_norm", "hook_smear", "hook_resid_pre", "ln1.hook_normalized",
+        "attn.hook_q", "attn.hook_k", "attn.hook_ve_gate", "attn.hook_v", "attn.hook_rot_q",
+        "attn.hook_rot_k", "attn.hook_attn_scores", "attn.hook_pattern", "attn.hook_z",
+        "hook_attn_out", "hook_resid_mid", "ln2.hook_normalized", "mlp.hook_pre",
+        "mlp.hook_post", "hook_mlp_out", "hook_resid_post", "hook_backout",
+        "ln_final.hook_normalized", "hook_logits_raw", "hook_logits"};
+    // clang-format on
     const std::string plain(kNames[static_cast<std::size_t>(point)]);
     return layer < 0 ? plain : "blocks." + std::to_string(layer) + "." + plain;
 }
@@ -4250,50 +4206,45 @@ inline void Pass::remember(int i) {
     }
 }
 
-// z = attention(q, cache) for every slice and head; a task is one head and up to 64 queries.
+// z = attention(q, cache) for every slice and head; a task is one head and 64 queries, or all of them if
+// their maps are watched.
 inline void Pass::attend(int i) {
     constexpr std::size_t kQueries = 64;
     struct Task {
         const Part* part;
-        std::size_t head, first;
+        std::size_t head, first, map;  // query head, first row, where its map begins
     };
     const bool watched = wanted(HookPoint::attn_scores, i) || wanted(HookPoint::pattern, i);
     std::vector<Task> tasks;
-    std::size_t room = 0;  // floats that the watched maps of the largest slice take
+    std::size_t room = 0;  // floats of all maps
     for (const Part& part : parts_) {
+        const std::size_t step = watched ? part.T : kQueries;
         for (std::size_t head = 0; head < H; ++head) {
-            for (std::size_t t = 0; t < part.T; t += kQueries) tasks.push_back({&part, head, t});
+            for (std::size_t t = 0; t < part.T; t += step) tasks.push_back({&part, head, t, room});
+            room += part.T * (static_cast<std::size_t>(part.pos) + part.T);
         }
-        room = std::max(room, H * part.T * (static_cast<std::size_t>(part.pos) + part.T));
     }
-    const auto run = [&](const Task& task) {
-        const Part& part = *task.part;
-        const std::size_t first = part.begin + task.first,
-                          n = std::min(kQueries, part.T - task.first);
-        const std::size_t pos = static_cast<std::size_t>(part.pos) + task.first,
-                          head = task.head / (H / K);
-        ops::attention(&ws_.z[first * D + task.head * hd], D, &ws_.q[first * D + task.head * hd], D,
-                       part.cache->k(i, head), part.cache->v(i, head), n, pos, hd,
-                       static_cast<std::size_t>(c_.window(i)));
-    };
-    if (!watched) return pool_.run(tasks.size(), [&](std::size_t n) { run(tasks[n]); });
-    ws_.scores.resize(room), ws_.pattern.resize(room);
-    for (const Part& part :
-         parts_) {  // the maps are wanted: a whole head at once, the same arithmetic
-        const std::size_t keys = static_cast<std::size_t>(part.pos) + part.T;
-        for (std::size_t head = 0; head < H; ++head) {
-            const std::size_t at = part.begin * D + head * hd, map = head * part.T * keys;
-            ops::attention(
-                &ws_.z[at], D, &ws_.q[at], D, part.cache->k(i, head / (H / K)),
-                part.cache->v(i, head / (H / K)), part.T, static_cast<std::size_t>(part.pos), hd,
-                static_cast<std::size_t>(c_.window(i)), &ws_.scores[map], &ws_.pattern[map]);
-        }
+    if (watched) ws_.scores.resize(room), ws_.pattern.resize(room);
+    pool_.run(tasks.size(), [&](std::size_t n) {
+        const auto [part, head, first, map] = tasks[n];
+        const std::size_t at = (part->begin + first) * D + head * hd, kv = head / (H / K);
+        const std::size_t T_task = watched ? part->T : std::min(kQueries, part->T - first);
+        ops::attention(&ws_.z[at], D, &ws_.q[at], D, part->cache->k(i, kv), part->cache->v(i, kv),
+                       T_task, static_cast<std::size_t>(part->pos) + first, hd,
+                       static_cast<std::size_t>(c_.window(i)), watched ? &ws_.scores[map] : nullptr,
+                       watched ? &ws_.pattern[map] : nullptr);
+    });
+    std::size_t map = 0;
+    for (const Part& part : parts_) {
+        const std::size_t keys = static_cast<std::size_t>(part.pos) + part.T,
+                          size = H * part.T * keys;
         const int shape[] = {c_.n_head, static_cast<int>(part.T), static_cast<int>(keys)};
-        for (const auto& [point, map] :
-             {std::pair{HookPoint::attn_scores, &ws_.scores}, {HookPoint::pattern, &ws_.pattern}}) {
-            if (wanted(point, i))
-                observer_->on({point, i, part.pos, shape, {map->data(), H * part.T * keys}});
+        for (const HookPoint point : {HookPoint::attn_scores, HookPoint::pattern}) {
+            if (!wanted(point, i)) continue;
+            const Floats& maps = point == HookPoint::pattern ? ws_.pattern : ws_.scores;
+            observer_->on({point, i, part.pos, shape, {maps.data() + map, size}});
         }
+        map += size;
     }
 }
 
@@ -4734,7 +4685,7 @@ private:
         Value x = product();
         while (const char op = next("+-")) {
             const Value y = product();
-            x = apply('+', x, op == '-' ? negate(y) : y);
+            x = apply(op, x, y);
         }
         return x;
     }
@@ -4816,9 +4767,11 @@ private:
         if (x.kind == Kind::real || y.kind == Kind::real) {
             const double a = x.as_real(), b = y.as_real();
             if (op == 'f') return make_real(floor_divide_floats(a, b));
+            if (op == '-') return make_real(a - b);
             return make_real(op == '+' ? a + b : op == '*' ? a * b : a / b);
         }
         const Int128 a = x.integer, b = y.integer, most = static_cast<Int128>(kMaxInt);
+        if (op == '-') return apply('+', x, negate(y));
         if (op == '/') return make_real(divide_ints(a, b));
         if (op == 'f') {  // C++ rounds toward zero
             return make_int(a / b - static_cast<Int128>(a % b != 0 && (a < 0) != (b < 0)));
