@@ -1,7 +1,8 @@
 // nanogpt.hpp: run nanochat models from one C++20 header
 //
-// Reads the checkpoints of github.com/karpathy/nanochat as they lie on disk, of every generation, and
-// continues text or chats with them on the CPU. No Python, no conversion, no other library. MIT licence.
+// Reads the checkpoints of github.com/karpathy/nanochat as they lie on disk, of every generation,
+// and continues text or chats with them on the CPU. No Python, no conversion, no other library.
+// MIT licence.
 //
 //     #include "nanogpt.hpp"                                   // g++ -std=c++20 -O3 main.cpp
 //
@@ -12,21 +13,21 @@
 //         return std::fwrite(text.data(), 1, text.size(), stdout) == text.size();
 //     });
 //
-// Compile with -O3: the inner loops rely on it. No -march is needed: AVX2, AVX-512 or NEON are picked when
-// the program runs.
+// Compile with -O3: the inner loops rely on it. No -march is needed: AVX2, AVX-512 or NEON are
+// picked when the program runs.
 //
 // CONTENTS, in the order of understanding; a section uses only those above it
 //
 //    1. config      version, includes
-//    2. error       the one exception, checked arithmetic
+//    2. error       the one exception, checked arithmetic, the reading of UTF-8
 //    3. dtype       float32, bfloat16, float16 and their bits
 //    4. tensor      a shape and a place
 //    5. file        reading without surprises
 //    6. zip         the container of torch.save
 //    7. pickle      its contents, read as data and never run
 //    8. json        metadata
-//    9. checkpoint  finding models; which generation of nanochat a file is, and what follows from it
-//   10. unicode     UTF-8; letters, numbers, spaces
+//    9. checkpoint  finding models; which generation of nanochat a file is
+//   10. unicode     whole characters; letters, numbers, spaces
 //   11. tokenizer   splitting and byte-pair encoding
 //   12. ops         threads and arithmetic: matrix product, norm, rotary embedding, attention
 //   13. model       weights, cache, and forward(): the transformer
@@ -34,36 +35,38 @@
 //   15. engine      sequences, batches, generating
 //   16. chat        conversations and the calculator
 //
-// To learn how a transformer computes, read 13 from Pass::forward() on, then 12. Both stand without 5 to 11.
+// To learn how a transformer computes, read 13 from Pass::forward() on, then 12. Both stand without
+// 5 to 11.
 //
 // DEFINITIONS
 //
 //   T tokens of a call    S context length   V vocabulary      L layers
 //   D width (n_embd)      H query heads      K key/value heads hd head dimension, D / H
-//   Shapes are row-major, last index fastest: x (T, D) f32. Weights are (out, in): y = x w^T, without bias.
-//   A token is an id, a piece its bytes, text is UTF-8. A step is one call of Backend::step. Prefill reads a
-//   prompt, decode one token. Capacity and length of a sequence are in tokens.
+//   (in ops::linear and below it K is the depth of a product, as BLAS has it: y (T, N), x (T, K))
 //
-// FILES  model_<step>.pt (zip of torch.save), meta_<step>.json beside it, tokenizer.pkl (tiktoken.Encoding).
-//   Anything malformed, cut off or of an unknown kind is refused with the reason. Nothing in a file is run.
+//   Shapes are row-major, last index fastest: x (T, D) f32. Weights are (out, in): y = x w^T,
+//   without bias. A token is an id, a piece its bytes, text is UTF-8. A step is one call of
+//   Backend::step. Prefill reads a prompt, decode one token. Capacity and length of a sequence are
+//   in tokens.
 //
-// THREADS  A Model and a Tokenizer never change and may be shared. A KVCache, Sequence, Backend, Sampler or
-//   Chat belongs to one thread at a time. A model's threads serve one call after the other.
-//
-// RESULTS  are float32 arithmetic on float32 or bfloat16 weights, and the same to the last bit for every batch,
-//   every cut of a prompt into pieces and every number of threads, on one machine and compiler.
-//
-// LIFETIMES  A Backend keeps its Model. A Sequence, Chat or KVCache must not outlive its Backend or Model.
-//   Spans of logits are valid until the next step.
-//
-// ERRORS  are nanogpt::Error (section 2), one line for people, and a kind. Memory that cannot be had may also
-//   be std::bad_alloc. Nothing prints, exits or aborts.
-//
-// LIMITS  64-bit little-endian POSIX systems; no training; nanochat's architectures only.
+// FILES      model_<step>.pt (zip of torch.save), meta_<step>.json beside it, tokenizer.pkl
+//            (tiktoken.Encoding). Anything malformed, cut off or of an unknown kind is refused with
+//            the reason. Nothing in a file is run.
+// THREADS    A Model and a Tokenizer never change and may be shared. A KVCache, Sequence, Backend,
+//            Sampler or Chat belongs to one thread at a time. A model's threads serve one call
+//            after the other.
+// RESULTS    are float32 arithmetic on float32 or bfloat16 weights, and the same to the last bit
+//            for every batch, every cut of a prompt into pieces and every number of threads, on one
+//            machine and compiler.
+// LIFETIMES  A Backend keeps its Model. A Sequence, Chat or KVCache must not outlive its Backend or
+//            Model. Spans of logits are valid until the next step.
+// ERRORS     are nanogpt::Error (section 2), one line for people, and a kind. Memory that cannot be
+//            had may also be std::bad_alloc. Nothing prints, exits or aborts.
+// LIMITS     64-bit little-endian Linux; no training; nanochat's architectures only.
 
 // ==== 1. config ==================================================================================
-// Version, includes, and the one namespace everything lives in. There are no switches to set: the same
-// source means the same program in every file that includes it, whatever the compiler flags.
+// Version, includes, and the one namespace everything lives in. There are no switches to set: the
+// same source means the same program in every file that includes it, whatever the compiler flags.
 #ifdef NANOGPT_VERSION
 #if NANOGPT_VERSION != 100
 #error "two different versions of nanogpt.hpp in one file"
@@ -123,8 +126,8 @@ static_assert(std::endian::native == std::endian::little,
 static_assert(sizeof(float) == 4 && sizeof(void*) == 8, "a 64-bit machine with IEEE floats");
 
 // ==== 2. error ===================================================================================
-// One exception type. Whatever comes from outside (a file, a prompt, a flag) is checked where it comes
-// in, and a check throws: nothing here prints, exits or continues with half a model.
+// One exception type. Whatever comes from outside (a file, a prompt, a flag) is checked where it
+// comes in, and a check throws: nothing here prints, exits or continues with half a model.
 
 enum class ErrorKind : std::uint8_t {
     usage,          // an argument makes no sense
@@ -145,8 +148,8 @@ struct Error : std::runtime_error {
 
 namespace detail {
 
-// Text from outside, made fit for a message: printable ASCII in quotes, the rest as \xNN, cut at `most`
-// bytes. A tensor's name may hold an escape sequence for the terminal that will show it.
+// Text from outside, made fit for a message: printable ASCII in quotes, the rest as \xNN, cut at
+// `most` bytes. A tensor's name may hold an escape sequence for the terminal that will show it.
 inline std::string quote(std::string_view s, std::size_t most = 80) {
     constexpr char kHex[] = "0123456789abcdef";
     std::string out = "\"";
@@ -273,8 +276,8 @@ inline void append_utf8(std::string& out, std::uint32_t c) {
 //   bfloat16  s eeeeeeee mmmmmmm                     the upper half of a float32
 //   float16   s eeeee mmmmmmmmmm                     1 + 5 + 10 bits, bias 15
 //
-// bfloat16 -> float32 is therefore a shift, exact and nearly free; that is why weights may stay bfloat16
-// in memory while all arithmetic is float32.
+// bfloat16 -> float32 is therefore a shift, exact and nearly free; that is why weights may stay
+// bfloat16 in memory while all arithmetic is float32.
 
 enum class DType : std::uint8_t { f32, bf16, f16, f64, i64, i32, i16, i8, u8, boolean };
 
@@ -291,14 +294,16 @@ constexpr bool is_float(DType t) { return t <= DType::f64; }
 
 inline float bf16_to_f32(std::uint16_t h) { return std::bit_cast<float>(std::uint32_t{h} << 16); }
 
-// Round to nearest, ties to even, as torch does; NaN stays NaN (rounding up could carry it into infinity).
+// Round to nearest, ties to even, as torch does; NaN stays NaN (rounding up could carry it into
+// infinity).
 inline std::uint16_t f32_to_bf16(float x) {
     const auto u = std::bit_cast<std::uint32_t>(x);
     if ((u & 0x7fffffffu) > 0x7f800000u) return static_cast<std::uint16_t>(u >> 16 | 0x40u);
     return static_cast<std::uint16_t>((u + 0x7fffu + (u >> 16 & 1u)) >> 16);
 }
 
-// Neither NaN nor an infinity. By bits: under -ffast-math compilers drop comparisons that ask for it.
+// Neither NaN nor an infinity. By bits: under -ffast-math compilers drop comparisons that ask for
+// it.
 inline bool is_finite(float x) {
     return (std::bit_cast<std::uint32_t>(x) & 0x7f800000u) != 0x7f800000u;
 }
@@ -360,9 +365,9 @@ inline std::string to_string(std::span<const std::int64_t> shape) {
     return out + ")";
 }
 
-// Uninitialised memory, on a 2 MiB border so that the kernel can back weights with large pages: fewer TLB
-// misses while all of them stream through. A cache fills slowly and takes small ones: what is not yet
-// written then costs nothing.
+// Uninitialised memory, on a 2 MiB border so that the kernel can back weights with large pages:
+// fewer TLB misses while all of them stream through. A cache fills slowly and takes small ones:
+// what is not yet written then costs nothing.
 inline std::shared_ptr<std::byte> allocate(std::uint64_t bytes, bool large_pages = true) {
     constexpr std::uint64_t kPage = std::uint64_t{2} << 20;
     const std::uint64_t size = checked_add(bytes, kPage - 1) / kPage * kPage;
@@ -378,13 +383,14 @@ inline std::shared_ptr<std::byte> allocate(std::uint64_t bytes, bool large_pages
 }  // namespace detail
 
 // ==== 5. file ====================================================================================
-// Files are read with pread, not mapped: another process that cuts a mapped file short turns the next
-// access into SIGBUS, while a short read is an error one can report. The length at open is the length for
-// good, and unchanged() tells afterwards whether training wrote over the file meanwhile.
+// Files are read with pread, not mapped: another process that cuts a mapped file short turns the
+// next access into SIGBUS, while a short read is an error one can report. The length at open is the
+// length for good, and unchanged() tells afterwards whether training wrote over the file meanwhile.
 
 class File {
 public:
-    // Throws not_found if there is none, refused if it is no regular file (a FIFO would block forever).
+    // Throws not_found if there is none, refused if it is no regular file (a FIFO would block
+    // forever).
     explicit File(const std::filesystem::path& path) : path_(path) {
         fd_ = ::open(path.c_str(), O_RDONLY | O_CLOEXEC | O_NONBLOCK);
         const int reason = errno;
@@ -418,7 +424,8 @@ public:
     std::uint64_t size() const { return size_; }
     std::int64_t modified() const { return modified_.tv_sec; }  // seconds since 1970
 
-    // Fills `out` from byte `offset` on; throws refused if the file ends before that. Safe from many threads.
+    // Fills `out` from byte `offset` on; throws refused if the file ends before that. Safe from
+    // many threads.
     void read(std::uint64_t offset, std::span<std::byte> out) const {
         if (offset > size_ || out.size() > size_ - offset) {
             detail::refuse(
@@ -471,7 +478,8 @@ inline std::vector<std::byte> read_file(const std::filesystem::path& path,
     file.read(0, bytes);
     return bytes;
 }
-// The beginning of a file of the kernel (/proc, /sys), whose size reads as 0 or too large; "" if there is none.
+// The beginning of a file of the kernel (/proc, /sys), whose size reads as 0 or too large; "" if
+// there is none.
 inline std::string read_kernel_file(const char* path) {
     std::string text(4096, '\0');
     const int fd = ::open(path, O_RDONLY | O_CLOEXEC);
@@ -484,7 +492,8 @@ inline std::string_view as_text(std::span<const std::byte> bytes) {
     return {reinterpret_cast<const char*>(bytes.data()), bytes.size()};
 }
 
-// A number of `Bytes` bytes, low byte first, at bytes[at]; the caller has checked that it is inside.
+// A number of `Bytes` bytes, low byte first, at bytes[at]; the caller has checked that it is
+// inside.
 template <int Bytes>
 std::uint64_t little_endian(std::span<const std::byte> bytes, std::size_t at) {
     std::uint64_t value = 0;
@@ -496,13 +505,16 @@ std::uint64_t little_endian(std::span<const std::byte> bytes, std::size_t at) {
 }  // namespace detail
 
 // ==== 6. zip =====================================================================================
-// torch.save writes a zip archive without compression, so a tensor's bytes lie in the file as they will
-// lie in memory. Only such stored entries are read: without decompression there are no zip bombs.
+// torch.save writes a zip archive without compression, so a tensor's bytes lie in the file as they
+// will lie in memory. Only such stored entries are read: without decompression there are no zip
+// bombs.
 //
-//   local header, name, padding | data | descriptor | ... | central directory | zip64 end | locator | end
+//   local header, name, padding | data | descriptor | ...     one after the other, then
+//   central directory | zip64 end | locator | end
 //
-// Sizes are taken from the central directory alone: torch leaves them zero in the local headers. What the
-// local headers say must agree otherwise, no two entries may overlap, and nothing may lie outside.
+// Sizes are taken from the central directory alone: torch leaves them zero in the local headers.
+// What the local headers say must agree otherwise, no two entries may overlap, and nothing may lie
+// outside.
 
 namespace detail {
 
@@ -518,8 +530,8 @@ constexpr std::uint64_t kMaxZipEntries = 65536;
 constexpr std::uint64_t kMaxZipDirectory = std::uint64_t{16} << 20;  // bytes
 constexpr std::size_t kMaxZipName = 512;                             // bytes
 
-// CRC-32 as zip uses it (polynomial 0xEDB88320), eight bytes a round: 8 tables, 2 GB/s where one table
-// gives 0.4. `crc` continues an earlier call.
+// CRC-32 as zip uses it (polynomial 0xEDB88320), eight bytes a round: 8 tables, 2 GB/s where one
+// table gives 0.4. `crc` continues an earlier call.
 inline std::uint32_t crc32(std::span<const std::byte> bytes, std::uint32_t crc = 0) {
     using Tables = std::array<std::array<std::uint32_t, 256>, 8>;
     static constexpr Tables kTables = [] {
@@ -600,7 +612,8 @@ public:
         verify(entry, crc32(bytes));
         return bytes;
     }
-    // Zero means that the writer had checksums switched off (torch.serialization.set_crc32_options).
+    // Zero means that the writer had checksums switched off
+    // (torch.serialization.set_crc32_options).
     static void verify(const ZipEntry& entry, std::uint32_t crc) {
         if (entry.crc != 0 && crc != entry.crc) {
             refuse("the checksum of entry " + quote(entry.name) +
@@ -616,8 +629,8 @@ private:
         return bytes;
     }
 
-    // The end record is the last 22 bytes (torch writes no archive comment); a zip64 end record and its
-    // locator stand right before it, and their values count where the old fields are saturated.
+    // The end record is the last 22 bytes (torch writes no archive comment); a zip64 end record and
+    // its locator stand right before it, and their values count where the old fields are saturated.
     void find_directory() {
         const std::uint64_t size = file_.size();
         const auto head = bytes_at(0, std::min<std::uint64_t>(size, 64));
@@ -729,7 +742,8 @@ private:
             !name.starts_with("../") && !name.ends_with("/..") && name.find("/../") == name.npos;
         if (!safe) refuse("zip: the name " + quote(name) + " is not accepted", at);
     }
-    // Extra field 1 holds, for those 32-bit fields that are saturated, the 64-bit value: in this order.
+    // Extra field 1 holds, for those 32-bit fields that are saturated, the 64-bit value: in this
+    // order.
     static void read_zip64_extra(ZipEntry& e, std::uint64_t& packed,
                                  std::span<const std::byte> extra, std::int64_t at) {
         while (extra.size() >= 4) {
@@ -774,8 +788,9 @@ private:
         if (e.offset > directory_ || e.size > directory_ - e.offset)
             refuse(who + " lies outside the file", at);
     }
-    // The entries must fill the file up to the directory: no overlaps, and nothing between them but the
-    // descriptors (12 to 24 bytes) that torch writes behind the data. A file cannot be two things at once.
+    // The entries must fill the file up to the directory: no overlaps, and nothing between them but
+    // the descriptors (12 to 24 bytes) that torch writes behind the data. A file cannot be two
+    // things at once.
     void check_order() const {
         std::vector<const ZipEntry*> order;
         for (const ZipEntry& e : entries_) order.push_back(&e);
@@ -804,12 +819,14 @@ private:
 }  // namespace detail
 
 // ==== 7. pickle ==================================================================================
-// torch.save and tiktoken store their data as pickle programs. Run as Python they could call anything, so
-// this is no unpickler: it knows the opcodes that those two writers emit and a list of ten names, builds
-// a tree of plain values, and refuses everything else by name and offset. Nothing is looked up or called.
+// torch.save and tiktoken store their data as pickle programs. Run as Python they could call
+// anything, so this is no unpickler: it knows the opcodes that those two writers emit and a list of
+// fourteen names, builds a tree of plain values, and refuses everything else by name and offset. Nothing
+// is looked up or called.
 //
-// A container that has become part of another one is closed to changes. The writers never change one then,
-// and so no tree can contain itself. Depth costs nothing either: the machine has a stack of its own.
+// A container that has become part of another one is closed to changes. The writers never change
+// one then, and so no tree can contain itself. Depth costs nothing either: the machine has a stack
+// of its own.
 
 namespace detail {
 
@@ -1171,13 +1188,14 @@ private:
     static std::string opcode_name(unsigned op) {
         // clang-format off
         constexpr std::pair<unsigned, std::string_view> kNames[] = {
-            {'i', "INST"}, {'o', "OBJ"}, {0x81, "NEWOBJ"}, {0x92, "NEWOBJ_EX"}, {0x82, "EXT1"}, {0x83, "EXT2"},
-            {0x84, "EXT4"}, {'P', "PERSID"}, {'Q', "BINPERSID"}, {'R', "REDUCE"}, {'0', "POP"}, {'1', "POP_MARK"},
-            {'2', "DUP"}, {'F', "FLOAT"}, {'I', "INT"}, {'L', "LONG"}, {'S', "STRING"}, {'V', "UNICODE"},
-            {'T', "BINSTRING"}, {'U', "SHORT_BINSTRING"}, {'B', "BINBYTES"}, {'C', "SHORT_BINBYTES"},
-            {0x8b, "LONG4"}, {0x8d, "BINUNICODE8"}, {0x8e, "BINBYTES8"}, {0x8f, "EMPTY_SET"}, {0x90, "ADDITEMS"},
-            {0x91, "FROZENSET"}, {0x96, "BYTEARRAY8"}, {0x97, "NEXT_BUFFER"}, {0x98, "READONLY_BUFFER"},
-            {'d', "DICT"}, {'l', "LIST"}, {'g', "GET"}, {'p', "PUT"}};
+            {'i', "INST"}, {'o', "OBJ"}, {0x81, "NEWOBJ"}, {0x92, "NEWOBJ_EX"}, {0x82, "EXT1"},
+            {0x83, "EXT2"}, {0x84, "EXT4"}, {'P', "PERSID"}, {'Q', "BINPERSID"}, {'R', "REDUCE"},
+            {'0', "POP"}, {'1', "POP_MARK"}, {'2', "DUP"}, {'F', "FLOAT"}, {'I', "INT"},
+            {'L', "LONG"}, {'S', "STRING"}, {'V', "UNICODE"}, {'T', "BINSTRING"},
+            {'U', "SHORT_BINSTRING"}, {'B', "BINBYTES"}, {'C', "SHORT_BINBYTES"}, {0x8b, "LONG4"},
+            {0x8d, "BINUNICODE8"}, {0x8e, "BINBYTES8"}, {0x8f, "EMPTY_SET"}, {0x90, "ADDITEMS"},
+            {0x91, "FROZENSET"}, {0x96, "BYTEARRAY8"}, {0x97, "NEXT_BUFFER"},
+            {0x98, "READONLY_BUFFER"}, {'d', "DICT"}, {'l', "LIST"}, {'g', "GET"}, {'p', "PUT"}};
         // clang-format on
         for (const auto& [code, name] : kNames) {
             if (code == op) return std::string(name);
@@ -1203,9 +1221,9 @@ inline PickleTree parse_pickle(std::span<const std::byte> bytes, PickleFor what)
 }  // namespace detail
 
 // ==== 8. json ====================================================================================
-// A strict reader (RFC 8259), with depth and size bounded by the caller. nanochat's metadata is Python's
-// JSON, in which NaN and Infinity occur (a loss before the first evaluation); that dialect is asked for by
-// name. Duplicate keys are refused: two readers could disagree about them.
+// A strict reader (RFC 8259), with depth and size bounded by the caller. nanochat's metadata is
+// Python's JSON, in which NaN and Infinity occur (a loss before the first evaluation); that dialect
+// is asked for by name. Duplicate keys are refused: two readers could disagree about them.
 
 struct JsonMember;
 struct Json {
@@ -1389,7 +1407,8 @@ private:
         }
         value.string = in_.substr(begin, at_ - begin);
         if (value.string.size() > 64) fail("has a number of more than 64 characters");
-        // "1e999" is out of range: from_chars leaves the value alone, and 0 would be a silent change
+        // "1e999" is out of range: from_chars leaves the value alone, and 0 would be a silent
+        // change
         const auto result = std::from_chars(
             value.string.data(), value.string.data() + value.string.size(), value.number);
         if (result.ec != std::errc{}) fail("has a number out of range");
@@ -1414,19 +1433,23 @@ inline Json parse_json(std::string_view text, JsonDialect dialect = JsonDialect:
 }
 
 // ==== 9. checkpoint ==============================================================================
-// A nanochat base directory holds model_<step>.pt and meta_<step>.json under <source>_checkpoints/<tag>/.
-// nanochat's architecture changed five times, and constants that changed with it are not stored. So the
-// generation is read off the names of the tensors, and the generation gives the constants:
+// A nanochat base directory holds model_<step>.pt and meta_<step>.json under
+// <source>_checkpoints/<tag>/. nanochat's architecture changed five times, and constants that
+// changed with it are not stored. So the generation is read off the names of the tensors, and the
+// generation gives the constants:
 //
-//   gen  recognised by             nanochat of               RoPE base  QK  softcap  gate      S window
-//   G0   none of the below         2025-10-13 to 2026-01-11     10,000  1      15    -         none: all full
-//   G1   resid_lambdas             2026-01-11 to 01-18          10,000  1      15    -         S/2
-//   G2   ve_gate of 32 columns     2026-01-18 to 03-09          10,000  1   15 or 20 2 sigmoid S/2
-//   G2e  bigram_embed              2026-01-27 to 01-28          10,000  1      15    2 sigmoid S/2
-//   G3   ve_gate of 12 columns     2026-03-09 to 03-14         100,000  1.15   15    3 sigmoid S/3, up to 128s
-//   G4   smear_gate                since 2026-03-14            100,000  1.2    15    3 sigmoid S/4, up to 128s
+//   gen  recognised by          nanochat of             RoPE base  QK    softcap   gate   S window
+//   G0   none of the below      2025-10-13 to 01-11      10,000    1     15        -      all full
+//   G1   resid_lambdas          2026-01-11 to 01-18      10,000    1     15        -      S/2
+//   G2   ve_gate, 32 columns    2026-01-18 to 03-09      10,000    1     15 or 20  2 sig  S/2
+//   G2e  bigram_embed           2026-01-27 to 01-28      10,000    1     15        2 sig  S/2
+//   G3   ve_gate, 12 columns    2026-03-09 to 03-14     100,000    1.15  15        3 sig  S/3 *
+//   G4   smear_gate             since 2026-03-14        100,000    1.2   15        3 sig  S/4 *
 //
-// What leaves no trace at all has a rule here, a warning where it matters, and a switch in Overrides.
+//   (sig: sigmoid; *: rounded up to a multiple of 128)
+//
+// What leaves no trace at all has a rule here, a warning where it matters, and a switch in
+// Overrides.
 
 enum class Generation : std::uint8_t { g0, g1, g2, g2e, g3, g4 };
 
@@ -1452,7 +1475,8 @@ struct Config {
     bool bf16_rope_tables = false;
 
     int head_dim() const { return n_embd / n_head; }  // hd
-    // A query sees the keys at most this many positions back (inclusive). The last layer is always L.
+    // A query sees the keys at most this many positions back (inclusive). The last layer is always
+    // L.
     int window(int layer) const {
         if (generation == Generation::g0) return INT_MAX;
         const char c = window_pattern[static_cast<std::size_t>(layer) % window_pattern.size()];
@@ -1941,7 +1965,8 @@ inline std::vector<std::filesystem::path> list(const std::filesystem::path& dir)
     return paths;
 }
 
-// The file <prefix><step><suffix> of a directory with this step, or with the largest if `wanted` is -1; "" if none.
+// The file <prefix><step><suffix> of a directory with this step, or with the largest if `wanted` is
+// -1; "" if none.
 inline std::filesystem::path find_step(const std::filesystem::path& dir, std::string_view prefix,
                                        std::string_view suffix, std::int64_t wanted = -1) {
     std::filesystem::path best;
@@ -1953,7 +1978,8 @@ inline std::filesystem::path find_step(const std::filesystem::path& dir, std::st
     return best;
 }
 
-// The metadata of the base model of the same tag: it tells when the run was, and its window pattern.
+// The metadata of the base model of the same tag: it tells when the run was, and its window
+// pattern.
 inline Json base_sibling(const ModelInfo& info) {
     const auto own = full_path(info.model_file).parent_path();
     const auto dir = own.parent_path().parent_path() / "base_checkpoints" / own.filename();
@@ -1966,15 +1992,16 @@ inline Json base_sibling(const ModelInfo& info) {
     return {};
 }
 
-// The soft cap of G2 was 15, and 20 between 2026-03-03 and 03-09; greedy answers do not depend on it.
-// user_config.eval_tokens = 41,943,040 was the default only from 03-04 to 03-09 (nanochat.md).
+// The soft cap of G2 was 15, and 20 between 2026-03-03 and 03-09; greedy answers do not depend on
+// it. user_config.eval_tokens = 41,943,040 was the default only from 03-04 to 03-09 (nanochat.md).
 inline bool softcap_was_20(const Json& base_meta) {
     const Json* user = base_meta.find("user_config");
     const Json* tokens = user != nullptr ? user->find("eval_tokens") : nullptr;
     return tokens != nullptr && tokens->kind == Json::Kind::number && tokens->number == 41943040;
 }
 
-// G0 had no windows. Later some programs dropped the pattern when they saved: "L" then, as nanochat does.
+// G0 had no windows. Later some programs dropped the pattern when they saved: "L" then, as nanochat
+// does.
 inline void check_pattern(ModelInfo& info, const Overrides& o, bool has_pattern,
                           const Json& sibling) {
     if (info.config.generation == Generation::g0) {
@@ -2025,7 +2052,8 @@ inline void check_overrides(const Overrides& o) {
     if (o.short_window && *o.short_window < 0) bad("short_window", "0 or more");
 }
 
-// Completes the config from generation, metadata and overrides, and notes where each value comes from.
+// Completes the config from generation, metadata and overrides, and notes where each value comes
+// from.
 inline void settle(ModelInfo& info, const Json& meta, bool has_pattern, Generation found,
                    const Overrides& o) {
     check_overrides(o);
@@ -2082,7 +2110,8 @@ inline void settle(ModelInfo& info, const Json& meta, bool has_pattern, Generati
              Origin::implied);
 }
 
-// Everything about one checkpoint but its weights. `info` has its files, source, tag and step; throws.
+// Everything about one checkpoint but its weights. `info` has its files, source, tag and step;
+// throws.
 inline std::vector<StoredTensor> inspect(ModelInfo& info, const ZipFile& zip,
                                          const Overrides& overrides) {
     info.file_bytes = zip.file().size();
@@ -2153,7 +2182,8 @@ inline std::uint64_t total_memory() {  // of the machine, bytes
            static_cast<std::uint64_t>(::sysconf(_SC_PAGESIZE));
 }
 
-// Like inspect_model, but what is wrong becomes a status and a sentence: one bad file never hides others.
+// Like inspect_model, but what is wrong becomes a status and a sentence: one bad file never hides
+// others.
 inline ModelInfo examine(ModelInfo info, const Overrides& overrides) {
     const auto set = [&](Status status, std::string reason) {
         info.status = status, info.reason = std::move(reason);
@@ -2189,7 +2219,8 @@ inline ModelInfo examine(ModelInfo info, const Overrides& overrides) {
     return info;
 }
 
-// The number of a tag such as "d20" or "d26_feb2"; -1 if it does not begin so (nanochat find_largest_model).
+// The number of a tag such as "d20" or "d26_feb2"; -1 if it does not begin so (nanochat
+// find_largest_model).
 inline std::int64_t depth_of(std::string_view tag) {
     std::int64_t depth = -1;
     if (tag.starts_with("d")) std::from_chars(tag.data() + 1, tag.data() + tag.size(), depth);
@@ -2216,9 +2247,10 @@ inline std::filesystem::path base_dir(const std::filesystem::path& given = {}) {
     return std::filesystem::path(home != nullptr ? home : "/") / ".cache" / "nanochat";
 }
 
-// All checkpoints below a base directory, also those that cannot be used (status and reason say why), in the
-// order SFT, RL, MID, BASE; larger tags first, later steps first. Reads no weights: about 0.3 ms each.
-// Never throws for what it finds; directories that are skipped are named in `warnings`.
+// All checkpoints below a base directory, also those that cannot be used (status and reason say
+// why), in the order SFT, RL, MID, BASE; larger tags first, later steps first. Reads no weights:
+// about 0.3 ms each. Never throws for what it finds; directories that are skipped are named in
+// `warnings`.
 inline std::vector<ModelInfo> find_models(const std::filesystem::path& base,
                                           const Overrides& overrides = {},
                                           std::vector<std::string>* warnings = nullptr) {
@@ -2258,7 +2290,8 @@ inline std::vector<ModelInfo> find_models(const std::filesystem::path& base,
 }
 
 namespace detail {
-// The model file a path means: itself, or the one of a checkpoint's directory with that step (-1: the last).
+// The model file a path means: itself, or the one of a checkpoint's directory with that step (-1:
+// the last).
 inline std::filesystem::path model_file(const std::filesystem::path& dir_or_file,
                                         std::int64_t step) {
     std::error_code ec;
@@ -2272,7 +2305,8 @@ inline std::filesystem::path model_file(const std::filesystem::path& dir_or_file
 }
 }  // namespace detail
 
-// One checkpoint: a directory (its last step, or `step`) or a model_<step>.pt. Throws if it cannot be loaded.
+// One checkpoint: a directory (its last step, or `step`) or a model_<step>.pt. Throws if it cannot
+// be loaded.
 inline ModelInfo inspect_model(const std::filesystem::path& dir_or_file, std::int64_t step = -1,
                                const Overrides& overrides = {}) {
     ModelInfo info = detail::place(detail::model_file(dir_or_file, step));
@@ -2283,7 +2317,8 @@ inline ModelInfo inspect_model(const std::filesystem::path& dir_or_file, std::in
     return info;
 }
 
-// The tokenizer that belongs to a checkpoint: beside the model, ../../tokenizer/, or the base directory's.
+// The tokenizer that belongs to a checkpoint: beside the model, ../../tokenizer/, or the base
+// directory's.
 inline std::filesystem::path find_tokenizer(const ModelInfo& info) {
     const auto dir = detail::full_path(info.model_file).parent_path();
     std::error_code ec;
@@ -3007,14 +3042,15 @@ inline Tokenizer load_tokenizer(const std::filesystem::path& tokenizer_pkl) {
     });
 }
 // ==== 12. ops ====================================================================================
-// The arithmetic, on row-major float32 activations. Nearly all time goes into linear(): a decoded token
-// reads every weight once, so there the memory sets the pace; a prompt's rows share each weight, so there
-// the multipliers do.
+// The arithmetic, on row-major float32 activations. Nearly all time goes into linear(): a decoded
+// token reads every weight once, so there the memory sets the pace; a prompt's rows share each
+// weight, so there the multipliers do.
 //
-// One rule makes results independent of batch, chunking and threads: a dot product is always summed in 16
-// lanes (lane i takes elements i, i + 16, ...), and the lanes always meet in the same order (i with i + 8,
-// then 4, 2, 1). One AVX-512 register, two of AVX2 or four of NEON hold the same 16 lanes, and every
-// output is written by one task. So one row gives the same bits alone and among five hundred.
+// One rule makes results independent of batch, chunking and threads: a dot product is always summed
+// in 16 lanes (lane i takes elements i, i + 16, ...), and the lanes always meet in the same order
+// (i with i + 8, then 4, 2, 1). One AVX-512 register, two of AVX2 or four of NEON hold the same 16
+// lanes, and every output is written by one task. So one row gives the same bits alone and among
+// five hundred.
 
 // A few threads that wait for work. Threads of several callers take turns.
 class ThreadPool {
@@ -3037,8 +3073,9 @@ public:
 
     int size() const { return static_cast<int>(workers_.size()) + 1; }
 
-    // Calls task(i) once for every i < n, on all threads, the caller's included; returns when all are done.
-    // After an exception no more are started, and it is thrown here. Which thread takes which i is left to chance: no result may depend on it.
+    // Calls task(i) once for every i < n, on all threads, the caller's included; returns when all
+    // are done. After an exception no more are started, and it is thrown here. Which thread takes
+    // which i is left to chance: no result may depend on it.
     void run(std::size_t n, const std::function<void(std::size_t)>& task) {
         if (workers_.empty() || n < 2) {
             for (std::size_t i = 0; i < n; ++i) task(i);
@@ -3124,7 +3161,8 @@ constexpr std::size_t round_up(std::size_t n, std::size_t multiple) {
     return (n + multiple - 1) / multiple * multiple;
 }
 
-// Activations begin on a cache line: a 64-byte load that crosses one counts twice (decode 8 % faster).
+// Activations begin on a cache line: a 64-byte load that crosses one counts twice (decode 8 %
+// faster).
 template <class T>
 struct LineAllocator {
     using value_type = T;
@@ -3147,110 +3185,118 @@ inline float sum_lanes(const float* lanes) {
     return (s[0] + s[2]) + (s[1] + s[3]);
 }
 
-// The two inner loops, for one instruction set. Written with the compiler's vector types, so that the same
-// lines serve all; a macro, because a target attribute cannot be a template argument. W floats fill one
-// register, P registers the 16 lanes, and R x C dot products run at once so that each load feeds several
-// multiplications: 4 x 6 accumulators leave 8 of AVX-512's 32 registers for operands. With few rows the
-// memory sets the pace, and it delivers one stream at 28 GB/s where six get 17 (a core of an EPYC 9004).
+// The two inner loops, for one instruction set. Written with the compiler's vector types, so that
+// the same lines serve all; a macro, because a target attribute cannot be a template argument. W
+// floats fill one register, P registers the 16 lanes, and R x C dot products run at once so that
+// each load feeds several multiplications: 4 x 6 accumulators leave 8 of AVX-512's 32 registers for
+// operands. With few rows the memory sets the pace, and it delivers one stream at 28 GB/s where six
+// get 17 (a core of an EPYC 9004).
 //
-//   panel: y (T, N) = x (T, K) w (N, K)^T; rows are ldy, ldx and ldw elements apart; `stream`: w comes from memory
+//   panel: y (T, N) = x (T, K) w (N, K)^T; rows are ldy, ldx and ldw elements apart; `stream`: w
+//          comes from memory, not from a cache
 //   mix:   z (T, cols) = p (T, n) v (n, cols), summed over n in order; cols a multiple of 16
-#define NANOGPT_KERNELS(isa, W, R, C, attribute)                                                       \
-    namespace isa {                                                                                    \
-    using F = float __attribute__((vector_size(4 * W)));                                               \
-    using U = std::uint32_t __attribute__((vector_size(4 * W)));                                       \
-    using H = std::uint16_t __attribute__((vector_size(2 * W)));                                       \
-    constexpr std::size_t P = kLanes / W;                                                              \
-    attribute inline F load(const float* p) {                                                          \
-        F v;                                                                                           \
-        std::memcpy(&v, p, sizeof v); /* one instruction; p need not be aligned */                     \
-        return v;                                                                                      \
-    }                                                                                                  \
-    attribute inline void store(float* p, F v) { std::memcpy(p, &v, sizeof v); }                       \
-    attribute inline F load(const std::uint16_t* p) { /* bfloat16: the upper half of a float */        \
-        H half;                                                                                        \
-        std::memcpy(&half, p, sizeof half);                                                            \
-        const U wide = __builtin_convertvector(half, U) << 16;                                         \
-        F v;                                                                                           \
-        std::memcpy(&v, &wide, sizeof v);                                                              \
-        return v;                                                                                      \
-    }                                                                                                  \
-    template <class Weight, std::size_t Rows, std::size_t Cols>                                        \
-    attribute void dots(float* y, std::size_t ldy, const float* x, std::size_t ldx,                    \
-                        const Weight* w, std::size_t ldw, std::size_t K) {                             \
-        F sum[Rows][Cols][P] = {};                                                                     \
-        std::size_t k = 0;                                                                             \
-        for (; k + kLanes <= K; k += kLanes) {                                                         \
-            F xs[Rows][P];                                                                             \
-            for (std::size_t r = 0; r < Rows; ++r)                                                     \
-                for (std::size_t p = 0; p < P; ++p) xs[r][p] = load(x + r * ldx + k + p * W);          \
-            for (std::size_t c = 0; c < Cols; ++c)                                                     \
-                for (std::size_t p = 0; p < P; ++p) {                                                  \
-                    const F ws = load(w + c * ldw + k + p * W);                                        \
-                    for (std::size_t r = 0; r < Rows; ++r) sum[r][c][p] += xs[r][p] * ws;              \
-                }                                                                                      \
-        }                                                                                              \
-        float lanes[Rows * Cols]                                                                       \
-                   [kLanes]; /* memory from here on: registers cannot be indexed by a variable */      \
-        for (std::size_t r = 0; r < Rows; ++r)                                                         \
-            for (std::size_t c = 0; c < Cols; ++c)                                                     \
-                for (std::size_t p = 0; p < P; ++p)                                                    \
-                    store(lanes[r * Cols + c] + p * W, sum[r][c][p]);                                  \
-        for (std::size_t i = 0; i < Rows * Cols; ++i) {                                                \
-            const std::size_t r = i / Cols, c = i % Cols;                                              \
-            if (k < K) { /* the rest, padded with zeros */                                             \
-                float xs[kLanes] = {};                                                                 \
-                Weight ws[kLanes] = {};                                                                \
-                std::memcpy(xs, x + r * ldx + k, (K - k) * sizeof(float));                             \
-                std::memcpy(ws, w + c * ldw + k, (K - k) * sizeof(Weight));                            \
-                for (std::size_t p = 0; p < kLanes; p += W)                                            \
-                    store(lanes[i] + p, load(lanes[i] + p) + load(xs + p) * load(ws + p));             \
-            }                                                                                          \
-            y[r * ldy + c] = sum_lanes(lanes[i]);                                                      \
-        }                                                                                              \
-    }                                                                                                  \
-    /* `tiled` outputs are computed C at a time, the others one by one, which reads w as one stream */ \
-    template <class Weight, std::size_t Rows>                                                          \
-    attribute void row(float* y, std::size_t ldy, const float* x, std::size_t ldx,                     \
-                       const Weight* w, std::size_t ldw, std::size_t N, std::size_t K,                 \
-                       std::size_t tiled) {                                                            \
-        for (std::size_t n = 0; n < tiled; n += C)                                                     \
-            dots<Weight, Rows, C>(y + n, ldy, x, ldx, w + n * ldw, ldw, K);                            \
-        for (std::size_t n = tiled; n < N; ++n)                                                        \
-            dots<Weight, Rows, 1>(y + n, ldy, x, ldx, w + n * ldw, ldw, K);                            \
-    }                                                                                                  \
-    template <class Weight>                                                                            \
-    attribute void panel(float* y, std::size_t ldy, const float* x, std::size_t ldx,                   \
-                         const Weight* w, std::size_t ldw, std::size_t T, std::size_t N,               \
-                         std::size_t K, bool stream) {                                                 \
-        const std::size_t tiled = stream ? 0 : N / C * C;                                              \
-        std::size_t t = 0;                                                                             \
-        for (; t + R <= T; t += R)                                                                     \
-            row<Weight, R>(y + t * ldy, ldy, x + t * ldx, ldx, w, ldw, N, K, tiled);                   \
-        for (; t < T; ++t)                                                                             \
-            row<Weight, 1>(y + t * ldy, ldy, x + t * ldx, ldx, w, ldw, N, K, tiled);                   \
-    }                                                                                                  \
-    template <std::size_t Rows>                                                                        \
-    attribute void weigh(float* z, std::size_t ldz, const float* p, std::size_t ldp,                   \
-                         const float* v, std::size_t ldv, std::size_t n, std::size_t cols) {           \
-        for (std::size_t c = 0; c < cols; c += kLanes) {                                               \
-            F sum[Rows][P] = {};                                                                       \
-            for (std::size_t s = 0; s < n; ++s)                                                        \
-                for (std::size_t i = 0; i < P; ++i) {                                                  \
-                    const F vs = load(v + s * ldv + c + i * W);                                        \
-                    for (std::size_t r = 0; r < Rows; ++r) sum[r][i] += p[r * ldp + s] * vs;           \
-                }                                                                                      \
-            for (std::size_t r = 0; r < Rows; ++r)                                                     \
-                std::memcpy(z + r * ldz + c, sum[r], sizeof sum[r]);                                   \
-        }                                                                                              \
-    }                                                                                                  \
-    attribute inline void mix(float* z, std::size_t ldz, const float* p, std::size_t ldp,              \
-                              const float* v, std::size_t ldv, std::size_t T, std::size_t n,           \
-                              std::size_t cols) {                                                      \
-        std::size_t t = 0;                                                                             \
-        for (; t + R <= T; t += R) weigh<R>(z + t * ldz, ldz, p + t * ldp, ldp, v, ldv, n, cols);      \
-        for (; t < T; ++t) weigh<1>(z + t * ldz, ldz, p + t * ldp, ldp, v, ldv, n, cols);              \
-    }                                                                                                  \
+#define NANOGPT_KERNELS(isa, W, R, C, attribute)                                                   \
+    namespace isa {                                                                                \
+    using F = float __attribute__((vector_size(4 * W)));                                           \
+    using U = std::uint32_t __attribute__((vector_size(4 * W)));                                   \
+    using H = std::uint16_t __attribute__((vector_size(2 * W)));                                   \
+    constexpr std::size_t P = kLanes / W;                                                          \
+    attribute inline F load(const float* p) {                                                      \
+        F v;                                                                                       \
+        std::memcpy(&v, p, sizeof v); /* one instruction; p need not be aligned */                 \
+        return v;                                                                                  \
+    }                                                                                              \
+    attribute inline void store(float* p, F v) { std::memcpy(p, &v, sizeof v); }                   \
+    attribute inline F load(const std::uint16_t* p) { /* bfloat16: the upper half of a float */    \
+        H half;                                                                                    \
+        std::memcpy(&half, p, sizeof half);                                                        \
+        const U wide = __builtin_convertvector(half, U) << 16;                                     \
+        F v;                                                                                       \
+        std::memcpy(&v, &wide, sizeof v);                                                          \
+        return v;                                                                                  \
+    }                                                                                              \
+    template <class Weight, std::size_t Rows, std::size_t Cols>                                    \
+    attribute void dots(float* y, std::size_t ldy, const float* x, std::size_t ldx,                \
+                        const Weight* w, std::size_t ldw, std::size_t K) {                         \
+        F sum[Rows][Cols][P] = {};                                                                 \
+        std::size_t k = 0;                                                                         \
+        for (; k + kLanes <= K; k += kLanes) {                                                     \
+            F xs[Rows][P];                                                                         \
+            for (std::size_t r = 0; r < Rows; ++r)                                                 \
+                for (std::size_t p = 0; p < P; ++p) xs[r][p] = load(x + r * ldx + k + p * W);      \
+            for (std::size_t c = 0; c < Cols; ++c)                                                 \
+                for (std::size_t p = 0; p < P; ++p) {                                              \
+                    const F ws = load(w + c * ldw + k + p * W);                                    \
+                    for (std::size_t r = 0; r < Rows; ++r) sum[r][c][p] += xs[r][p] * ws;          \
+                }                                                                                  \
+        }                                                                                          \
+        float lanes[Rows * Cols]                                                                   \
+                   [kLanes]; /* memory from here on: registers cannot be indexed by a variable */  \
+        for (std::size_t r = 0; r < Rows; ++r)                                                     \
+            for (std::size_t c = 0; c < Cols; ++c)                                                 \
+                for (std::size_t p = 0; p < P; ++p)                                                \
+                    store(lanes[r * Cols + c] + p * W, sum[r][c][p]);                              \
+        for (std::size_t i = 0; i < Rows * Cols; ++i) {                                            \
+            const std::size_t r = i / Cols, c = i % Cols;                                          \
+            if (k < K) { /* the rest, padded with zeros */                                         \
+                float xs[kLanes] = {};                                                             \
+                Weight ws[kLanes] = {};                                                            \
+                std::memcpy(xs, x + r * ldx + k, (K - k) * sizeof(float));                         \
+                std::memcpy(ws, w + c * ldw + k, (K - k) * sizeof(Weight));                        \
+                for (std::size_t p = 0; p < kLanes; p += W)                                        \
+                    store(lanes[i] + p, load(lanes[i] + p) + load(xs + p) * load(ws + p));         \
+            }                                                                                      \
+            y[r * ldy + c] = sum_lanes(lanes[i]);                                                  \
+        }                                                                                          \
+    }                                                                                              \
+    /* `tiled` outputs C at a time, the others one by one: w is read as one stream */              \
+    template <class Weight, std::size_t Rows>                                                      \
+    attribute void row(float* y, std::size_t ldy, const float* x, std::size_t ldx,                 \
+                       const Weight* w, std::size_t ldw, std::size_t N, std::size_t K,             \
+                       std::size_t tiled) {                                                        \
+        for (std::size_t n = 0; n < tiled; n += C)                                                 \
+            dots<Weight, Rows, C>(y + n, ldy, x, ldx, w + n * ldw, ldw, K);                        \
+        for (std::size_t n = tiled; n < N; ++n)                                                    \
+            dots<Weight, Rows, 1>(y + n, ldy, x, ldx, w + n * ldw, ldw, K);                        \
+    }                                                                                              \
+    template <class Weight>                                                                        \
+    attribute void panel(float* y, std::size_t ldy, const float* x, std::size_t ldx,               \
+                         const Weight* w, std::size_t ldw, std::size_t T, std::size_t N,           \
+                         std::size_t K, bool stream) {                                             \
+        const std::size_t tiled = stream ? 0 : N / C * C;                                          \
+        std::size_t t = 0;                                                                         \
+        for (; t + R <= T; t += R)                                                                 \
+            row<Weight, R>(y + t * ldy, ldy, x + t * ldx, ldx, w, ldw, N, K, tiled);               \
+        for (; t < T; ++t)                                                                         \
+            row<Weight, 1>(y + t * ldy, ldy, x + t * ldx, ldx, w, ldw, N, K, tiled);               \
+    }                                                                                              \
+    template <std::size_t Rows, std::size_t Wide> /* Wide: registers of a row at once */           \
+    attribute void weigh(float* z, std::size_t ldz, const float* p, std::size_t ldp,               \
+                         const float* v, std::size_t ldv, std::size_t n, std::size_t cols) {       \
+        for (std::size_t c = 0; c + Wide * W <= cols; c += Wide * W) {                             \
+            F sum[Rows][Wide] = {};                                                                \
+            for (std::size_t s = 0; s < n; ++s)                                                    \
+                for (std::size_t i = 0; i < Wide; ++i) {                                           \
+                    const F vs = load(v + s * ldv + c + i * W);                                    \
+                    for (std::size_t r = 0; r < Rows; ++r) sum[r][i] += p[r * ldp + s] * vs;       \
+                }                                                                                  \
+            for (std::size_t r = 0; r < Rows; ++r)                                                 \
+                for (std::size_t i = 0; i < Wide; ++i) store(z + r * ldz + c + i * W, sum[r][i]);  \
+        }                                                                                          \
+    }                                                                                              \
+    attribute inline void mix(float* z, std::size_t ldz, const float* p, std::size_t ldp,          \
+                              const float* v, std::size_t ldv, std::size_t T, std::size_t n,       \
+                              std::size_t cols) {                                                  \
+        std::size_t t = 0;                                                                         \
+        for (; t + R <= T; t += R)                                                                 \
+            weigh<R, P>(z + t * ldz, ldz, p + t * ldp, ldp, v, ldv, n, cols);                      \
+        const std::size_t wide =                                                                   \
+            cols / (4 * kLanes) * (4 * kLanes); /* one row: longer reads of v */                   \
+        for (; t < T; ++t) {                                                                       \
+            weigh<1, 4 * P>(z + t * ldz, ldz, p + t * ldp, ldp, v, ldv, n, wide);                  \
+            weigh<1, P>(z + t * ldz + wide, ldz, p + t * ldp, ldp, v + wide, ldv, n, cols - wide); \
+        }                                                                                          \
+    }                                                                                              \
     }  // namespace isa
 
 #if defined(__x86_64__)
@@ -3290,8 +3336,9 @@ inline const Kernels& kernels() {
     return chosen;
 }
 
-// e^x for x <= 0, 16 at a time: n = round(x / ln 2), then a polynomial on x - n ln 2 (Cephes expf, below
-// 2 units in the last place). Not std::exp: that is a call per element and differs between C libraries.
+// e^x for x <= 0, 16 at a time: n = round(x / ln 2), then a polynomial on x - n ln 2 (Cephes expf,
+// below 2 units in the last place). Not std::exp: that is a call per element and differs between C
+// libraries.
 inline void exp16(float* x) {
     for (std::size_t i = 0; i < kLanes; ++i) {
         const float v = x[i] > -87.0f ? x[i] : -87.0f;
@@ -3309,7 +3356,8 @@ inline void exp16(float* x) {
     }
 }
 
-// Calls rows(begin, end) for parts of [0, n): elementwise work, too small for a thread below 8 rows.
+// Calls rows(begin, end) for parts of [0, n): elementwise work, too small for a thread below 8
+// rows.
 template <class Rows>
 void for_rows(ThreadPool& pool, std::size_t n, const Rows& rows) {
     constexpr std::size_t kPart = 8;
@@ -3325,7 +3373,8 @@ inline std::string cpu_features() { return detail::kernels().name; }
 
 namespace ops {
 
-// y[t] = x[t] / sqrt(mean(x[t]^2) + eps), row by row (nanochat norm(): no weight; eps is torch's for fp32).
+// y[t] = x[t] / sqrt(mean(x[t]^2) + eps), row by row (nanochat norm(): no weight; eps is torch's
+// for fp32).
 //   x, y (rows, cols) f32, may be the same
 inline void rms_norm(float* y, const float* x, std::size_t rows, std::size_t cols) {
     constexpr float kEps = 0x1p-23f;
@@ -3342,8 +3391,10 @@ inline void rms_norm(float* y, const float* x, std::size_t rows, std::size_t col
     }
 }
 
-// Angles of the rotary embedding at one position (Su et al. 2021; nanochat _precompute_rotary_embeddings).
-//   cos, sin (hd/2) f32: of pos * base^(-2j/hd), all in float32 as there; optionally rounded to bfloat16
+// Angles of the rotary embedding at one position (Su et al. 2021; nanochat
+// _precompute_rotary_embeddings).
+//   cos, sin (hd/2) f32: of pos * base^(-2j/hd), all in float32 as there; optionally rounded to
+//   bfloat16
 inline void rotary_angles(float* cos, float* sin, int pos, std::size_t hd, float base, bool bf16) {
     for (std::size_t j = 0; j < hd / 2; ++j) {
         const float frequency =
@@ -3370,8 +3421,9 @@ inline void rotary(float* x, const float* cos, const float* sin, std::size_t hea
     }
 }
 
-// Softmax of n scores in place, and zeros from there up to the next multiple of 16: x must have room for
-// them. Every block of 16 takes the same path, so that the result does not depend on where the row lies.
+// Softmax of n scores in place, and zeros from there up to the next multiple of 16: x must have
+// room for them. Every block of 16 takes the same path, so that the result does not depend on where
+// the row lies.
 inline void softmax(float* x, std::size_t n) {
     const std::size_t padded = detail::round_up(n, detail::kLanes);
     const float top = *std::max_element(x, x + n);
@@ -3386,9 +3438,10 @@ inline void softmax(float* x, std::size_t n) {
     for (std::size_t i = 0; i < padded; ++i) x[i] *= scale;
 }
 
-// x = cap * tanh(x / cap) in place (Gemma 2, Riviere et al. 2024). tanh |z| = (1 - e) / (1 + e) with
-// e = e^(-2 |z|), 16 at a time: as exact as its sum 1 - e, 6e-8 of the cap, where 32,768 calls of std::tanh
-// take 0.9 ms. A cap far above all logits leaves nothing of that sum, and takes the calls.
+// x = cap * tanh(x / cap) in place (Gemma 2, Riviere et al. 2024). tanh |z| = (1 - e) / (1 + e)
+// with e = e^(-2 |z|), 16 at a time: as exact as its sum 1 - e, 6e-8 of the cap, where 32,768 calls
+// of std::tanh take 0.9 ms. A cap far above all logits leaves nothing of that sum, and takes the
+// calls.
 inline void softcap(float* x, std::size_t n, float cap) {
     if (cap > 100) {
         for (std::size_t i = 0; i < n; ++i) x[i] = cap * std::tanh(x[i] / cap);
@@ -3414,9 +3467,11 @@ inline void relu2(float* x, std::size_t n) {
 
 inline float sigmoid(float x) { return 1.0f / (1.0f + std::exp(-x)); }
 
-// y = x w^T, the only matrix product of the model; with `squared`, y = relu2(x w^T), done while it is in cache.
+// y = x w^T, the only matrix product of the model; with `squared`, y = relu2(x w^T), done while it
+// is in cache.
 //   y (T, N) f32, x (T, K) f32, w (at least N, K) float32 or bfloat16: its first N rows are used
-//   Tasks are panels of rows of w that fit a core's L2 cache, so w is read from memory once for any T.
+//   Tasks are panels of rows of w that fit a core's L2 cache, so w is read from memory once for any
+//   T.
 inline void linear(ThreadPool& pool, float* y, const float* x, const Tensor& w, std::size_t T,
                    std::size_t N, bool squared = false) {
     constexpr std::size_t kPanelBytes = std::size_t{256} << 10;
@@ -3450,10 +3505,11 @@ inline void linear(ThreadPool& pool, float* y, const float* x, const Tensor& w, 
 }
 
 // Causal attention of one head over a sliding window (Vaswani et al. 2017, eq. 1).
-//   z, q (T, hd): rows of query positions pos ... pos + T - 1, ldq elements apart; z's rows are ldz apart
-//   k, v (pos + T, hdp): keys and values of positions 0 ..., hdp = hd rounded up to 16, padded with zeros
-//   A query at position t sees the keys t - window ... t. If `scores` and `pattern` are given, (T, pos + T) each,
-//   they receive the scaled scores (-infinity outside the window) and their softmax (0 outside).
+//   z, q (T, hd): rows of query positions pos ... pos + T - 1, ldq elements apart; z's rows are ldz
+//   apart k, v (pos + T, hdp): keys and values of positions 0 ..., hdp = hd rounded up to 16,
+//   padded with zeros A query at position t sees the keys t - window ... t. If `scores` and
+//   `pattern` are given, (T, pos + T) each, they receive the scaled scores (-infinity outside the
+//   window) and their softmax (0 outside).
 inline void attention(float* z, std::size_t ldz, const float* q, std::size_t ldq, const float* k,
                       const float* v, std::size_t T, std::size_t pos, std::size_t hd,
                       std::size_t window, float* scores = nullptr, float* pattern = nullptr) {
@@ -3499,8 +3555,8 @@ inline void attention(float* z, std::size_t ldz, const float* q, std::size_t ldq
 }  // namespace ops
 
 // ==== 13. model ==================================================================================
-// The transformer: its weights, the cache of what it has read, and forward(). Read forward() from top to
-// bottom; it is nanochat's gpt.py for all generations, and everything it calls is above.
+// The transformer: its weights, the cache of what it has read, and forward(). Read forward() from
+// top to bottom; it is nanochat's gpt.py for all generations, and everything it calls is above.
 
 struct Layer {
     Tensor c_q;              // (D, D)
@@ -3576,8 +3632,9 @@ inline void copy_row(float* out, const Tensor& table, std::size_t row) {
 
 }  // namespace detail
 
-// Reads the weights of one checkpoint straight to where they stay: one allocation, and a quarter of a
-// megabyte per thread for those that change their type on the way. So there are never two copies of the model.
+// Reads the weights of one checkpoint straight to where they stay: one allocation, and a quarter of
+// a megabyte per thread for those that change their type on the way. So there are never two copies
+// of the model.
 class ModelLoader {
 public:
     static std::shared_ptr<const Model> load(ModelInfo info, const LoadOptions& options) {
@@ -3613,8 +3670,8 @@ private:
         plan();
     }
 
-    // Vectors of lambdas become float32. Matrices that are bfloat16 in the file stay so: widening them
-    // would double the bytes and change no result.
+    // Vectors of lambdas become float32. Matrices that are bfloat16 in the file stay so: widening
+    // them would double the bytes and change no result.
     void plan() {
         std::uint64_t at = 0;
         for (const detail::StoredTensor& t : stored_) {
@@ -3753,8 +3810,8 @@ private:
     std::uint64_t done_ = 0;
 };
 
-// Loads one checkpoint: found by find_models, or a directory, or a model_<step>.pt with its meta beside it.
-// Throws not_found, refused, unsupported, out_of_memory; nothing stays behind then.
+// Loads one checkpoint: found by find_models, or a directory, or a model_<step>.pt with its meta
+// beside it. Throws not_found, refused, unsupported, out_of_memory; nothing stays behind then.
 inline std::shared_ptr<const Model> load_model(const ModelInfo& info,
                                                const LoadOptions& options = {}) {
     return ModelLoader::load(info, options);
@@ -3794,7 +3851,8 @@ enum class HookPoint : std::uint8_t {
     logits_raw,   // (T, V)
     logits        // (T, V)        after the soft cap
 };
-// TransformerLens' name of a point, such as "blocks.3.attn.hook_q"; nanochat's word where only it has one.
+// TransformerLens' name of a point, such as "blocks.3.attn.hook_q"; nanochat's word where only it
+// has one.
 inline std::string name(HookPoint point, int layer) {
     // clang-format off
     constexpr std::string_view kNames[] = {
@@ -3858,14 +3916,16 @@ public:
     int length() const { return static_cast<int>(tokens_.size()); }  // in tokens
     int capacity() const { return capacity_; }
     std::span<const Token> tokens() const { return tokens_; }
-    // Forgets all tokens from position `length` on. What follows is then computed as if they had never been.
+    // Forgets all tokens from position `length` on. What follows is then computed as if they had
+    // never been.
     void rewind(int length) {
         if (length < 0 || length > this->length())
             throw Error(ErrorKind::usage, "rewind to a position that was not read");
         tokens_.resize(static_cast<std::size_t>(length));
     }
 
-    // For backends: rows of one layer's kv head, from position 0 on; and the tokens once they are computed.
+    // For backends: rows of one layer's kv head, from position 0 on; and the tokens once they are
+    // computed.
     float* k(int layer, std::size_t head) { return k_ + offset(layer, head); }
     float* v(int layer, std::size_t head) { return v_ + offset(layer, head); }
     void append(std::span<const Token> tokens) {
@@ -3934,8 +3994,8 @@ inline void check_slices(const Model& model, std::span<const Slice> batch) {
     }
 }
 
-// Row of the bigram table (nanochat c88bbf8): a hash of this token and the one before; the last row is for
-// a sequence's first token.
+// Row of the bigram table (nanochat c88bbf8): a hash of this token and the one before; the last row
+// is for a sequence's first token.
 inline std::size_t bigram_row(const Row& row, int vocab_size) {
     const auto mod = static_cast<std::int32_t>(5 * vocab_size - 1);
     if (row.previous < 0) return static_cast<std::size_t>(mod);
@@ -4029,7 +4089,8 @@ private:
 // The model, top to bottom (nanochat gpt.py, GPT.forward and Block.forward).
 inline std::span<const float> Pass::forward() {
     resize();
-    // x = norm(wte[id]); G4 mixes in a little of the previous token's. x0 is kept: every layer sees it again
+    // x = norm(wte[id]); G4 mixes in a little of the previous token's. x0 is kept: every layer sees
+    // it again
     embed();
     smear();
     std::copy_n(ws_.x.data(), T * D, ws_.x0.data());
@@ -4108,8 +4169,9 @@ inline void Pass::embed() {
     tap(HookPoint::embed_norm, -1, ws_.x.data(), {D});
 }
 
-// G4: x[t] += lambda * sigmoid(Wg x[t][0:24]) * x[t-1], with x[t-1] before its own smear. At the start of a
-// chunk x[t-1] is computed again from the token before, so cutting a prompt changes nothing.
+// G4: x[t] += lambda * sigmoid(Wg x[t][0:24]) * x[t-1], with x[t-1] before its own smear. At the
+// start of a chunk x[t-1] is computed again from the token before, so cutting a prompt changes
+// nothing.
 inline void Pass::smear() {
     if (c_.generation != Generation::g4) return;
     std::copy_n(ws_.x.data(), T * D, ws_.embed.data());
@@ -4157,8 +4219,8 @@ inline void Pass::project_qkv(int i) {
     tap(HookPoint::k, i, ws_.k.data(), {K, hd});
 }
 
-// v[head] += scale * sigmoid(Wg[head] h[0:channels]) * value_embed[id][head]: every other layer knows its
-// token by heart (value residuals, Zhou et al. 2024, with a gate).
+// v[head] += scale * sigmoid(Wg[head] h[0:channels]) * value_embed[id][head]: every other layer
+// knows its token by heart (value residuals, Zhou et al. 2024, with a gate).
 inline void Pass::add_value_embedding(int i) {
     const Layer& layer = w_.layers[static_cast<std::size_t>(i)];
     const auto channels = static_cast<std::size_t>(c_.ve_gate_channels);
@@ -4179,7 +4241,8 @@ inline void Pass::add_value_embedding(int i) {
     tap(HookPoint::ve_gate, i, ws_.gate.data(), {K});
 }
 
-// x (T, heads, hd): rotation, then the norm of each head, then the generation's scale. In this order.
+// x (T, heads, hd): rotation, then the norm of each head, then the generation's scale. In this
+// order.
 inline void Pass::rotate_and_norm(float* x, std::size_t heads) {
     for_rows(pool_, T, [&](std::size_t a, std::size_t b) {
         for (std::size_t t = a; t < b; ++t) {
@@ -4206,8 +4269,8 @@ inline void Pass::remember(int i) {
     }
 }
 
-// z = attention(q, cache) for every slice and head; a task is one head and 64 queries, or all of them if
-// their maps are watched.
+// z = attention(q, cache) for every slice and head; a task is one head and 64 queries, or all of
+// them if their maps are watched.
 inline void Pass::attend(int i) {
     constexpr std::size_t kQueries = 64;
     struct Task {
@@ -4248,7 +4311,8 @@ inline void Pass::attend(int i) {
     }
 }
 
-// logits = softcap * tanh(lm_head x / softcap): of the last row of each slice, of all rows if watched.
+// logits = softcap * tanh(lm_head x / softcap): of the last row of each slice, of all rows if
+// watched.
 inline std::span<const float> Pass::head() {
     const bool all = wanted(HookPoint::logits_raw, -1) || wanted(HookPoint::logits, -1);
     std::vector<std::size_t> last;
@@ -4281,10 +4345,11 @@ inline std::span<const float> Pass::head() {
 
 }  // namespace detail
 
-// Reads the tokens of several sequences in one pass; any mix of prompts and single tokens. Returns the
-// logits (batch, V) after the last token of each, valid until the workspace is used again. A sequence's
-// logits do not depend on what else is in the batch, on how its tokens are cut, or on the threads: same bits.
-// Throws usage if a token is outside the vocabulary or a cache is full; then no cache has changed.
+// Reads the tokens of several sequences in one pass; any mix of prompts and single tokens. Returns
+// the logits (batch, V) after the last token of each, valid until the workspace is used again. A
+// sequence's logits do not depend on what else is in the batch, on how its tokens are cut, or on
+// the threads: same bits. Throws usage if a token is outside the vocabulary or a cache is full;
+// then no cache has changed.
 inline std::span<const float> forward(const Model& model, std::span<const Slice> batch,
                                       Workspace& workspace, Observer* observer = nullptr) {
     return detail::Pass(model, batch, workspace, observer).forward();
@@ -4298,9 +4363,10 @@ inline std::span<const float> forward(const Model& model, KVCache& cache,
 }
 
 // ==== 14. sample =================================================================================
-// From logits to a token. The generator is written out, because the standard library's distributions
-// differ between implementations: the same seed gives the same text everywhere. It counts instead of
-// stepping: number n of stream s is a hash of (seed, s, n), so sequences in a batch share nothing.
+// From logits to a token. The generator is written out, because the standard library's
+// distributions differ between implementations: the same seed gives the same text everywhere. It
+// counts instead of stepping: number n of stream s is a hash of (seed, s, n), so sequences in a
+// batch share nothing.
 
 struct SamplingParams {
     float temperature = 1.0f;  // 0 = greedy
@@ -4324,9 +4390,10 @@ public:
             throw Error(ErrorKind::usage, "top_p must be above 0 and at most 1");
     }
 
-    // Draws from softmax(logits / temperature), cut to the top_k likeliest tokens and then to the likeliest
-    // that together reach top_p. At temperature 0 the largest logit; of equal ones the lowest id. Every call
-    // takes one random number. NaN counts as impossible; throws refused if no logit is left.
+    // Draws from softmax(logits / temperature), cut to the top_k likeliest tokens and then to the
+    // likeliest that together reach top_p. At temperature 0 the largest logit; of equal ones the
+    // lowest id. Every call takes one random number. NaN counts as impossible; throws refused if no
+    // logit is left.
     Token sample(std::span<const float> logits) {
         // [0, 1)
         const double u = static_cast<double>(mix(key_ + ++count_ * kGolden) >> 11) * 0x1p-53;
@@ -4388,7 +4455,7 @@ private:
         }
         if (ids_.size() <= 1024 || params_.top_p < 1) {
             std::sort(ids_.begin(), ids_.end(), likelier);
-        } else {  // the whole vocabulary: the order does not matter, only the largest must come first
+        } else {  // the whole vocabulary: no order is needed, but the largest must come first
             std::iter_swap(ids_.begin(), std::min_element(ids_.begin(), ids_.end(), likelier));
         }
     }
@@ -4408,9 +4475,10 @@ private:
 };
 
 // ==== 15. engine =================================================================================
-// The seam between generating text and computing logits: one virtual call per step. A Sequence is one
-// timeline (its tokens, and their keys and values on the device); callers hand over whole prefixes, and
-// what the sequence already holds of one is not read again. The engine moves ids and knows no text.
+// The seam between generating text and computing logits: one virtual call per step. A Sequence is
+// one timeline (its tokens, and their keys and values on the device); callers hand over whole
+// prefixes, and what the sequence already holds of one is not read again. The engine moves ids and
+// knows no text.
 
 struct Sequence {
     virtual ~Sequence() = default;
@@ -4428,8 +4496,9 @@ struct Backend {  // one device
     virtual std::string device() const = 0;  // for people, such as "CPU (avx512, 8 threads)"
     virtual DType dtype() const = 0;         // of the weights
     virtual std::unique_ptr<Sequence> new_sequence(int capacity) = 0;
-    // One step of every sequence in the batch, each at most once; returns the logits (batch, V) after the
-    // last token of each, valid until the next step. A step that throws leaves all sequences as they were.
+    // One step of every sequence in the batch, each at most once; returns the logits (batch, V)
+    // after the last token of each, valid until the next step. A step that throws leaves all
+    // sequences as they were.
     virtual std::span<const float> step(std::span<const Chunk> batch,
                                         Observer* observer = nullptr) = 0;
 };
@@ -4528,9 +4597,10 @@ struct Generated {
     bool forced;  // by the tool; the sampled token was discarded
 };
 
-// Continues `prompt` (the whole prefix; what the sequence holds of it is reused). on_token sees every token
-// of the answer, a stop token included, as nanochat yields it; returning false cancels. The last token
-// given to on_token is not read by the model. `stream` is the sampler's (one per sample of a prompt).
+// Continues `prompt` (the whole prefix; what the sequence holds of it is reused). on_token sees
+// every token of the answer, a stop token included, as nanochat yields it; returning false cancels.
+// The last token given to on_token is not read by the model. `stream` is the sampler's (one per
+// sample of a prompt).
 inline StopReason generate(Backend& backend, Sequence& sequence, std::span<const Token> prompt,
                            const GenerateParams& params,
                            const std::function<bool(Generated)>& on_token, Tool* tool = nullptr,
@@ -4948,8 +5018,9 @@ inline std::vector<Token> chat_stop_tokens(const Tokenizer& tokenizer) {
 }
 
 // Tokens in, text out as soon as it is certain: whole characters (one may spread over several
-// tokens), no special tokens, nothing of a stop text. A call of the calculator reads "[37*41 = 1517] ". What could still become a stop text is held
-// back. However a text is cut into tokens, the joined pieces are the same.
+// tokens), no special tokens, nothing of a stop text. A call of the calculator reads "[37*41 =
+// 1517] ". What could still become a stop text is held back. However a text is cut into tokens, the
+// joined pieces are the same.
 class TextStream {
 public:
     // Throws usage unless there are at most 8 stop texts of 1 to 64 bytes of UTF-8.
@@ -5057,9 +5128,9 @@ public:
     }
 
     // Answers a message. on_text gets whole characters as they come, "" for a token that completes
-    // none, and returns false to stop; the answer then stays in the conversation as far as it came. The random generator starts from
-    // params().sampling.seed each time, as in nanochat. Without stop tokens in params() those of
-    // chat_stop_tokens() hold.
+    // none, and returns false to stop; the answer then stays in the conversation as far as it came.
+    // The random generator starts from params().sampling.seed each time, as in nanochat. Without
+    // stop tokens in params() those of chat_stop_tokens() hold.
     // Prompt and answer share the context. Oldest exchanges are left out of the prompt while less
     // than a quarter of the context (or max_tokens, if fewer) would remain for the answer, which
     // may then use all that does remain. Throws usage if not even one token does. Whatever is

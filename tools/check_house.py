@@ -17,7 +17,7 @@ ROOT_ENTRIES = {"CMakeLists.txt", HEADER, "kernels.cuh", "demo.cpp", "tools", "t
                 "README.md"}
 TEXT = (".hpp", ".cpp", ".cuh", ".cu", ".py", ".sh", ".md", ".txt", ".cmake", ".html", ".js",
         ".css")
-MAX_LINES = {HEADER: 5200}
+MAX_LINES = {HEADER: 5300}
 MAX_FUNCTION, MAX_STORY = 60, 120  # the functions named forward tell the story and may be longer
 BANNER = re.compile(r"^// ==== (\d+)\. ([a-z0-9_]+) =*$")
 
