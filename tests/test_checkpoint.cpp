@@ -912,6 +912,21 @@ TEST_CASE("checkpoint: G0 with a window pattern ignores it with a warning, unles
     CHECK(info.config.window(0) == INT_MAX);
     CHECK(warns(info, "window_pattern"));
     CHECK(inspect_tensors(narrow(Gen::g0), {}, Gen::g0).warnings.empty());
+    Overrides insist;
+    insist.window_pattern = "SL";
+    CHECK(error_of([&] { inspect_tensors(narrow(Gen::g0), insist, Gen::g0); }).find("no windows") !=
+          std::string::npos);
+    insist.window_pattern = "L";
+    CHECK(inspect_tensors(narrow(Gen::g0), insist, Gen::g0).config.window(0) == INT_MAX);
+}
+
+TEST_CASE("checkpoint: a width below what the gates of a generation read is refused") {
+    TempDir dir;
+    for (const Gen gen : {Gen::g2, Gen::g3, Gen::g4}) {
+        const Shape shape{32, 320, 1, 1, 1, 8, "L"};
+        const fs::path at = make_checkpoint(dir.path(), gen, shape);
+        CHECK(error_of([&] { inspect_model(at); }).find("channels") != std::string::npos);
+    }
 }
 
 TEST_CASE("checkpoint: rows beyond the vocabulary other than nanochat's padding are a warning") {

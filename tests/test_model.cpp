@@ -609,6 +609,9 @@ TEST_CASE("model: a sequence twice in a batch, or of another backend, is refused
     const nanogpt::Chunk strange[] = {{sequence.get(), ids}, {&stranger, ids}};
     CHECK(contains(error_of([&] { backend->step(twice); }), "twice"));
     CHECK(contains(error_of([&] { backend->step(strange); }), "another backend"));
+    const auto other = nanogpt::open_cpu(load(Gen::g4, kTiny))->new_sequence(10);
+    const nanogpt::Chunk alien[] = {{sequence.get(), ids}, {other.get(), ids}};
+    CHECK(contains(error_of([&] { backend->step(alien); }), "another model"));
     CHECK(sequence->tokens().empty());
 }
 
