@@ -152,7 +152,7 @@ public:
         std::error_code ignored;
         const bool memory = ::access("/dev/shm", W_OK) == 0;
         const fs::path parent = memory ? fs::path("/dev/shm") : fs::temp_directory_path();
-        std::string pattern = (parent / "nanogpt-test-XXXXXX").string();
+        std::string pattern = (parent / "nanogpt-test-").string() + std::string(6, 'X');
         if (::mkdtemp(pattern.data()) == nullptr) throw std::runtime_error("mkdtemp failed");
         path_ = pattern;
     }
