@@ -17,7 +17,8 @@ ROOT_ENTRIES = {"CMakeLists.txt", HEADER, "kernels.cuh", "demo.cpp", "tools", "t
                 "README.md"}
 TEXT = (".hpp", ".cpp", ".cuh", ".cu", ".py", ".sh", ".md", ".txt", ".cmake", ".html", ".js",
         ".css")
-MAX_LINES = {HEADER: 5300}
+# The aim for the header is 4000 lines. It has more: this number only ever goes down.
+MAX_LINES = {HEADER: 5270}
 MAX_FUNCTION, MAX_STORY = 60, 120  # the functions named forward tell the story and may be longer
 BANNER = re.compile(r"^// ==== (\d+)\. ([a-z0-9_]+) =*$")
 
