@@ -9,7 +9,9 @@
 //   nanogpt show sft/d12                 one of them in full: settings, tensors, sizes
 //   nanogpt tokenize "Hello"             ids and bytes of every token; detokenize goes back
 //   nanogpt logits --ids 1,2 --out F     raw logits of all positions
+//   nanogpt bench                        how fast prompts are read and tokens written, in numbers
 //   nanogpt check FILE...                is this file safe and whole? Nothing in it is executed
+//   nanogpt doctor                       what works here and what does not, with the remedy
 //   nanogpt help [COMMAND]               everything else
 //
 // stdout carries what was asked for and nothing else; notes, progress and errors go to stderr.
@@ -20,6 +22,34 @@
 // sft/d12/2000. Everything that may reach a terminal passes through safe() (section 2).
 
 #include "nanogpt.hpp"
+#ifdef __CUDACC__
+#include "kernels.cuh"
+namespace nanogpt::demo {
+constexpr bool kHasCuda = true;
+}
+#else  // what kernels.cuh offers, in a program that only has the CPU
+namespace nanogpt::demo {
+constexpr bool kHasCuda = false;
+struct GpuInfo {
+    std::string name = {};
+    int major = 0, minor = 0, sms = 0;
+    std::uint64_t memory_bytes = 0, free_bytes = 0;
+    bool integrated = false;
+    std::string problem = {};
+};
+struct CudaOptions {
+    std::uint64_t kv_tokens = 0;
+};
+inline std::string cuda_problem() { return "this nanogpt was built without CUDA"; }
+inline std::string cuda_versions() { return ""; }
+inline std::vector<GpuInfo> find_gpus() { return {}; }
+inline double cuda_read_bandwidth() { return 0; }
+inline double cuda_self_test(Backend&, const std::shared_ptr<const Model>&) { return 0; }
+inline std::unique_ptr<Backend> open_cuda(const std::shared_ptr<const Model>&, const CudaOptions&) {
+    throw Error(ErrorKind::device, cuda_problem());
+}
+}  // namespace nanogpt::demo
+#endif
 
 #include <algorithm>         // sort, find, min, max
 #include <array>             // array
@@ -44,6 +74,7 @@
 #include <span>              // span
 #include <string>            // string
 #include <string_view>       // string_view
+#include <thread>            // hardware_concurrency
 #include <utility>           // pair, move
 #include <vector>            // vector
 
@@ -107,16 +138,18 @@ struct Options {
     int num_samples = 1;            // -n
     std::vector<std::string> stop;  // --stop
     std::string device_type;        // --device-type; empty: whatever is there
-    DType dtype = DType::f32;       // -d
+    std::optional<DType> dtype;     // -d; unset: bfloat16 on a GPU, float32 on the CPU
     int threads = 0;                // 0: physical cores
     bool json = false, stream_json = false, jsonl = false;
     std::optional<bool> stats;  // unset: if stderr is a terminal
     std::string color = "auto";
     bool quiet = false, verbose = false, help = false, version = false;
-    std::vector<std::string> types;    // --type
-    std::string sort;                  // --sort
-    bool all = false, values = false;  // --all, --values
-    std::string ids, ids_file, out;    // logits
+    std::vector<std::string> types;            // --type
+    std::string sort;                          // --sort
+    bool all = false, values = false;          // --all, --values
+    std::string ids, ids_file, out;            // logits
+    int prompt_tokens = 0, decode_tokens = 0;  // bench; 0: by device
+    std::vector<int> batch_sizes;              // empty: by device
 };
 
 int run_chat(Options&);
@@ -126,7 +159,9 @@ int run_show(Options&);
 int run_tokenize(Options&);
 int run_detokenize(Options&);
 int run_logits(Options&);
+int run_bench(Options&);
 int run_check(Options&);
+int run_doctor(Options&);
 int run_help(Options&);
 int run_version(Options&);
 
@@ -144,13 +179,15 @@ enum : unsigned {
     kTokenize = 16,
     kDetokenize = 32,
     kLogits = 64,
-    kCheck = 128,
-    kHelp = 256,
-    kVersion = 512,
+    kBench = 128,
+    kCheck = 256,
+    kDoctor = 512,
+    kHelp = 1024,
+    kVersion = 2048,
     kGenerate = kChat | kSample,
-    kRun = kGenerate | kLogits,
+    kRun = kGenerate | kLogits | kBench,
     kNameModel = kRun | kShow | kTokenize | kDetokenize,
-    kAll = 1023
+    kAll = 4095
 };
 constexpr std::size_t kMany = 1'000'000;
 
@@ -163,7 +200,9 @@ constexpr Command kCommands[] = {
     {kTokenize, "tokenize", "", "[TEXT]", "text to token ids, with the bytes of every token; reads stdin without TEXT", 1, run_tokenize},
     {kDetokenize, "detokenize", "", "[ID...]", "token ids to text; reads stdin without ids", kMany, run_detokenize},
     {kLogits, "logits", "", "--ids LIST", "the raw logits after every token of a sequence", 0, run_logits},
+    {kBench, "bench", "", "", "speed of reading a prompt and of writing, over batch sizes; the last line is JSON", 0, run_bench},
     {kCheck, "check", "", "FILE...", "is this file safe and whole? Executes nothing", kMany, run_check},
+    {kDoctor, "doctor", "", "", "what works here: device, memory, checkpoints, tokenizer; with the remedy", 0, run_doctor},
     {kHelp, "help", "", "[COMMAND]", "this text, or all flags of one command", 1, run_help},
     {kVersion, "version", "", "", "the version", 0, run_version},
 };
@@ -253,6 +292,12 @@ void set_window_pattern(Options& o, const Given& g) {
         bad_value(g, "made of letters S and L, as in SSSL");
     o.overrides.window_pattern = std::string(g.text);
 }
+void set_batch_sizes(Options& o, const Given& g) {
+    o.batch_sizes.clear();
+    for (const std::string& size : split(g.text, ","))
+        o.batch_sizes.push_back(whole({g.flag, size}, 1, 4096));
+    if (o.batch_sizes.empty()) bad_value(g, "a list such as 1,8,32");
+}
 void set_types(Options& o, const Given& g) {
     o.types = split(g.text, ",");
     if (o.types.empty()) bad_value(g, "a list such as base,sft");
@@ -269,21 +314,24 @@ struct Flag {
 #define SET(statement) [](Options& o, [[maybe_unused]] const Given& g) { statement; }
 // clang-format off
 constexpr Flag kFlags[] = {
-    {'i', "source", "base|mid|sft|rl", kNameModel, "family of checkpoints (default: sft; for sample: base)", SET(o.source = one_of(g, {"base", "mid", "sft", "rl"}))},
+    {'i', "source", "base|mid|sft|rl", kNameModel, "family of checkpoints (default: sft; for sample and bench: base)", SET(o.source = one_of(g, {"base", "mid", "sft", "rl"}))},
     {'g', "model-tag", "TAG", kNameModel, "directory name such as d12 (default: the d with the largest number)", SET(o.tag = not_empty(g))},
     {'s', "step", "N", kNameModel, "training step (default: the last)", SET(o.step = number<std::int64_t>(g, 0, 999'999'999'999, "a whole number from 0 on"))},
     {0, "model", "ID|PATH", kNameModel, "all three in one, such as sft/d12/2000; or a model_*.pt or its directory", SET(o.model = not_empty(g))},
-    {0, "base-dir", "DIR", kNameModel | kModels, "nanochat's directory (default: $NANOCHAT_BASE_DIR, else ~/.cache/nanochat)", SET(o.base_dir = not_empty(g))},
+    {0, "base-dir", "DIR", kNameModel | kModels | kDoctor, "nanochat's directory (default: $NANOCHAT_BASE_DIR, else ~/.cache/nanochat)", SET(o.base_dir = not_empty(g))},
     {0, "tokenizer", "FILE", kNameModel & ~kShow, "tokenizer.pkl (default: found beside the model or in the base directory)", SET(o.tokenizer = not_empty(g))},
     {'p', "prompt", "TEXT", kGenerate, "one answer, then exit; - reads the prompt from stdin", SET(o.prompt = std::string(g.text))},
     {0, "system", "TEXT", kChat, "put in front of the first message", SET(o.system = not_empty(g, 1 << 20))},
-    {'t', "temperature", "X", kGenerate, "0 = greedy (default 0.6)", set_temperature},
+    {'t', "temperature", "X", kGenerate | kBench, "0 = greedy (default 0.6; for bench: 0)", set_temperature},
     {'k', "top-k", "N", kGenerate, "choose among the N likeliest; 0 = whole vocabulary (default 50)", set_top_k},
     {0, "top-p", "X", kGenerate, "choose among the likeliest that make up X; 1 = off (default 1)", set_top_p},
     {'m', "max-tokens", "N", kGenerate, "most new tokens per answer (default 256)", set_max_tokens},
     {'n', "num-samples", "N", kSample, "independent samples from one reading of the prompt (default 1)", SET(o.num_samples = whole(g, 1, 10'000))},
     {0, "seed", "N", kGenerate, "of the random generator; -1 = random (default 42)", set_seed},
     {0, "stop", "TEXT", kGenerate, "end the answer before this text; may be given 8 times", set_stop},
+    {0, "prompt-tokens", "N", kBench, "length of the prompt, at most what the context leaves (default 2048; on the CPU 256)", SET(o.prompt_tokens = whole(g, 1, 1 << 20))},
+    {0, "decode-tokens", "N", kBench, "tokens written per sequence (default 256; on the CPU 32)", SET(o.decode_tokens = whole(g, 2, 1 << 20))},
+    {0, "batch-sizes", "LIST", kBench, "sequences written at once (default 1,8,32,128; on the CPU 1,4)", set_batch_sizes},
     {0, "ids", "LIST", kLogits, "token ids such as 1,2,3", SET(o.ids = not_empty(g, 1 << 24))},
     {0, "ids-file", "FILE", kLogits, "token ids as a JSON array", SET(o.ids_file = not_empty(g))},
     {0, "out", "FILE", kLogits, "write the logits: float32 little-endian, (tokens, vocabulary), after the soft cap", SET(o.out = not_empty(g))},
@@ -300,8 +348,8 @@ constexpr Flag kFlags[] = {
     {0, "qk-scale", "X", kRun | kShow, "factor of Q and K after their norm", SET(o.overrides.qk_scale = positive(g))},
     {0, "seq-len", "N", kRun | kShow, "context the model was trained with", SET(o.overrides.sequence_len = whole(g, 1, 1 << 20))},
     {0, "rope-table", "bf16|fp32", kRun | kShow, "rounding of the rotary tables", SET(o.overrides.bf16_rope_tables = one_of(g, {"bf16", "fp32"}) == "bf16")},
-    {0, "device-type", "cuda|cpu", kAll, "where to compute", set_device},
-    {'d', "dtype", "bfloat16|float32", kAll, "arithmetic of weights and cache (default on CPU: float32)", set_dtype},
+    {0, "device-type", "cuda|cpu", kAll, "where to compute (default: cuda if it can be used)", set_device},
+    {'d', "dtype", "bfloat16|float32", kAll, "type of the weights (default: bfloat16 on a GPU, float32 on the CPU)", set_dtype},
     {0, "threads", "N", kAll, "CPU threads (default: physical cores)", SET(o.threads = whole(g, 1, 1024))},
     {0, "json", "", kAll, "one JSON object on stdout instead of text", SET(o.json = true)},
     {0, "stream-json", "", kGenerate, "one JSON object per line while generating", SET(o.stream_json = true)},
@@ -402,6 +450,7 @@ const Command& parse(Options& o, std::span<const std::string> args) {
     const bool flag_first = !args.empty() && args[0].size() > 1 && args[0][0] == '-';
     const Command& command = args.empty() || flag_first ? kCommands[0] : find_command(args[0]);
     if (!args.empty()) o.command = command.name;
+    if (command.bit == kBench) o.sampling.temperature = 0;
     if (!args.empty() && !flag_first) args = args.subspan(1);
     std::optional<Error> mistake;
     bool flags_over = false;
@@ -558,7 +607,7 @@ std::string fit(std::string_view text, std::size_t width, bool right = false) {
 std::string paint(const Stream& stream, const char* code, std::string_view text) {
     return stream.color ? cat("\x1b[", code, "m", text, "\x1b[0m") : std::string(text);
 }
-constexpr const char *kBold = "1", *kDim = "2", *kRed = "31", *kGreen = "32";
+constexpr const char *kBold = "1", *kDim = "2", *kRed = "31", *kGreen = "32", *kYellow = "33";
 
 struct StreamLost : std::runtime_error {  // standard input or output cannot be used any more
     using std::runtime_error::runtime_error;
@@ -1138,42 +1187,61 @@ std::uint64_t weight_bytes(const ModelInfo& info, DType dtype) {
                                : static_cast<std::uint64_t>(info.parameters) * size_of(dtype);
 }
 
-struct Session {  // one model, ready to answer
-    ModelInfo info;
-    std::shared_ptr<const Model> model;
-    std::unique_ptr<Backend> backend;
-    Tokenizer tokenizer;
-    double load_seconds;
-};
+std::string capability(const GpuInfo& gpu) { return cat(gpu.major, ".", gpu.minor); }
 
+// Where to compute and with which type of weights: on the GPU if it can be used, else on the CPU.
+struct Place {
+    bool cuda = false;
+    DType dtype = DType::f32;
+    std::string reason = {};  // why the GPU is not used, if nobody asked for the CPU
+};
+Place place_for(const Options& o) {
+    const DType on_cpu = o.dtype.value_or(DType::f32);
+    if (o.device_type == "cpu") return {false, on_cpu};
+    const std::string problem = cuda_problem();
+    if (!problem.empty()) return {false, on_cpu, problem};
+    if (o.dtype == DType::f32) return {false, on_cpu, "the GPU has no -d float32"};
+    return {true, DType::bf16};
+}
+
+// --device-type cuda means it: what stands against it is an error and no note.
+[[noreturn]] void no_cuda(const std::string& why, std::string_view remedy) {
+    throw Error(ErrorKind::device, cat("--device-type cuda: ", why, ". ", remedy));
+}
 void check_device(const Options& o) {
     if (o.device_type == "mps") {
         throw Error(ErrorKind::device,
                     "--device-type mps: Apple's GPUs are not supported. Use --device-type cpu");
     }
-    if (o.device_type == "cuda") {
-        throw Error(ErrorKind::device,
-                    "--device-type cuda: this nanogpt was built without CUDA. Build it where a "
-                    "CUDA toolkit is installed, or use --device-type cpu");
+    if (o.device_type != "cuda" || o.command == "doctor") return;
+    if (o.dtype == DType::f32) {
+        bad_usage(
+            "--device-type cuda: the GPU computes with bfloat16 weights. Leave out -d float32, or "
+            "use --device-type cpu");
     }
+    const std::string problem = cuda_problem();
+    if (problem.empty()) return;
+    no_cuda(problem, kHasCuda ? "nanogpt doctor tells more; --device-type cpu works everywhere"
+                              : "Build it where a CUDA toolkit is installed, or use "
+                                "--device-type cpu");
+}
+// Once per start: every answer shows the device.
+void tell_reason(const std::string& reason) {
+    static bool told = false;
+    if (reason.empty() || !(kHasCuda || terminal.verbose) || std::exchange(told, true)) return;
+    note("computing on the CPU: " + reason);
 }
 
-std::shared_ptr<const Model> load(const ModelInfo& info, const Options& o) {
-    const std::uint64_t need =
-        weight_bytes(info, o.dtype) +
-        cache_bytes(info.config, DType::f32) * static_cast<std::uint64_t>(info.config.sequence_len);
-    if (const std::uint64_t have = nanogpt::detail::available_memory(); have > 0 && need > have) {
-        throw Error(ErrorKind::out_of_memory,
-                    cat(info.id, ": needs ", human_bytes(need), " of memory, ", human_bytes(have),
-                        " is available. Close other programs or choose a smaller model"));
-    }
+void tell_warnings(const ModelInfo& info) {
     for (const std::string& warning : info.warnings) note(info.id + ": " + warning);
-    if (terminal.verbose) {
-        for (const Setting& s : info.settings)
-            note(cat(s.name, " ", s.value, " (", name_of(s.origin), ")"));
-    }
+    if (!terminal.verbose) return;
+    for (const Setting& s : info.settings)
+        note(cat(s.name, " ", s.value, " (", name_of(s.origin), ")"));
+}
+
+std::shared_ptr<const Model> load(const ModelInfo& info, const Options& o, DType dtype) {
     LoadOptions options;
-    options.dtype = o.dtype;
+    options.dtype = dtype;
     options.threads = o.threads;
     options.overrides = o.overrides;
     const auto progress = std::make_shared<Progress>("loading " + info.id);
@@ -1182,6 +1250,41 @@ std::shared_ptr<const Model> load(const ModelInfo& info, const Options& o) {
     };
     return load_model(info, options);
 }
+// Refuses before anything is allocated: weights of this type, if they are still to come, and the keys
+// and values of some tokens.
+void check_memory(const ModelInfo& info, std::optional<DType> weights, std::int64_t tokens) {
+    const std::uint64_t need =
+        (weights ? weight_bytes(info, *weights) : 0) +
+        cache_bytes(info.config, DType::f32) * static_cast<std::uint64_t>(tokens);
+    if (const std::uint64_t have = nanogpt::detail::available_memory(); have > 0 && need > have) {
+        throw Error(ErrorKind::out_of_memory,
+                    cat(info.id, ": needs ", human_bytes(need), " of memory, ", human_bytes(have),
+                        " is available. Close other programs or choose a smaller model"));
+    }
+}
+
+struct Device {
+    std::unique_ptr<Backend> backend;
+    bool cuda = false;
+};
+// On the GPU the copy of the weights in the CPU's memory is gone when this returns. Too little memory
+// there is an error: where the CPU shares it, it has no more.
+Device open_device(const ModelInfo& info, const Options& o, const CudaOptions& options = {}) {
+    Place place = place_for(o);
+    if (place.cuda) {
+        std::shared_ptr<const Model> model = load(info, o, place.dtype);
+        try {
+            return {open_cuda(std::move(model), options), true};
+        } catch (const Error& e) {
+            if (e.kind != ErrorKind::device && e.kind != ErrorKind::unsupported) throw;
+            if (o.device_type == "cuda") no_cuda(e.what(), "Use --device-type cpu");
+            place = {false, o.dtype.value_or(DType::f32), e.what()};
+        }
+    }
+    tell_reason(place.reason);
+    check_memory(info, place.dtype, info.config.sequence_len);
+    return {open_cpu(load(info, o, place.dtype))};
+}
 
 Tokenizer open_tokenizer(const fs::path& path) {
     Tokenizer tokenizer = load_tokenizer(path);
@@ -1189,7 +1292,15 @@ Tokenizer open_tokenizer(const fs::path& path) {
     return tokenizer;
 }
 
-Session open_session(Options& o, const std::string& preferred) {
+struct Session {  // one model, ready to answer
+    ModelInfo info;
+    Tokenizer tokenizer;
+    std::unique_ptr<Backend> backend = {};
+    bool cuda = false;
+    double load_seconds = 0;
+};
+// All but the device.
+Session pick_session(Options& o, const std::string& preferred) {
     ModelInfo info = pick_model(o, preferred, true);
     Tokenizer tokenizer =
         open_tokenizer(o.tokenizer.empty() ? find_tokenizer(info) : fs::path(o.tokenizer));
@@ -1198,11 +1309,20 @@ Session open_session(Options& o, const std::string& preferred) {
                                             " tokens, the model ", info.config.vocab_size,
                                             ". Name the right one with --tokenizer FILE"));
     }
+    tell_warnings(info);
+    return {std::move(info), std::move(tokenizer)};
+}
+void open_device(Session& s, const Options& o, const CudaOptions& options = {}) {
     const auto start = Clock::now();
-    std::shared_ptr<const Model> model = load(info, o);
-    std::unique_ptr<Backend> backend = open_cpu(model);
-    return {std::move(info), std::move(model), std::move(backend), std::move(tokenizer),
-            seconds_since(start)};
+    Device device = open_device(s.info, o, options);
+    s.backend = std::move(device.backend);
+    s.cuda = device.cuda;
+    s.load_seconds = seconds_since(start);
+}
+Session open_session(Options& o, const std::string& preferred) {
+    Session s = pick_session(o, preferred);
+    open_device(s, o);
+    return s;
 }
 
 std::string loss_words(const ModelInfo& info) {
@@ -1714,7 +1834,7 @@ int run_chat(Options& o) {
     return 0;
 }
 
-// ==== 5. show, models, tokenize, check ===========================================================
+// ==== 5. show, models, tokenize, check, doctor ===================================================
 // The small commands: what is there, what is in it, what the model reads, what it answers in numbers.
 
 std::string upper(std::string text) {
@@ -1849,6 +1969,17 @@ std::string list_models(const Options& o) {
     return text + " * = default for \"nanogpt chat\"\n";
 }
 
+Value device_json(const Options& o) {
+    const Place place = place_for(o);
+    const std::vector<GpuInfo> gpus = place.cuda ? find_gpus() : std::vector<GpuInfo>{};
+    const bool known = !gpus.empty();
+    return object({{"type", place.cuda ? "cuda" : "cpu"},
+                   {"name", known ? gpus[0].name : cat("CPU (", cpu_features(), ")")},
+                   {"compute_capability", known ? Value(capability(gpus[0])) : Value(nullptr)},
+                   {"dtype", name_of(place.dtype)},
+                   {"fallback_reason", or_null(place.reason)}});
+}
+
 int run_models(Options& o) {
     if (!o.json) return write_out(list_models(o)), 0;
     std::vector<ModelInfo> all;
@@ -1869,11 +2000,7 @@ int run_models(Options& o) {
          {"tokenizer", object({{"status", usable ? "ready" : "refused"},
                                {"vocab_size", usable ? Value(tokens.vocab_size) : Value(nullptr)},
                                {"reason", or_null(tokens.reason)}})},
-         {"device", object({{"type", "cpu"},
-                            {"name", "CPU (" + cpu_features() + ")"},
-                            {"compute_capability", nullptr},
-                            {"dtype", name_of(o.dtype)},
-                            {"fallback_reason", "this nanogpt was built without CUDA"}})},
+         {"device", device_json(o)},
          {"scanned_at", iso_date(std::time(nullptr))}}));
     return 0;
 }
@@ -2075,13 +2202,20 @@ int run_logits(Options& o) {
     catch_interrupts();
     const ModelInfo info = pick_model(o, "sft", false);
     const std::vector<Token> ids = read_ids(o, info.config.vocab_size);
-    const std::shared_ptr<const Model> model = load(info, o);
+    if (ids.empty()) bad_usage("logits: at least one token id is needed");
+    tell_warnings(info);
+    const std::unique_ptr<Backend> backend = open_device(info, o).backend;
     const int T = static_cast<int>(ids.size()), V = info.config.vocab_size;
     LogitRows rows;
     std::optional<NewFile> file;
     if (!o.out.empty()) rows.out = &file.emplace(o.out);
-    KVCache cache(*model, T);
-    forward(*model, cache, ids, &rows);
+    const std::unique_ptr<Sequence> sequence = backend->new_sequence(T);
+    constexpr std::size_t kPiece = 1024;  // tokens: their logits are in memory at once
+    for (std::size_t at = 0; at < ids.size(); at += kPiece) {
+        const std::size_t n = std::min(kPiece, ids.size() - at);
+        const Chunk chunk = {sequence.get(), std::span(ids).subspan(at, n), true};
+        backend->step({&chunk, 1}, &rows);
+    }
     if (file) file->commit();
     if (o.json) {
         write_json(object({{"shape", array(std::array{T, V})}, {"argmax", array(rows.argmax)}}));
@@ -2283,7 +2417,516 @@ int run_check(Options& o) {
     return refused > 0 ? 4 : missing > 0 ? 3 : 0;
 }
 
-// ==== 6. main ====================================================================================
+// ---- doctor: what works here, and what to do about the rest
+
+std::string version() {
+    constexpr int v = NANOGPT_VERSION;
+    return std::to_string(v / 10000) + "." + std::to_string(v / 100 % 100) + "." +
+           std::to_string(v % 100);
+}
+// Bytes per second that all threads together read from memory: the best of some passes over more than
+// the caches hold.
+double cpu_read_bandwidth(int threads) {
+    constexpr std::size_t kPart = std::size_t{1} << 17;  // numbers: 1 MiB
+    const std::size_t parts = std::clamp<std::size_t>(detail::available_memory() >> 22, 1, 256);
+    const std::vector<std::uint64_t> memory(parts * kPart, 1);
+    std::vector<std::uint64_t> sums(parts);
+    ThreadPool pool(threads);
+    double best = 0;
+    for (int pass = 0; pass < 6; pass++) {
+        const auto start = Clock::now();
+        pool.run(parts, [&](std::size_t part) {
+            std::array<std::uint64_t, 8> sum = {};  // more than one chain of additions
+            const std::uint64_t* numbers = memory.data() + part * kPart;
+            for (std::size_t i = 0; i < kPart; i += sum.size()) {
+                for (std::size_t k = 0; k < sum.size(); k++) sum[k] += numbers[i + k];
+            }
+            for (const std::uint64_t s : sum) sums[part] += s;
+        });
+        best = std::max(best, static_cast<double>(memory.size() * 8) / seconds_since(start));
+    }
+    return sums[0] > 0 ? best : 0;  // so that the sums are wanted
+}
+std::string gigabytes_per_second(double bytes) {
+    return decimals(bytes / 1e9, bytes < 9.95e9 ? 1 : 0) + " GB/s";
+}
+
+class Doctor {
+public:
+    explicit Doctor(Options& o) : options_(o), place_(place_for(o)) {}
+
+    int run() {
+        add("program", kOk, cat("nanogpt ", version(), ", compiled by ", compiler()));
+        add("cpu", kOk,
+            cat(cpu_features(), ", ", ThreadPool::physical_cores(), " cores, ",
+                std::thread::hardware_concurrency(), " threads"));
+        examine("memory", &Doctor::memory);
+        examine("cuda", &Doctor::cuda);
+        examine("bandwidth", &Doctor::bandwidth);
+        examine("base dir", &Doctor::base);
+        examine("tokenizer", &Doctor::tokenizer);
+        examine("self-test", &Doctor::self_test);
+        const bool ok = std::none_of(checks_.begin(), checks_.end(),
+                                     [](const Check& c) { return c.status == kFail; });
+        const auto entry = [](const Check& c) {
+            return object({{"name", c.name}, {"status", c.status}, {"message", c.message}});
+        };
+        if (options_.json) write_json(object({{"checks", array(checks_, entry)}, {"ok", ok}}));
+        return ok ? 0 : 1;
+    }
+
+private:
+    static constexpr std::string_view kOk = "ok", kWarn = "warn", kFail = "FAIL";
+    struct Check {
+        std::string_view name, status;
+        std::string message;
+    };
+
+    void add(std::string_view name, std::string_view status, std::string message) {
+        const char* color = status == kOk ? kGreen : status == kFail ? kRed : kYellow;
+        if (!options_.json) {
+            write_out(cat(paint(terminal.out, color, fit(status, 4)), "  ", fit(name, 10), "  ",
+                          safe(message), "\n"));
+            flush_out();
+        }
+        checks_.push_back({name, status, std::move(message)});
+    }
+    // One that throws has failed, and the others go on.
+    void examine(std::string_view name, void (Doctor::*check)()) {
+        if (interrupted()) leave_interrupted();
+        try {
+            (this->*check)();
+        } catch (const std::exception& e) {
+            if (interrupted()) leave_interrupted();
+            add(name, kFail, e.what());
+        }
+    }
+    static std::string compiler() { return cat(kHasCuda ? "nvcc and " : "", "C++ ", __VERSION__); }
+
+    void memory() {
+        const std::uint64_t have = detail::available_memory();
+        const bool low = have < std::uint64_t{2} << 30;
+        add("memory", low ? kWarn : kOk,
+            cat(human_bytes(have), " of ", human_bytes(detail::total_memory()), " available",
+                low ? ". Close other programs" : ""));
+    }
+
+    // Without a GPU the CPU computes: that is a failure only for those who asked for the GPU.
+    void cuda() {
+        const std::string_view without = options_.device_type == "cuda" ? kFail : kWarn;
+        if (!kHasCuda) {
+            std::error_code error;
+            const bool driver = fs::exists("/proc/driver/nvidia/version", error);
+            const bool wanted = driver || options_.device_type == "cuda";
+            add("cuda", wanted ? without : kOk,
+                cat("not in this build: the CPU computes",
+                    wanted ? ". Install the CUDA toolkit, 12.8 or later, and build again" : ""));
+            return;
+        }
+        const std::string problem = cuda_problem();
+        add("cuda", problem.empty() ? kOk : without,
+            problem.empty() ? cuda_versions()
+                            : cat(problem, " (", cuda_versions(),
+                                  "): the CPU computes. Look whether nvidia-smi shows the GPU"));
+        for (const GpuInfo& gpu : find_gpus()) {
+            const bool good = gpu.problem.empty();
+            add("gpu", good ? kOk : without,
+                cat(gpu.name, ", compute capability ", capability(gpu), ", ", gpu.sms, " SMs, ",
+                    human_bytes(gpu.free_bytes), " of ", human_bytes(gpu.memory_bytes), " free",
+                    gpu.integrated ? ", shared with the CPU" : "",
+                    good ? "" : cat(". It is not used: ", gpu.problem)));
+        }
+    }
+
+    void bandwidth() {
+        add("bandwidth", kOk,
+            cat("the CPU reads ", gigabytes_per_second(cpu_read_bandwidth(options_.threads)),
+                " from memory"));
+        if (!place_.cuda) return;
+        const std::vector<GpuInfo> gpus = find_gpus();
+        const double measured = cuda_read_bandwidth();
+        // A GB10 reads 231 to 240 GB/s; some get stuck at low clocks.
+        const bool slow = !gpus.empty() && gpus[0].integrated && measured < 215e9;
+        add("bandwidth", slow ? kWarn : kOk,
+            cat("the GPU reads ", gigabytes_per_second(measured), " from memory",
+                slow ? ", less than the 215 GB/s that a GB10 exceeds when idle. Stop other "
+                       "programs; "
+                       "if it stays, update the firmware and take it off the mains for a minute"
+                     : ""));
+    }
+
+    void base() {
+        const fs::path base = base_dir(options_.base_dir);
+        const std::string where = home_relative(base);
+        std::error_code error;
+        const bool there = fs::is_directory(base, error);
+        add("base dir", there ? kOk : kWarn,
+            there ? where
+                  : cat(where,
+                        " is not there. Name another with --base-dir or "
+                        "NANOCHAT_BASE_DIR"));
+        std::vector<ModelInfo> models =
+            there ? models_in(base, options_) : std::vector<ModelInfo>{};
+        const std::size_t found = models.size();
+        std::erase_if(models, [](const ModelInfo& m) { return m.status != Status::ready; });
+        const std::size_t broken = found - models.size();
+        if (models.empty()) {
+            add("models", kWarn,
+                cat(found, " found, none that is ready: the sample model answers. ",
+                    found > 0 ? "nanogpt models --all says why"
+                              : "They belong in base_checkpoints, mid_checkpoints, "
+                                "chatsft_checkpoints or chatrl_checkpoints"));
+            const fs::path sample = bundled_sample();
+            if (!sample.empty()) models = find_models(sample);
+        } else {
+            add("models", broken > 0 ? kWarn : kOk,
+                cat(models.size(), " ready, ", choose(models, {}, "sft").id, " by default",
+                    broken > 0 ? cat("; ", broken, " not. nanogpt models --all says why") : ""));
+        }
+        models_ = std::move(models);
+    }
+
+    void tokenizer() {
+        if (models_.empty()) return;
+        const fs::path file = find_tokenizer(choose(models_, {}, "sft"));
+        add("tokenizer", kOk,
+            cat(thousands(load_tokenizer(file).vocab_size()), " tokens, ", home_relative(file)));
+    }
+
+    // The smallest model: on the GPU its logits against those of the CPU, else whether they are numbers.
+    void self_test() {
+        if (models_.empty()) return add("self-test", kWarn, "skipped: there is no model");
+        const auto less = [](const ModelInfo& a, const ModelInfo& b) {
+            return a.memory_bytes < b.memory_bytes;
+        };
+        const ModelInfo& info = *std::min_element(models_.begin(), models_.end(), less);
+        const int tokens = std::min(info.config.sequence_len, 16);
+        check_memory(info, place_.dtype, tokens);
+        const std::shared_ptr<const Model> model = load(info, options_, place_.dtype);
+        if (place_.cuda) return gpu_test(info, model);
+        const std::unique_ptr<Backend> cpu = open_cpu(model);
+        const std::unique_ptr<Sequence> sequence = cpu->new_sequence(tokens);
+        const std::vector<Token> ids(static_cast<std::size_t>(tokens), Token{1});
+        const auto start = Clock::now();
+        Sampler::argmax(prefill(*cpu, *sequence, ids));  // throws if none is a number
+        add("self-test", kOk,
+            cat(cpu->device(), " on ", info.id, ": ", tokens, " tokens in ",
+                decimals(1000 * seconds_since(start), 1), " ms"));
+    }
+
+    void gpu_test(const ModelInfo& info, const std::shared_ptr<const Model>& model) {
+        CudaOptions options;
+        options.kv_tokens = static_cast<std::uint64_t>(info.config.sequence_len);
+        try {
+            const std::unique_ptr<Backend> gpu = open_cuda(model, options);
+            add("self-test", kOk,
+                cat(gpu->device(), " on ", info.id, ": logits differ from the CPU's by ",
+                    decimals(100 * cuda_self_test(*gpu, model), 3), " %"));
+        } catch (const Error& e) {
+            if (e.kind != ErrorKind::unsupported) throw;
+            add("self-test", kWarn, cat(info.id, ": ", e.what(), ". The CPU runs this model"));
+        }
+    }
+
+    Options& options_;
+    Place place_;
+    std::vector<Check> checks_;
+    std::vector<ModelInfo> models_;  // that are ready, or the bundled one
+};
+
+int run_doctor(Options& o) {
+    catch_interrupts();
+    return Doctor(o).run();
+}
+
+// ==== 6. bench ===================================================================================
+// Two speeds: reading a prompt (one matrix product per weight, limited by arithmetic) and writing
+// (every step reads all weights again, limited by memory). Measures as nanochat's infer_bench does,
+// but counts the bytes that a step really reads, and compares with the bandwidth measured here.
+
+struct BenchPlan {
+    int prompt = 0, decode = 0;  // tokens
+    std::vector<int> batches;
+    std::uint64_t room() const {  // tokens of one sequence, in whole blocks of the cache
+        return static_cast<std::uint64_t>(prompt + decode + 63) / 64 * 64;
+    }
+};
+BenchPlan plan_bench(const Options& o, const Config& c, bool cuda) {
+    const auto or_default = [](int given, int otherwise) { return given > 0 ? given : otherwise; };
+    const int S = c.sequence_len;
+    BenchPlan plan;
+    plan.decode = or_default(o.decode_tokens, std::clamp(S / 2, 2, cuda ? 256 : 32));
+    plan.prompt = or_default(o.prompt_tokens, cuda ? 2048 : 256);
+    plan.batches = o.batch_sizes;
+    if (plan.batches.empty()) plan.batches = cuda ? std::vector{1, 8, 32, 128} : std::vector{1, 4};
+    if (plan.decode >= S)
+        bad_usage(cat("--decode-tokens: the context of this model has ", S, " tokens"));
+    if (plan.prompt > S - plan.decode) {
+        plan.prompt = S - plan.decode;
+        note(cat("the prompt is cut to ", plan.prompt, " tokens, so that ", plan.decode,
+                 " more fit the context of ", S));
+    }
+    return plan;
+}
+
+// What a step has to do, from the shapes. Matrices count, tables of which a step reads single rows
+// do not.
+struct BenchCost {
+    std::uint64_t weights = 0, stored = 0;     // bytes that a step reads; of all in the file
+    std::uint64_t kv_stored = 0, kv_read = 0;  // bytes per token of context; per sequence and step
+    double flops = 0, prefill_flops = 0;       // per token written; of the prompt
+    std::string dtypes;                        // "1,234 bfloat16, 56 float32"
+};
+BenchCost bench_cost(const ModelInfo& info, const BenchPlan& plan, bool cuda, DType dtype) {
+    BenchCost cost;
+    double matmul = 0;
+    std::vector<std::pair<std::string, std::int64_t>> counts;
+    for (const TensorInfo& t : info.tensors) {
+        const std::uint64_t n = detail::count(t.shape);
+        cost.stored += n * size_of(t.dtype);
+        const auto same = [&](const auto& c) { return c.first == name_of(t.dtype); };
+        auto at = std::find_if(counts.begin(), counts.end(), same);
+        if (at == counts.end()) at = counts.insert(at, {std::string(name_of(t.dtype)), 0});
+        at->second += static_cast<std::int64_t>(n);
+        const bool table = t.name == "transformer.wte.weight" ||
+                           t.name.starts_with("value_embeds.") ||
+                           t.name.starts_with("bigram_embed.");
+        if (table || t.shape.size() < 2) continue;
+        const bool half = dtype == DType::bf16 || t.dtype == DType::bf16;
+        cost.weights += n * (half ? 2u : 4u);
+        matmul += static_cast<double>(n);
+    }
+    std::sort(counts.begin(), counts.end());
+    cost.dtypes =
+        join(counts, ", ", [](const auto& c) { return thousands(c.second) + " " + c.first; });
+    const Config& c = info.config;
+    const DType cache = cuda ? DType::bf16 : DType::f32;
+    cost.kv_stored = cache_bytes(c, cache);
+    cost.flops = 2 * matmul, cost.prefill_flops = 2 * matmul * plan.prompt;
+    for (int layer = 0; layer < c.n_layer; layer++) {
+        const int context = std::min(plan.prompt + plan.decode / 2, c.window(layer));
+        const double n = plan.prompt, w = std::min(plan.prompt, c.window(layer));
+        cost.kv_read += cost.kv_stored / static_cast<std::uint64_t>(c.n_layer) *
+                        static_cast<std::uint64_t>(context);
+        cost.flops += 4.0 * c.n_embd * context;
+        cost.prefill_flops += 4.0 * c.n_embd * (w * (w + 1) / 2 + (n - w) * w);
+    }
+    return cost;
+}
+
+struct BenchRow {
+    int batch = 0, steps = 0;
+    double first = 0, step = 0,
+           rate = 0;  // seconds to all first tokens; median of the steps; tok/s
+};
+
+class Bench {
+public:
+    Bench(const Options& o, Session& s, const BenchPlan& plan) : options_(o), s_(s), plan_(plan) {
+        constexpr std::string_view kParagraph =
+            "The history of science is the study of the development of science, including both the "
+            "natural and social sciences. Science is a body of empirical, theoretical, and "
+            "practical knowledge about the natural world. ";
+        prompt_ = {s.tokenizer.special("<|bos|>")};
+        const std::vector<Token> paragraph = s.tokenizer.encode(kParagraph);
+        const auto length = static_cast<std::size_t>(plan.prompt);
+        while (prompt_.size() < length)
+            prompt_.insert(prompt_.end(), paragraph.begin(), paragraph.end());
+        prompt_.resize(length);
+    }
+
+    // Median seconds from the ids to the first token, after a warm-up.
+    double prefill() {
+        Group group(*this, 1);
+        std::vector<double> times;
+        const auto start = Clock::now();
+        for (int run = 0; run < 6 && (run < 2 || seconds_since(start) < 5); run++)
+            times.push_back(group.first());
+        times.erase(times.begin());
+        return median(times);
+    }
+
+    BenchRow decode(int batch) {
+        const std::int64_t tokens = std::int64_t{batch} * (plan_.prompt + plan_.decode);
+        if (!s_.cuda) check_memory(s_.info, std::nullopt, tokens);
+        Group group(*this, batch);
+        BenchRow row = {batch, plan_.decode - 1, group.first(), 0, 0};
+        for (int i = 0; i < std::min(row.steps, 8); i++) group.next();  // warm-up
+        group.rewind();
+        std::vector<double> times;
+        double total = 0;
+        for (int i = 0; i < row.steps; i++) total += times.emplace_back(group.next());
+        row.step = median(times);
+        row.rate = batch * row.steps / total;
+        return row;
+    }
+
+private:
+    // Some sequences with the same prompt. Its calls return seconds.
+    class Group {
+    public:
+        Group(Bench& bench, int batch) : bench_(bench) {
+            for (int i = 0; i < batch; i++) {
+                sequences_.push_back(
+                    bench.s_.backend->new_sequence(bench.plan_.prompt + bench.plan_.decode));
+                samplers_.emplace_back(bench.options_.sampling, static_cast<std::uint64_t>(i));
+            }
+            for (Sampler& sampler : samplers_) pointers_.push_back(&sampler);
+        }
+        double first() {  // one prompt after the other
+            const auto start = Clock::now();
+            first_.clear();
+            for (std::size_t i = 0; i < sequences_.size(); i++) {
+                if (interrupted()) leave_interrupted();
+                sequences_[i]->rewind(0);
+                const Chunk last =
+                    detail::read_prompt(*bench_.s_.backend, *sequences_[i], bench_.prompt_);
+                Sampler* const sampler = pointers_[i];
+                first_.push_back(bench_.s_.backend->sample({&last, 1}, {&sampler, 1})[0]);
+            }
+            tokens_ = first_;
+            return seconds_since(start);
+        }
+        double next() {
+            if (interrupted()) leave_interrupted();
+            const auto start = Clock::now();
+            chunks_.clear();
+            for (std::size_t i = 0; i < sequences_.size(); i++)
+                chunks_.push_back({sequences_[i].get(), {&tokens_[i], 1}});
+            const std::span<const Token> drawn = bench_.s_.backend->sample(chunks_, pointers_);
+            std::copy(drawn.begin(), drawn.end(), tokens_.begin());
+            return seconds_since(start);
+        }
+        void rewind() {  // to where first() left them
+            for (const auto& sequence : sequences_) sequence->rewind(bench_.plan_.prompt);
+            tokens_ = first_;
+        }
+
+    private:
+        Bench& bench_;
+        std::vector<std::unique_ptr<Sequence>> sequences_;
+        std::vector<Sampler> samplers_;
+        std::vector<Sampler*> pointers_;
+        std::vector<Token> first_, tokens_;
+        std::vector<Chunk> chunks_;
+    };
+
+    static double median(std::vector<double> times) {
+        const auto middle = times.begin() + std::ssize(times) / 2;
+        std::nth_element(times.begin(), middle, times.end());
+        return *middle;
+    }
+
+    const Options& options_;
+    Session& s_;
+    const BenchPlan& plan_;
+    std::vector<Token> prompt_;
+};
+
+// Opens the device with room for the largest batch; what does not fit is left out, with a note.
+BenchPlan open_bench(Session& s, const Options& o) {
+    BenchPlan plan = plan_bench(o, s.info.config, place_for(o).cuda);
+    for (;;) {
+        const auto largest = std::max_element(plan.batches.begin(), plan.batches.end());
+        CudaOptions options;
+        options.kv_tokens = static_cast<std::uint64_t>(*largest) * plan.room();
+        try {
+            open_device(s, o, options);
+        } catch (const Error& e) {
+            if (e.kind != ErrorKind::out_of_memory || plan.batches.size() < 2) throw;
+            note(cat("batch size ", *largest, " is left out: ", e.what()));
+            plan.batches.erase(largest);
+            continue;
+        }
+        const bool fell_back = place_for(o).cuda && !s.cuda;
+        return fell_back ? plan_bench(o, s.info.config, false) : plan;
+    }
+}
+
+// clang-format off
+Value bench_json(const Options& o, const Session& s, const BenchPlan& plan, const BenchCost& cost, double bandwidth,
+                 double prefill, std::span<const BenchRow> rows) {
+    const std::vector<GpuInfo> gpus = s.cuda ? find_gpus() : std::vector<GpuInfo>{};
+    const std::uint64_t full = cost.kv_stored * static_cast<std::uint64_t>(s.info.config.sequence_len);
+    const std::uint64_t total = gpus.empty() ? 0 : gpus[0].memory_bytes, one = cost.weights + cost.kv_read;
+    const auto known = [&](std::uint64_t number) { return gpus.empty() ? Value(nullptr) : Value(number); };
+    const auto row = [&](const BenchRow& r) {
+        const std::uint64_t bytes = cost.weights + static_cast<std::uint64_t>(r.batch) * cost.kv_read;
+        return object({{"batch_size", r.batch}, {"ttft_sec", r.first}, {"tpot_sec", r.step}, {"tok_per_sec", r.rate},
+                       {"bytes_per_step", bytes}, {"mbu_percent", 100 * static_cast<double>(bytes) / r.step / bandwidth},
+                       {"mfu_percent", nullptr}, {"peak_vram_bytes", nullptr}, {"decode_steps", r.steps}});
+    };
+    return object({{"source", s.info.source}, {"model_tag", s.info.tag}, {"step", s.info.step},
+        {"model_config", architecture_json(s.info)}, {"gpu", gpus.empty() ? Value(nullptr) : Value(gpus[0].name)},
+        {"device", s.backend->device()}, {"dtype", name_of(s.backend->dtype())},
+        {"peak_bandwidth_bytes_per_sec", nullptr}, {"read_bandwidth_bytes_per_sec", bandwidth}, {"total_vram_bytes", known(total)},
+        {"num_params", s.info.parameters}, {"param_dtypes", cost.dtypes}, {"weight_bytes", cost.stored},
+        {"kv_bytes_per_token", cost.kv_stored}, {"kv_read_bytes_per_step", cost.kv_read}, {"bytes_per_step", one},
+        {"context_mid", plan.prompt + plan.decode / 2}, {"peak_flops_per_sec", nullptr},
+        {"decode_flops_per_token", cost.flops}, {"prefill_flops", cost.prefill_flops},
+        {"ceiling_bs1_tok_per_sec", bandwidth / static_cast<double>(one)},
+        {"max_full_context_rows", known((total - std::min(total, cost.stored)) / full)},
+        {"prompt_tokens", plan.prompt}, {"decode_tokens", plan.decode}, {"temperature", o.sampling.temperature},
+        {"sweep", array(rows, row)},
+        {"prefill", object({{"tok_per_sec", plan.prompt / prefill}, {"mfu_percent", nullptr}, {"time_sec", prefill}})}});
+}
+// clang-format on
+
+// One line of the table; the head is one too.
+std::string bench_line(std::initializer_list<std::string> cells) {
+    std::string line;
+    for (const std::string& cell : cells) line += fit(cell, line.empty() ? 5 : 13, true);
+    return line + "\n";
+}
+std::string bench_line(const BenchRow& r, const BenchCost& cost, double bandwidth) {
+    const auto bytes =
+        static_cast<double>(cost.weights) + r.batch * static_cast<double>(cost.kv_read);
+    return bench_line({std::to_string(r.batch), decimals(1000 * r.first, 1) + " ms",
+                       decimals(1000 * r.step, 3) + " ms", decimals(r.rate, r.rate < 100 ? 1 : 0),
+                       human_bytes(static_cast<std::uint64_t>(bytes)),
+                       gigabytes_per_second(bytes / r.step),
+                       decimals(100 * bytes / r.step / bandwidth, 1) + " %"});
+}
+
+int run_bench(Options& o) {
+    catch_interrupts();
+    Session s = pick_session(o, "base");
+    const BenchPlan plan = open_bench(s, o);
+    const auto tell = [&](const std::string& text) {
+        if (!o.json) write_out(text), flush_out();
+    };
+    const double bandwidth = s.cuda ? cuda_read_bandwidth() : cpu_read_bandwidth(o.threads);
+    const BenchCost cost = bench_cost(s.info, plan, s.cuda, s.backend->dtype());
+    tell(cat(s.info.id, " on ", s.backend->device(), ", ", name_of(s.backend->dtype()),
+             ", reading ", gigabytes_per_second(bandwidth), " (measured now)\n"));
+    if (!s.cuda && (o.batch_sizes.empty() || o.prompt_tokens == 0 || o.decode_tokens == 0))
+        note("what is not given by flags is smaller on the CPU than on a GPU");
+    Bench bench(o, s, plan);
+    const double prefill = bench.prefill();
+    tell(cat("prefill: ", plan.prompt, " tokens in ", decimals(1000 * prefill, 2), " ms, ",
+             thousands(static_cast<std::int64_t>(plan.prompt / prefill)), " tok/s, ",
+             decimals(cost.prefill_flops / prefill / 1e12, 2), " TFLOP/s\n"));
+    tell(cat("decode: ", plan.decode - 1, " steps from a context of ", plan.prompt,
+             " tokens. A step reads the matrices once and the keys and values\n"
+             "of every sequence; not counted are the tables of embeddings, of which it reads "
+             "single rows.\nMore than 100 % of the measured bandwidth means that the caches hold "
+             "them.\n"));
+    tell(bench_line({"BATCH", "FIRST", "STEP", "TOK/S", "READ/STEP", "READ", "OF MEASURED"}));
+    std::vector<BenchRow> rows;
+    for (const int batch : plan.batches) {
+        try {
+            rows.push_back(bench.decode(batch));
+            tell(bench_line(rows.back(), cost, bandwidth));
+        } catch (const Error& e) {
+            if (e.kind != ErrorKind::out_of_memory) throw;
+            note(cat("batch size ", batch, " is left out: ", e.what()));
+        }
+    }
+    write_json(bench_json(o, s, plan, cost, bandwidth, prefill, rows));
+    return 0;
+}
+
+// ==== 7. main ====================================================================================
 // Help, and the one place where an exception becomes an exit code.
 
 // `text` broken at blanks into lines of the terminal's width, all but the first indented.
@@ -2309,11 +2952,6 @@ std::string flags_help(unsigned bit) {
         text += wrapped(flag.help, 30);
     }
     return text;
-}
-std::string version() {
-    constexpr int v = NANOGPT_VERSION;
-    return std::to_string(v / 10000) + "." + std::to_string(v / 100 % 100) + "." +
-           std::to_string(v % 100);
 }
 constexpr const char* kExamples =
     "  nanogpt chat                          talk with your newest SFT model\n"
@@ -2351,11 +2989,15 @@ int run_help(Options& o) {
     return 0;
 }
 int run_version(Options& o) {
-    if (o.json)
-        return write_json(
-                   object({{"name", "nanogpt"}, {"version", version()}, {"cpu", cpu_features()}})),
-               0;
-    write_out("nanogpt " + version() + " (CPU, " + cpu_features() + ")\n");
+    if (o.json) {
+        write_json(object({{"name", "nanogpt"},
+                           {"version", version()},
+                           {"cpu", cpu_features()},
+                           {"cuda", or_null(cuda_versions())}}));
+        return 0;
+    }
+    write_out(cat("nanogpt ", version(), " (CPU, ", cpu_features(),
+                  kHasCuda ? cat("; CUDA, ", cuda_versions()) : "", ")\n"));
     return 0;
 }
 // Without any argument: what this is, and how many checkpoints it sees.

@@ -573,13 +573,11 @@ inline std::string not_a_zip(std::string_view head) {
                "one";
     }
     if (head.starts_with("GGUF")) return "is a GGUF file, not a nanochat checkpoint";
-    if (head.starts_with("version https://git-lfs")) {
+    if (head.starts_with("version https://git-lfs"))
         return "is a Git LFS pointer, not the checkpoint itself. Run: git lfs pull";
-    }
     if (head.starts_with("<")) return "is a web page: the download failed. Download it again";
-    if (head.starts_with("{") || (head.size() > 8 && head[8] == '{')) {
+    if (head.starts_with("{") || (head.size() > 8 && head[8] == '{'))
         return "is a safetensors or JSON file, not a checkpoint of torch.save";
-    }
     return head.empty() ? "is empty" : "is not a file of torch.save (no zip end record)";
 }
 
@@ -653,27 +651,23 @@ private:
         if (count_ > kMaxZipEntries) refuse("zip: has more than 65,536 entries", at);
         if (directory_size_ > kMaxZipDirectory)
             refuse("zip: the directory is larger than 16 MiB", at);
-        if (checked_add(directory_, directory_size_) != limit) {
+        if (checked_add(directory_, directory_size_) != limit)
             refuse("zip: the directory does not end where the end record begins", at);
-        }
     }
     std::uint64_t read_zip64_end() {
         const std::uint64_t locator_at = file_.size() - 42;
         const auto where = static_cast<std::int64_t>(locator_at);
         const auto locator = bytes_at(locator_at, 20);
-        if (little_endian<4>(locator, 4) != 0 || little_endian<4>(locator, 16) != 1) {
+        if (little_endian<4>(locator, 4) != 0 || little_endian<4>(locator, 16) != 1)
             refuse("zip: the zip64 locator speaks of several disks", where);
-        }
         const std::uint64_t at = little_endian<8>(locator, 8);
         if (locator_at < 56 || at != locator_at - 56)
             refuse("zip: the zip64 end record is not before its locator", where);
         const auto end = bytes_at(at, 56);
-        if (little_endian<4>(end, 0) != 0x06064b50 || little_endian<8>(end, 4) != 44) {
+        if (little_endian<4>(end, 0) != 0x06064b50 || little_endian<8>(end, 4) != 44)
             refuse("zip: the zip64 end record is malformed", where);
-        }
-        if (little_endian<4>(end, 16) != 0 || little_endian<4>(end, 20) != 0) {
+        if (little_endian<4>(end, 16) != 0 || little_endian<4>(end, 20) != 0)
             refuse("zip: the zip64 end record speaks of several disks", where);
-        }
         const std::uint64_t count = little_endian<8>(end, 32), size = little_endian<8>(end, 40);
         const std::uint64_t directory = little_endian<8>(end, 48);
         if (little_endian<8>(end, 24) != count) refuse("zip: entry counts disagree", where);
@@ -707,9 +701,8 @@ private:
     }
 
     std::size_t read_entry(std::span<const std::byte> bytes, std::size_t at) {
-        if (bytes.size() - at < 46 || little_endian<4>(bytes, at) != 0x02014b50) {
+        if (bytes.size() - at < 46 || little_endian<4>(bytes, at) != 0x02014b50)
             refuse("zip: a directory entry is cut off or malformed", position(at));
-        }
         const std::size_t name = little_endian<2>(bytes, at + 28),
                           extra = little_endian<2>(bytes, at + 30);
         const std::size_t comment = little_endian<2>(bytes, at + 32);
@@ -773,9 +766,8 @@ private:
         if (little_endian<4>(h, 0) != 0x04034b50) refuse(who + " has no local header", at);
         const std::uint64_t flags = little_endian<2>(h, 6);
         const std::size_t name = little_endian<2>(h, 26), extra = little_endian<2>(h, 28);
-        if ((flags & ~std::uint64_t{0x0808}) != 0 || little_endian<2>(h, 8) != 0) {
+        if ((flags & ~std::uint64_t{0x0808}) != 0 || little_endian<2>(h, 8) != 0)
             refuse(who + " is compressed or encrypted in its local header", at);
-        }
         if (as_text(h).substr(30) != e.name || name != e.name.size())
             refuse(who + " has another name in its local header", at);
         const std::uint64_t packed = little_endian<4>(h, 18), size = little_endian<4>(h, 22);
@@ -830,22 +822,15 @@ private:
 
 namespace detail {
 
+// clang-format off
 enum class PickleKind : std::uint8_t {
-    none,
-    boolean,
-    integer,
-    real,
-    text,
-    bytes,
-    tuple,
-    list,
-    dict,
-    ordered_dict,
+    none, boolean, integer, real, text, bytes, tuple, list, dict, ordered_dict,
     global,   // text: "module name", one of the allowed ones
     storage,  // items: "storage", global of the class, key, location, elements
     tensor,   // items: storage, offset, shape, strides
     encoding  // items: the state of a tiktoken.Encoding
 };
+// clang-format on
 
 struct PickleValue {
     PickleKind kind = PickleKind::none;
@@ -967,9 +952,8 @@ private:
         memo_[static_cast<std::size_t>(i)] = top();
     }
     void get(std::uint64_t i) {
-        if (i >= memo_.size() || memo_[static_cast<std::size_t>(i)] == kUnset) {
+        if (i >= memo_.size() || memo_[static_cast<std::size_t>(i)] == kUnset)
             fail("pickle: memo entry " + std::to_string(i) + " was never set");
-        }
         if (stack_.size() >= kMaxPickleStack) fail("pickle: more than 65,536 values on the stack");
         stack_.push_back(memo_[static_cast<std::size_t>(i)]);
     }
@@ -1507,14 +1491,7 @@ struct Setting {  // one value the forward pass uses, and where it comes from
     Origin origin = Origin::stored;
 };
 
-enum class Status : std::uint8_t {
-    ready,
-    incomplete,
-    refused,
-    unsupported,
-    too_large,
-    no_tokenizer
-};
+enum class Status { ready, incomplete, refused, unsupported, too_large, no_tokenizer };
 constexpr std::string_view name_of(Status s) {
     constexpr std::string_view kNames[] = {"ready",       "incomplete", "refused",
                                            "unsupported", "too_large",  "no_tokenizer"};
@@ -1667,9 +1644,8 @@ inline std::string top_folder(const ZipFile& zip) {
         const auto bytes = e != nullptr ? zip.read(*e, 64) : std::vector<std::byte>{};
         return std::string(as_text(bytes));
     };
-    if (const std::string order = small("byteorder"); !order.empty() && order != "little") {
+    if (const std::string order = small("byteorder"); !order.empty() && order != "little")
         refuse("has the byte order " + quote(order) + ", this runtime reads little");
-    }
     const std::string version = small("version");
     int number = 0;
     std::from_chars(version.data(), version.data() + version.size(), number);
@@ -2589,9 +2565,8 @@ private:
         if (c.what == CharClass::letter) return run(after, c.what);  // [^\r\n\p{L}\p{N}]?+\p{L}+
         if (c.what == CharClass::number) {                           // \p{N}{1,2}
             std::size_t end = after;
-            for (int n = 1; n < rule_.max_numbers && at(end).what == c.what; ++n) {
+            for (int n = 1; n < rule_.max_numbers && at(end).what == c.what; ++n)
                 end += at(end).length;
-            }
             return end;
         }
         const Char d = at(after);
@@ -2702,9 +2677,8 @@ private:
             return std::uint64_t{n} << 56 | load(0, std::uint8_t{}) | load(n / 2, std::uint8_t{}) |
                    load(n - 1, std::uint8_t{});
         }
-        if (n < 8) {
+        if (n < 8)
             return std::uint64_t{n} << 56 | load(0, std::uint32_t{}) | load(n - 4, std::uint32_t{});
-        }
         std::uint64_t h = n;
         for (std::size_t i = 0; i < n; i += 8) {
             std::uint64_t eight;
@@ -2743,9 +2717,8 @@ public:
         piece_ = piece;
         const auto n = static_cast<std::uint32_t>(piece.size());
         if (parts_.size() <= n) parts_.resize(n + std::size_t{1});
-        for (std::uint32_t i = 0; i < n; ++i) {
+        for (std::uint32_t i = 0; i < n; ++i)
             parts_[i] = {i - 1, i + 1, table_.find(piece.substr(i, 1)), kNoRank};
-        }
         for (std::uint32_t i = 0; i < n; ++i) look(i);
         n < kShortPiece ? merge_by_scan() : merge_by_heap();
         for (std::uint32_t i = 0; i < n; i = parts_[i].next) out.push_back(parts_[i].token);
@@ -2841,13 +2814,11 @@ public:
 
     Vocabulary read() {
         const PickleValue& root = tree_[tree_.root];
-        if (root.kind != PickleKind::encoding || root.items.empty()) {
+        if (root.kind != PickleKind::encoding || root.items.empty())
             refuse("holds no tiktoken.Encoding", root.at);
-        }
         const PickleValue& state = tree_[root.items[0]];
-        if (state.kind == PickleKind::text) {
+        if (state.kind == PickleKind::text)
             refuse("only names the encoding " + quote(state.text) + ", its ranks are needed");
-        }
         if (state.kind != PickleKind::dict) refuse("the Encoding's state is no dict", state.at);
         field(state, "name", PickleKind::text);
         const PickleValue& pattern = field(state, "pat_str", PickleKind::text);
@@ -2877,9 +2848,8 @@ private:
     }
     template <class Visit>  // visit(key, value)
     void each(const PickleValue& dict, Visit visit) const {
-        for (std::size_t i = 0; i + 1 < dict.items.size(); i += 2) {
+        for (std::size_t i = 0; i + 1 < dict.items.size(); i += 2)
             visit(tree_[dict.items[i]], tree_[dict.items[i + 1]]);
-        }
     }
     static Token read_id(const PickleValue& id, std::string_view owner) {
         const bool fits = id.integer >= 0 && id.integer < kMaxVocabulary;
@@ -2893,16 +2863,13 @@ private:
         each(dict, [&](const PickleValue& token, const PickleValue& rank) {
             const std::size_t length = token.text.size();
             if (token.kind != PickleKind::bytes) refuse("a token is not bytes", token.at);
-            if (length == 0 || length > kMaxTokenLength) {
+            if (length == 0 || length > kMaxTokenLength)
                 refuse("a token of " + std::to_string(length) + " bytes, 1 to 256 fit", token.at);
-            }
             const Token id = read_id(rank, token.text);
-            if (!v_.table.piece(id).empty()) {
+            if (!v_.table.piece(id).empty())
                 refuse("rank " + std::to_string(id) + " is there twice", rank.at);
-            }
-            if (v_.table.add(token.text, id) != kNoToken) {
+            if (v_.table.add(token.text, id) != kNoToken)
                 refuse("token " + quote(token.text) + " is there twice", token.at);
-            }
         });
         for (int byte = 0; byte < 256; ++byte) {
             const std::string one(1, static_cast<char>(static_cast<unsigned char>(byte)));
@@ -2914,12 +2881,10 @@ private:
         if (dict.items.size() / 2 > kMaxSpecials) refuse("over 1024 special tokens", dict.at);
         each(dict, [&](const PickleValue& name, const PickleValue& id) {
             const std::size_t length = name.text.size();
-            if (name.kind != PickleKind::text || length == 0 || length > kMaxTokenLength) {
+            if (name.kind != PickleKind::text || length == 0 || length > kMaxTokenLength)
                 refuse("a special token's name is no text of 1 to 256 bytes", name.at);
-            }
-            if (v_.find_special(name.text) != nullptr) {
+            if (v_.find_special(name.text) != nullptr)
                 refuse("special token " + quote(name.text) + " is there twice", name.at);
-            }
             v_.specials.emplace_back(read_id(id, name.text), name.text);
         });
         for (const std::string_view name : kSpecialNames) {
@@ -2992,9 +2957,8 @@ public:
         tokens.reserve(utf8.size() / 4);
         detail::Splitter splitter(*v_.rule, utf8);
         detail::Merger merger(v_.table);
-        for (std::string_view piece = splitter.next(); !piece.empty(); piece = splitter.next()) {
+        for (std::string_view piece = splitter.next(); !piece.empty(); piece = splitter.next())
             merger.append(tokens, piece);
-        }
         return tokens;
     }
 
@@ -3009,9 +2973,8 @@ public:
     // Returns the bytes of one token. Throws usage if there is no such token.
     std::string_view piece(Token token) const {
         if (const std::string_view bytes = v_.table.piece(token); !bytes.empty()) return bytes;
-        if (is_special(token)) {
+        if (is_special(token))
             return v_.specials[static_cast<std::size_t>(token - v_.specials[0].first)].second;
-        }
         throw Error(ErrorKind::usage, "there is no token " + std::to_string(token));
     }
 
@@ -3058,9 +3021,8 @@ public:
     explicit ThreadPool(int threads = 0) {  // 0: one per physical core
         const int n = std::clamp(threads > 0 ? threads : physical_cores(), 1, 1024);
         try {
-            for (int i = 1; i < n; ++i) {
+            for (int i = 1; i < n; ++i)
                 workers_.emplace_back([this](std::stop_token stop) { serve(stop); });
-            }
         } catch (const std::system_error&) {
             stop();
             throw Error(ErrorKind::out_of_memory,
@@ -3325,9 +3287,8 @@ inline const Kernels& kernels() {
             return Kernels{"avx512", avx512::panel<float>, avx512::panel<std::uint16_t>,
                            avx512::mix};
         }
-        if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) {
+        if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"))
             return Kernels{"avx2", avx2::panel<float>, avx2::panel<std::uint16_t>, avx2::mix};
-        }
         return Kernels{"sse2", base::panel<float>, base::panel<std::uint16_t>, base::mix};
 #else
         return Kernels{"neon", base::panel<float>, base::panel<std::uint16_t>, base::mix};
@@ -3969,9 +3930,8 @@ inline void check_slices(const Model& model, std::span<const Slice> batch) {
     const Config& config = model.config();
     for (std::size_t i = 0; i < batch.size(); ++i) {
         const Slice& s = batch[i];
-        if (s.cache == nullptr || &s.cache->model() != &model) {
+        if (s.cache == nullptr || &s.cache->model() != &model)
             throw Error(ErrorKind::usage, "a sequence of another model was given to this one");
-        }
         if (s.tokens.empty())
             throw Error(ErrorKind::usage, "a step of a sequence needs at least one token");
         for (std::size_t j = 0; j < i; ++j) {
@@ -4390,13 +4350,20 @@ public:
             throw Error(ErrorKind::usage, "top_p must be above 0 and at most 1");
     }
 
+    const SamplingParams& params() const { return params_; }
+    // The random number of the draw after `ahead` more draws, in [0, 1); skip() takes one.
+    double uniform(std::uint64_t ahead = 0) const {
+        return static_cast<double>(mix(key_ + (count_ + 1 + ahead) * kGolden) >> 11) * 0x1p-53;
+    }
+    void skip() { ++count_; }
+
     // Draws from softmax(logits / temperature), cut to the top_k likeliest tokens and then to the
     // likeliest that together reach top_p. At temperature 0 the largest logit; of equal ones the
     // lowest id. Every call takes one random number. NaN counts as impossible; throws refused if no
     // logit is left.
     Token sample(std::span<const float> logits) {
-        // [0, 1)
-        const double u = static_cast<double>(mix(key_ + ++count_ * kGolden) >> 11) * 0x1p-53;
+        const double u = uniform();
+        skip();
         if (params_.temperature == 0) return argmax(logits);
         candidates(logits);
         const double top = static_cast<double>(logits[static_cast<std::size_t>(ids_[0])]);
@@ -4488,7 +4455,10 @@ struct Sequence {
 };
 struct Chunk {
     Sequence* sequence;
-    std::span<const Token> tokens;  // a prompt (prefill) or one token (decode)
+    std::span<const Token> tokens;
+    // a piece of a prompt (prefill), or the one token drawn last (decode): devices may compute the
+    // two differently, and each for itself is the same whatever else is in the batch
+    bool prompt = tokens.size() > 1;
 };
 struct Backend {  // one device
     virtual ~Backend() = default;
@@ -4501,6 +4471,20 @@ struct Backend {  // one device
     // sequences as they were.
     virtual std::span<const float> step(std::span<const Chunk> batch,
                                         Observer* observer = nullptr) = 0;
+    // The same step, then a draw from the logits of batch[i] by samplers[i]; a device may draw where
+    // the logits are. The tokens are valid until the next step.
+    virtual std::span<const Token> sample(std::span<const Chunk> batch,
+                                          std::span<Sampler* const> samplers) {
+        const std::span<const float> logits = step(batch);
+        const std::size_t V = logits.size() / std::max<std::size_t>(batch.size(), 1);
+        drawn_.clear();
+        for (std::size_t i = 0; i < batch.size(); ++i)
+            drawn_.push_back(samplers[i]->sample(logits.subspan(i * V, V)));
+        return drawn_;
+    }
+
+protected:
+    std::vector<Token> drawn_;
 };
 
 namespace detail {
@@ -4545,18 +4529,10 @@ private:
     std::vector<Slice> slices_;
 };
 
-}  // namespace detail
-
-inline std::unique_ptr<Backend> open_cpu(std::shared_ptr<const Model> model) {
-    if (model == nullptr) throw Error(ErrorKind::usage, "open_cpu needs a model");
-    return std::make_unique<detail::CpuBackend>(std::move(model));
-}
-
-// Makes the sequence hold exactly `prompt`, reading only what is new in it, in pieces that keep the
-// workspace small; returns the logits (V) after its last token. Throws usage if it does not fit.
-inline std::span<const float> prefill(Backend& backend, Sequence& sequence,
-                                      std::span<const Token> prompt) {
-    constexpr std::size_t kPiece = 512;  // tokens
+// Makes the sequence hold `prompt` but for its last piece, which is returned. Reads only what is
+// new, in pieces that keep the workspace small.
+inline Chunk read_prompt(Backend& backend, Sequence& sequence, std::span<const Token> prompt) {
+    constexpr std::size_t kPiece = 1024;  // tokens
     if (prompt.empty()) throw Error(ErrorKind::usage, "a prompt needs at least one token");
     if (prompt.size() > static_cast<std::size_t>(sequence.capacity())) {
         throw Error(ErrorKind::usage, "the prompt has " + std::to_string(prompt.size()) +
@@ -4569,13 +4545,26 @@ inline std::span<const float> prefill(Backend& backend, Sequence& sequence,
     // the last token is read again: its logits are wanted
     known = std::min(known, prompt.size() - 1);
     sequence.rewind(static_cast<int>(known));
-    std::span<const float> logits;
-    for (; known < prompt.size(); known += std::min(kPiece, prompt.size() - known)) {
-        const Chunk chunk{&sequence,
-                          prompt.subspan(known, std::min(kPiece, prompt.size() - known))};
-        logits = backend.step({&chunk, 1});
+    for (; prompt.size() - known > kPiece; known += kPiece) {
+        const Chunk chunk{&sequence, prompt.subspan(known, kPiece), true};
+        backend.step({&chunk, 1});
     }
-    return logits;
+    return {&sequence, prompt.subspan(known), true};
+}
+
+}  // namespace detail
+
+inline std::unique_ptr<Backend> open_cpu(std::shared_ptr<const Model> model) {
+    if (model == nullptr) throw Error(ErrorKind::usage, "open_cpu needs a model");
+    return std::make_unique<detail::CpuBackend>(std::move(model));
+}
+
+// Makes the sequence hold exactly `prompt`, reading only what is new in it; returns the logits (V)
+// after its last token. Throws usage if it does not fit.
+inline std::span<const float> prefill(Backend& backend, Sequence& sequence,
+                                      std::span<const Token> prompt) {
+    const Chunk last = detail::read_prompt(backend, sequence, prompt);
+    return backend.step({&last, 1});
 }
 
 enum class StopReason : std::uint8_t { stop_token, max_tokens, context_full, cancelled };
@@ -4606,12 +4595,14 @@ inline StopReason generate(Backend& backend, Sequence& sequence, std::span<const
                            const std::function<bool(Generated)>& on_token, Tool* tool = nullptr,
                            std::uint64_t stream = 0) {
     Sampler sampler(params.sampling, stream);
-    std::span<const float> logits = prefill(backend, sequence, prompt);
+    Sampler* const samplers[] = {&sampler};
+    Chunk chunk = detail::read_prompt(backend, sequence, prompt);
+    Token token = 0;
     for (int n = 0; n < params.max_tokens; ++n) {
         // also before a forced token: the generator goes on
-        const Token sampled = sampler.sample(logits);
+        const Token sampled = backend.sample({&chunk, 1}, samplers)[0];
         const std::optional<Token> forced = tool != nullptr ? tool->next_forced() : std::nullopt;
-        const Token token = forced.value_or(sampled);
+        token = forced.value_or(sampled);
         if (tool != nullptr) tool->on_token(token);
         const bool go_on = on_token({token, forced.has_value()});
         if (std::find(params.stop.begin(), params.stop.end(), token) != params.stop.end())
@@ -4620,8 +4611,7 @@ inline StopReason generate(Backend& backend, Sequence& sequence, std::span<const
         if (n + 1 == params.max_tokens) break;
         if (sequence.tokens().size() >= static_cast<std::size_t>(sequence.capacity()))
             return StopReason::context_full;
-        const Chunk chunk{&sequence, {&token, 1}};
-        logits = backend.step({&chunk, 1});
+        chunk = {&sequence, {&token, 1}};
     }
     return StopReason::max_tokens;
 }
@@ -4650,9 +4640,8 @@ inline UInt128 magnitude(Int128 x) { return static_cast<UInt128>(x < 0 ? -x : x)
 
 inline std::string int_text(Int128 x) {
     std::string text;
-    for (UInt128 rest = magnitude(x); rest != 0 || text.empty(); rest /= 10) {
+    for (UInt128 rest = magnitude(x); rest != 0 || text.empty(); rest /= 10)
         text.insert(text.begin(), static_cast<char>('0' + static_cast<int>(rest % 10)));
-    }
     return x < 0 ? "-" + text : text;
 }
 
@@ -4794,9 +4783,7 @@ private:
             return make_real(x);
         }
         Value x;
-        for (const char c : digits) {
-            x = apply('+', apply('*', x, make_int(10)), make_int(c - '0'));
-        }
+        for (const char c : digits) x = apply('+', apply('*', x, make_int(10)), make_int(c - '0'));
         return digits[0] == '0' && x.integer != 0 ? fail() : x;  // Python takes 00, but not 007
     }
     Value literals() {
@@ -4997,9 +4984,8 @@ inline std::vector<Token> render_chat(const Tokenizer& tokenizer,
                                       std::span<const Message> messages) {
     std::string system;
     const auto exchanges = detail::read_messages(tokenizer, messages, system);
-    if (exchanges.empty() || !exchanges.back().answer.empty()) {
+    if (exchanges.empty() || !exchanges.back().answer.empty())
         throw Error(ErrorKind::usage, "messages: the last one has to be the user's");
-    }
     return detail::render(tokenizer, system, exchanges);
 }
 
@@ -5176,9 +5162,8 @@ public:
     void load(std::span<const Message> messages) {
         std::string system;
         auto exchanges = detail::read_messages(tokenizer_, messages, system);
-        if (!exchanges.empty() && exchanges.back().answer.empty()) {
+        if (!exchanges.empty() && exchanges.back().answer.empty())
             throw Error(ErrorKind::usage, "messages: the last one has to be the assistant's");
-        }
         system_ = std::move(system);
         exchanges_ = std::move(exchanges);
     }

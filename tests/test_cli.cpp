@@ -1,6 +1,7 @@
 // The program as people and scripts use it: every case starts the binary and looks at its exit code, its
 // stdout and its stderr; the conversation runs in a pseudo-terminal. Models: the bundled sample, and
-// small ones written here.
+// small ones written here. No case sees a GPU but those about it, so that answers are the same on
+// every machine.
 #include <doctest/doctest.h>
 
 #include <fcntl.h>
@@ -63,12 +64,19 @@ const fs::path& home() {  // an empty home directory: no nanochat there
     return dir.path();
 }
 
+// What shows the GPUs to the program again.
+Words gpu() {
+    static const char* all = std::getenv("CUDA_VISIBLE_DEVICES");
+    return {std::string("CUDA_VISIBLE_DEVICES=") + (all == nullptr ? "0" : all)};
+}
+
 // Replaces this process by the program. `env` holds "NAME=value".
 [[noreturn]] void start(const Words& args, const Words& env) {
     for (const char* name : {"NANOCHAT_BASE_DIR", "NO_COLOR", "CLICOLOR_FORCE", "COLUMNS"})
         ::unsetenv(name);
     ::setenv("HOME", home().c_str(), 1);
     ::setenv("TERM", "xterm", 1);
+    ::setenv("CUDA_VISIBLE_DEVICES", "-1", 1);
     for (const std::string& e : env) ::putenv(::strdup(e.c_str()));
     const char* runner = std::getenv("NANOGPT_RUNNER");
     Words all = words(runner == nullptr ? "" : runner) + Words{NANOGPT_BINARY} + args;
@@ -79,7 +87,7 @@ const fs::path& home() {  // an empty home directory: no nanochat there
     ::_exit(127);
 }
 
-Result run(const Words& args, std::string_view in = "", const Words& env = {}) {
+Result run_as_is(const Words& args, std::string_view in = "", const Words& env = {}) {
     const test::TempDir dir;
     test::write_file(dir / "in", in);
     const pid_t child = ::fork();
@@ -93,6 +101,18 @@ Result run(const Words& args, std::string_view in = "", const Words& env = {}) {
     int status = 0;
     ::waitpid(child, &status, 0);
     return {exit_code(status), test::read_file(dir / "out"), test::read_file(dir / "err")};
+}
+// Without the note of a program made for GPUs that none is there.
+const std::string kOnCpu = "note: computing on the CPU: ";
+std::string without_note(std::string err) {
+    const std::size_t at = err.find(kOnCpu);
+    if (at != std::string::npos) err.erase(at, err.find('\n', at) + 1 - at);
+    return err;
+}
+Result run(const Words& args, std::string_view in = "", const Words& env = {}) {
+    Result r = run_as_is(args, in, env);
+    r.err = without_note(r.err);
+    return r;
 }
 Result run(std::string_view args, std::string_view in = "", const Words& env = {}) {
     return run(words(args), in, env);
@@ -264,6 +284,20 @@ TEST_CASE("cli: wrong usage is one line on stderr, nothing on stdout, exit 2") {
                           {"models --sort size", "--sort"},
                           {"sample", "no prompt"},
                           {"sample -n 0 -p x", "-n"},
+                          {"--device-type cuda -d float32 -p x", "bfloat16"},
+                          {"models --device-type cuda -d float32", "bfloat16"},
+                          {"bench --batch-sizes 0", "--batch-sizes"},
+                          {"bench --batch-sizes 1,x", "\"x\" is not a whole number"},
+                          {"bench --batch-sizes ,", "a list such as"},
+                          {"bench --batch-sizes 5000", "from 1 to 4096"},
+                          {"bench --decode-tokens 1", "--decode-tokens"},
+                          {"bench --prompt-tokens 0", "--prompt-tokens"},
+                          {"bench -p x", "-p is no flag of bench"},
+                          {"bench x", "unexpected"},
+                          {"chat --batch-sizes 1", "but of bench"},
+                          {"doctor x", "unexpected"},
+                          {"doctor -g d4", "no flag of doctor"},
+                          {"doctr", "did you mean doctor?"},
                           {"logits", "--ids"},
                           {"logits --ids 1 --ids-file x", "--ids"},
                           {"check", "a file or a directory"},
@@ -338,7 +372,51 @@ TEST_CASE("cli: a device that is not there is exit 6") {
     const Result mps = run("-p x --device-type mps");
     CHECK(mps.code == 6);
     CHECK(contains(mps.err, "Apple"));
-    CHECK(run(words("-p Hello -t 0 --device-type cpu") + sample()).out == kHello);
+    const Result cpu = run_as_is(words("-p Hello -t 0 --device-type cpu") + sample());
+    CHECK(cpu.out == kHello);
+    CHECK(cpu.err == "");
+    for (const char* args :
+         {"-p Hello --device-type cuda", "models --device-type cuda", "bench --device-type cuda",
+          "logits --ids 1 --device-type cuda", "-p Hello --device-type cuda -d bfloat16"}) {
+        CAPTURE(std::string(args));
+        const Result r = run_as_is(words(args) + sample());
+        CHECK(r.code == 6);
+        CHECK(r.out == "");
+        CHECK(is_one_error(r.err));
+        CHECK(contains(r.err, "--device-type cuda: "));
+        CHECK(contains(r.err, "--device-type cpu"));
+    }
+}
+
+TEST_CASE("cli: without a GPU the CPU answers, and the reason can be seen") {
+    if (no_binary()) return;
+    const Json* cuda = nullptr;
+    const Json version = parse_json(run("version --json").out);
+    REQUIRE((cuda = version.find("cuda")) != nullptr);
+    const bool made_for_gpus = cuda->kind != Json::Kind::null;
+    const Result r = run_as_is(words("-p Hello -t 0") + sample());
+    CHECK(r.out == kHello);
+    CHECK(r.err.starts_with(made_for_gpus ? kOnCpu : ""));
+    CHECK(lines_of(r.err) == (made_for_gpus ? 1 : 0));
+    CHECK(run_as_is(words("-q -p Hello -t 0") + sample()).err == "");
+    CHECK(contains(run_as_is(words("-v -p Hello -t 0") + sample()).err, kOnCpu));
+    const Result turns = run_as_is(words("-t 0") + sample(), "/model sft/d4\nHello\n");
+    CHECK(turns.out == kHello);
+    CHECK(lines_of(turns.err) == (made_for_gpus ? 1 : 0));  // said once, though opened twice
+    const auto device = [](const std::string& flags) {
+        return *parse_json(run(words("models --json " + flags) + sample()).out).find("device");
+    };
+    CHECK(text_of(device(""), "type") == "cpu");
+    CHECK(text_of(device(""), "dtype") == "float32");
+    CHECK(text_of(device(""), "fallback_reason").size() > 10);
+    CHECK(text_of(device("-d bfloat16"), "dtype") == "bfloat16");
+    CHECK(device("--device-type cpu").find("fallback_reason")->kind == Json::Kind::null);
+    for (const char* dtype : {"float32", "bfloat16"}) {
+        const Words flags = words("-p Hello -t 0 --json -d") + Words{dtype};
+        const Json json = parse_json(run(flags + sample()).out);
+        CHECK(text_of(json, "dtype") == dtype);
+        CHECK(text_of(json, "device").starts_with("CPU ("));
+    }
 }
 
 TEST_CASE("cli: help and version go to stdout with exit 0") {
@@ -353,7 +431,7 @@ TEST_CASE("cli: help and version go to stdout with exit 0") {
     }
     const std::string all = run("help").out;
     for (const char* command : {"chat", "sample", "models", "show", "tokenize", "detokenize",
-                                "logits", "check", "help", "version"}) {
+                                "logits", "bench", "check", "doctor", "help", "version"}) {
         CAPTURE(std::string(command));
         CHECK(contains(all, std::string("nanogpt ") + command));
         CHECK(run(Words{"help", command}).out.starts_with(std::string("nanogpt ") + command));
@@ -671,7 +749,7 @@ TEST_CASE("cli: whoever closes the pipe ends the program quietly") {
     int status = 0;
     ::waitpid(child, &status, 0);
     CHECK(exit_code(status) == 128 + SIGPIPE);
-    CHECK(test::read_file(err) == "");
+    CHECK(without_note(test::read_file(err)) == "");
 }
 
 TEST_CASE("cli: a full disk is an error, not silence") {
@@ -955,6 +1033,167 @@ TEST_CASE("cli: logits are (T, V) float32 and agree with their argmax") {
     CHECK(run(Words{"logits", "--ids", "1", "--out", (dir / "no" / "where").string()} + sample())
               .code == 1);
     CHECK(run(words("logits --ids 1 --softcap 20 --json") + sample()).code == 0);
+}
+
+namespace {
+
+// The status of one line of the doctor.
+std::string status_of(const Json& json, std::string_view name) {
+    for (const Json& check : json.find("checks")->array) {
+        if (text_of(check, "name") == name) return text_of(check, "status");
+    }
+    return "(missing)";
+}
+Json doctor(const Words& args, int code, const Words& env = {}) {
+    const Result r = run(words("doctor --json") + args, "", env);
+    CHECK(r.code == code);
+    CHECK(lines_of(r.out) == 1);
+    Json json = parse_json(r.out);
+    CHECK(json.find("ok")->boolean == (code == 0));
+    for (const Json& check : json.find("checks")->array)
+        CHECK(text_of(check, "message").size() > 3);
+    return json;
+}
+bool no_gpu() {
+    const Json json = parse_json(run(words("models --json") + sample(), "", gpu()).out);
+    const bool none = text_of(*json.find("device"), "type") != "cuda";
+    if (none) MESSAGE("skipped: no GPU, or the program is not made for it");
+    return none;
+}
+const char* const kBenchKeys[] = {"source",
+                                  "step",
+                                  "model_config",
+                                  "gpu",
+                                  "device",
+                                  "peak_bandwidth_bytes_per_sec",
+                                  "read_bandwidth_bytes_per_sec",
+                                  "total_vram_bytes",
+                                  "num_params",
+                                  "param_dtypes",
+                                  "weight_bytes",
+                                  "kv_bytes_per_token",
+                                  "kv_read_bytes_per_step",
+                                  "bytes_per_step",
+                                  "context_mid",
+                                  "peak_flops_per_sec",
+                                  "decode_flops_per_token",
+                                  "ceiling_bs1_tok_per_sec",
+                                  "max_full_context_rows",
+                                  "prompt_tokens",
+                                  "decode_tokens",
+                                  "temperature",
+                                  "sweep",
+                                  "prefill"};
+
+}  // namespace
+
+TEST_CASE("cli: doctor looks at everything, and only what failed makes it exit 1") {
+    if (no_binary()) return;
+    const Json good = doctor(sample(), 0);
+    for (const char* name : {"program", "cpu", "memory", "bandwidth", "base dir", "models",
+                             "tokenizer", "self-test"}) {
+        CAPTURE(std::string(name));
+        const bool known = status_of(good, name) == "ok" || std::string(name) == "memory";
+        CHECK(known);
+    }
+    CHECK(status_of(good, "cuda") != "FAIL");
+    const Result text = run(words("doctor") + sample());
+    CHECK(text.code == 0);
+    CHECK(lines_of(text.out) == good.find("checks")->array.size());
+    for (const std::string& line : split_lines(text.out)) {
+        const bool marked = line.starts_with("ok    ") || line.starts_with("warn  ");
+        CHECK(marked);
+    }
+    const Json nothing = doctor({}, 0);  // no directory: the sample model is looked at
+    CHECK(status_of(nothing, "base dir") == "warn");
+    CHECK(status_of(nothing, "models") == "warn");
+    CHECK(status_of(nothing, "self-test") == "ok");
+    const Json some = doctor(zoo().base(), 0);
+    CHECK(status_of(some, "models") == "warn");  // those that are not ready
+    CHECK(status_of(some, "self-test") == "ok");
+    CHECK(status_of(doctor(words("--device-type cuda") + sample(), 1), "cuda") == "FAIL");
+    CHECK(status_of(doctor(words("--device-type cpu") + sample(), 0), "self-test") == "ok");
+    CHECK(run("doctor --device-type mps").code == 6);
+    const test::TempDir dir;
+    fs::create_directory_symlink(test::sample_dir() / "chatsft_checkpoints",
+                                 dir / "chatsft_checkpoints");
+    fs::create_directory(dir / "tokenizer");
+    test::write_file(dir / "tokenizer" / "tokenizer.pkl", "this is no pickle");
+    CHECK(status_of(doctor({"--base-dir", dir.path().string()}, 1), "tokenizer") == "FAIL");
+}
+
+TEST_CASE("cli: bench ends with one JSON object that has nanochat's fields") {
+    if (no_binary()) return;
+    const Words tiny = words("bench --prompt-tokens 16 --decode-tokens 4 --batch-sizes 1,3");
+    const Result r = run(tiny + sample());
+    CHECK(r.code == 0);
+    CHECK(contains(r.err, "no base checkpoint, using sft/d4/2600"));
+    const Words lines = split_lines(r.out);
+    REQUIRE(lines.size() > 4);
+    const Json json = parse_json(lines.back());
+    for (const char* key : kBenchKeys) {
+        CAPTURE(std::string(key));
+        CHECK(json.find(key) != nullptr);
+    }
+    CHECK(json.find("gpu")->kind == Json::Kind::null);
+    CHECK(number_of(json, "num_params") == 7340114);
+    CHECK(number_of(json, "weight_bytes") == 2 * 7340114);
+    CHECK(number_of(json, "prompt_tokens") == 16);
+    CHECK(number_of(json, "context_mid") == 18);
+    CHECK(number_of(json, "kv_bytes_per_token") == 2 * 4 * 2 * 128 * 4);
+    CHECK(number_of(json, "kv_read_bytes_per_step") == 18 * 2 * 4 * 2 * 128 * 4);
+    CHECK(number_of(json, "read_bandwidth_bytes_per_sec") > 1e6);
+    CHECK(number_of(*json.find("prefill"), "time_sec") > 0);
+    const auto& sweep = json.find("sweep")->array;
+    REQUIRE(sweep.size() == 2);
+    for (const char* key : {"ttft_sec", "tpot_sec", "tok_per_sec", "mbu_percent"})
+        CHECK(number_of(sweep[1], key) > 0);
+    CHECK(number_of(sweep[1], "batch_size") == 3);
+    CHECK(number_of(sweep[1], "decode_steps") == 3);
+    // bfloat16 matrices: 12 D^2 per layer, the output, the gates of values (2 layers) and smear
+    const double weights = 2 * (4 * 12 * 256 * 256 + 4096 * 256 + 2 * 2 * 12 + 24);
+    const double kv = number_of(json, "kv_read_bytes_per_step");
+    CHECK(number_of(sweep[0], "bytes_per_step") == weights + kv);
+    CHECK(number_of(sweep[1], "bytes_per_step") == weights + 3 * kv);
+    CHECK(number_of(json, "decode_flops_per_token") == weights + 4 * 4 * 256 * 18);
+    const Result cut = run(words("bench --prompt-tokens 5000 --decode-tokens 4 --batch-sizes 1 "
+                                 "-t 0.8 --json -i sft") +
+                           sample());
+    CHECK(lines_of(cut.out) == 1);
+    CHECK(number_of(parse_json(cut.out), "prompt_tokens") == 1020);
+    CHECK(contains(cut.err, "cut to 1020 tokens"));
+    CHECK(run(words("bench --decode-tokens 1024") + sample()).code == 2);
+    CHECK(run(words("bench -g d99") + sample()).code == 3);
+    CHECK(run(tiny + zoo().base()).code == 0);  // of random weights
+}
+
+TEST_CASE("cli: with a GPU the GPU answers, and --device-type cpu is as without") {
+    if (no_binary() || no_gpu()) return;
+    const Result r = run_as_is(words("-p Hello -t 0 --json") + sample(), "", gpu());
+    CHECK(r.code == 0);
+    CHECK(r.err == "");
+    const Json json = parse_json(r.out);
+    CHECK(!text_of(json, "device").starts_with("CPU"));
+    CHECK(text_of(json, "dtype") == "bfloat16");
+    CHECK(text_of(json, "text") + "\n" == kHello);
+    CHECK(run_as_is(words("-p Hello -t 0 --device-type cuda") + sample(), "", gpu()).out == kHello);
+    const Words cpu = words("-p Hello -t 0 --device-type cpu --json") + sample();
+    CHECK(text_of(parse_json(run(cpu, "", gpu()).out), "dtype") == "float32");
+    const Result wide = run_as_is(words("-p Hello -t 0 -d float32") + sample(), "", gpu());
+    CHECK(wide.out == kHello);
+    CHECK(contains(wide.err, kOnCpu));
+    const std::string ids = "--ids 4087,4088,72,501,111,4089,4090";
+    const Json logits = parse_json(run(words("logits --json " + ids) + sample(), "", gpu()).out);
+    CHECK(logits.find("argmax")->array.at(6).number == 72);
+    const Json checks = doctor(sample(), 0, gpu());
+    CHECK(status_of(checks, "cuda") == "ok");
+    CHECK(status_of(checks, "gpu") == "ok");
+    CHECK(status_of(checks, "self-test") == "ok");
+    const Words tiny = words("bench --prompt-tokens 100 --decode-tokens 9 --batch-sizes 1,3");
+    const Json bench = parse_json(split_lines(run(tiny + sample(), "", gpu()).out).back());
+    CHECK(bench.find("gpu")->kind == Json::Kind::string);
+    CHECK(number_of(bench, "total_vram_bytes") > 1e9);
+    CHECK(bench.find("sweep")->array.size() == 2);
 }
 
 TEST_CASE("cli: check reads every byte and executes nothing") {
