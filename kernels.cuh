@@ -2066,18 +2066,25 @@ __device__ inline Threshold kth_largest(const float* row, int V, int k, int* s_b
     std::uint32_t prefix = 0;
     int left = k;
     for (int shift = 32 - T::kDigit; shift >= 0; shift -= T::kDigit) {
-        if (threadIdx.x < T::kBins) s_bins[threadIdx.x] = 0;
+        const int me = static_cast<int>(threadIdx.x);
+        if (me < T::kBins) s_bins[me] = 0;
         __syncthreads();
-        for (int j = static_cast<int>(threadIdx.x); j < V; j += T::kThreads) {
-            const std::uint32_t key = ordered(row[j]);
-            const bool candidate = shift + T::kDigit == 32 || key >> (shift + T::kDigit) == prefix;
-            if (candidate) atomicAdd(s_bins + (key >> shift) % T::kBins, 1);
+        for (int from = 0; from < V; from += T::kThreads) {
+            const std::uint32_t key = from + me < V ? ordered(row[from + me]) : 0;
+            const bool candidate =
+                from + me < V && (shift + T::kDigit == 32 || key >> (shift + T::kDigit) == prefix);
+            // lanes with one digit count once: most logits share a few exponents, and additions to
+            // one bin wait for each other
+            const int digit = candidate ? static_cast<int>((key >> shift) % T::kBins) : T::kBins;
+            const unsigned same = __match_any_sync(~0u, digit);
+            if (candidate && me % 32 == __ffs(same) - 1) atomicAdd(s_bins + digit, __popc(same));
         }
         __syncthreads();
-        if (threadIdx.x == 0) {
-            int digit = T::kBins - 1;
-            for (; digit > 0 && s_bins[digit] < left; --digit) left -= s_bins[digit];
-            s_digit = digit, s_left = left;
+        if (me < T::kBins) {  // the digit above which fewer than `left` keys lie, with it enough
+            int above = 0;
+#pragma unroll 16
+            for (int b = 1; b < T::kBins; ++b) above += b > me ? s_bins[b] : 0;
+            if (above < left && left <= above + s_bins[me]) s_digit = me, s_left = left - above;
         }
         __syncthreads();
         prefix = prefix << T::kDigit | static_cast<std::uint32_t>(s_digit);
