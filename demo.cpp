@@ -2530,7 +2530,11 @@ private:
                                   "): the CPU computes. Look whether nvidia-smi shows the GPU"));
         for (const GpuInfo& gpu : find_gpus()) {
             const bool good = gpu.problem.empty();
-            add("gpu", good ? kOk : without,
+            // only the first is used: another one that cannot be is no fault
+            add("gpu",
+                good              ? kOk
+                : gpu.device == 0 ? without
+                                  : kWarn,
                 cat(gpu.name, ", compute capability ", capability(gpu), ", ", gpu.sms, " SMs, ",
                     human_bytes(gpu.free_bytes), " of ", human_bytes(gpu.memory_bytes), " free",
                     gpu.integrated ? ", shared with the CPU" : "",

@@ -42,9 +42,9 @@
 // backend but cannot be stepped then. A step allocates no device memory, unless an observer watches
 // it; an observed step sends single tokens through the prompt's kernels too.
 //
-// Overlap: every kernel calls ptx::pdl_wait() before it touches what another kernel writes, and
-// reads only weights before that; so on Hopper and later the next kernel's start hides behind the
-// end of this one.
+// Overlap: on Hopper and later a kernel may start while the one before it still runs. Every block
+// calls ptx::pdl_wait() before it lets the next kernel start, so only the kernel just before can
+// still be running; before its wait a block reads nothing that that one writes.
 
 #pragma once
 #ifndef __CUDACC__
@@ -127,7 +127,7 @@ __host__ __device__ constexpr T cdiv(T a, T b) {
 
 // Launches kernel<<<grid, block, shared_bytes, stream>>>(args...). With `overlap` the kernel may
 // start while its predecessor in the stream still runs ("programmatic dependent launch", Hopper
-// and later): it then must not touch what others write before it has called ptx::pdl_wait().
+// and later): it then must not touch what that one writes before it has called ptx::pdl_wait().
 struct Launch {
     dim3 grid, block;
     std::size_t shared_bytes = 0;
@@ -174,11 +174,6 @@ __device__ inline void cp_async_16(std::uint32_t to, const void* from, int bytes
                  "r"(bytes)
                  : "memory");
 }
-// The same 16 bytes by way of the L1 cache: for what other blocks of the multiprocessor read too.
-__device__ inline void cp_async_16_l1(std::uint32_t to, const void* from, int bytes = 16) {
-    asm volatile("cp.async.ca.shared.global [%0], [%1], 16, %2;" ::"r"(to), "l"(from), "r"(bytes)
-                 : "memory");
-}
 __device__ inline void cp_async_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
 // Waits until at most `groups` of this thread's latest groups are still on their way.
 template <int groups>
@@ -222,7 +217,8 @@ __device__ inline float exp2(float x) {
 }
 
 // griddepcontrol (9.7.13.13): the next kernel of the stream may start now; and wait until the
-// previous one has ended and its writes can be seen. Before the wait only weights may be read.
+// previous one has ended and its writes can be seen. Before the wait nothing may be read that the
+// kernel just before this one writes; all earlier ones have ended (see Overlap in the manual).
 __device__ inline void pdl_launch() {
 #if __CUDA_ARCH__ >= 900
     asm volatile("griddepcontrol.launch_dependents;");
@@ -1756,9 +1752,6 @@ void prefill_attention_shape(const Device& d, const AttentionArgs& a) {
            prefill_attention_kernel<Traits>, a, heads_together(a, Traits::HD));
 }
 
-// Rows of a query tile that the host must build (the last of a sequence or chunk may have fewer).
-inline int query_rows(const Device&, int) { return kQueryRows; }
-
 // Tall blocks read k and v half as often; small work takes short ones, so that every SM has some.
 template <int HD>
 void prefill_attention(const Device& d, const AttentionArgs& a) {
@@ -2099,15 +2092,15 @@ struct DrawArgs {
     int V, ld;
     float softcap;
     const Draw* draws;  // (rows)
-    RowInfo* rows;      // each moves on by its token
+    RowInfo* rows;      // each moves on by its token; null: none does
     int* tokens;        // (rows) for the host; -1 if no logit is a number
     int bigram_mod;     // of G2e's hash; 0: there is none
 };
 
 __device__ inline void move_on(const DrawArgs& a, int r, int token) {
     a.tokens[r] = token;
+    if (a.rows == nullptr || token < 0 || a.rows[r].slot < 0) return;
     RowInfo& row = a.rows[r];
-    if (row.slot < 0 || token < 0) return;
     const int mix = static_cast<int>(36313u * static_cast<std::uint32_t>(token) ^
                                      27191u * static_cast<std::uint32_t>(row.id));
     row.bigram = a.bigram_mod > 0 ? (mix % a.bigram_mod + a.bigram_mod) % a.bigram_mod : 0;
@@ -2252,6 +2245,7 @@ struct GpuInfo {
     int major = 0, minor = 0, sms = 0;  // compute capability, multiprocessors
     std::uint64_t memory_bytes = 0, free_bytes = 0, l2_bytes = 0, shared_bytes = 0;
     bool integrated = false;  // one memory with the CPU
+    bool overlap = false;     // kernels may start while the one before still runs
     std::string problem;      // empty: the kernels run on it; else why not
 };
 
@@ -2267,11 +2261,12 @@ struct CudaOptions {
 namespace cuda {
 
 struct BackendTraits {
-    static constexpr int kRows = 2048;       // of one pass through the prompt's kernels
-    static constexpr int kDecodeRows = 128;  // of one pass through the decode kernels
-    static constexpr int kSlots = 256;       // sequences that are open at once
-    static constexpr int kAlign = 256;       // bytes, of every tensor in the slab
-    static constexpr int kPad = 64;          // columns of weights and activations come in multiples
+    static constexpr int kRows = 2048;         // of one pass through the prompt's kernels
+    static constexpr int kDecodeRows = 128;    // of one pass through the decode kernels
+    static constexpr int kMaxVocab = 1 << 19;  // rows of lm_head are blocks in grid.y
+    static constexpr int kSlots = 256;         // sequences that are open at once
+    static constexpr int kAlign = 256;         // bytes, of every tensor in the slab
+    static constexpr int kPad = 64;  // columns of weights and activations come in multiples
     static constexpr std::uint64_t kStaging = std::uint64_t{32} << 20;  // bytes of one buffer
     static constexpr float kMaxScore = 40;      // e^(-2 * 40) is still a normal float
     static constexpr double kTolerance = 0.03;  // of the self-test; bf16 gives 0.003 to 0.01
@@ -2339,7 +2334,13 @@ public:
     void capture(cudaStream_t stream, F launches) {
         cudaGraph_t graph = nullptr;
         NANOGPT_CUDA_CHECK(cudaStreamBeginCapture(stream, cudaStreamCaptureModeThreadLocal));
-        launches();
+        try {
+            launches();
+        } catch (...) {  // a stream that is left capturing lets no memory go
+            if (cudaStreamEndCapture(stream, &graph) == cudaSuccess) cudaGraphDestroy(graph);
+            cudaGetLastError();
+            throw;
+        }
         NANOGPT_CUDA_CHECK(cudaStreamEndCapture(stream, &graph));
         const cudaError_t error = cudaGraphInstantiate(&graph_, graph, 0);
         cudaGraphDestroy(graph);
@@ -2367,7 +2368,7 @@ public:
         slab_ = Buffer<std::byte>(bytes_);
         for (Pinned<std::byte>& s : staging_) s = Pinned<std::byte>(BackendTraits::kStaging);
         lay_out(true);
-        NANOGPT_CUDA_CHECK(cudaStreamSynchronize(stream_));
+        NANOGPT_CUDA_CHECK(cudaDeviceSynchronize());
         for (Pinned<std::byte>& s : staging_) s = {};
     }
     static std::uint64_t bytes(const Model& model) {
@@ -2645,6 +2646,15 @@ struct Piece {  // tokens of one chunk that a pass reads
     int output;      // row of the logits for its last token; -1: more of the chunk follows
 };
 
+// Every kernel with what it is launched with and the instructions it must consist of: 1 HMMA,
+// 2 LDSM, 4 LDGSTS, 8 16-byte loads, 16: too large for a GB10 on purpose. For tools/sm121.py.
+struct KernelInfo {
+    std::string name;
+    const void* function;
+    int threads, shared_bytes, wants;
+};
+inline std::vector<KernelInfo> kernel_table();
+
 class CudaBackend final : public Backend {
 public:
     CudaBackend(std::shared_ptr<const Model> model, const CudaOptions& options, const GpuInfo& gpu);
@@ -2727,7 +2737,6 @@ private:
     Buffer<float> cos_, sin_, logits_, decode_logits_;  // (kSlots, V), (kDecodeRows, V)
     Buffer<float> scratch_;                             // what only an observer sees
     float* result_ = nullptr;                           // the logits of the last run
-    Buffer<RowInfo> parked_;                            // rows that a draw need not move on
     Activations prompt_, decode_;
     Pinned<RowInfo> rows_host_;
     Pinned<QueryTile> tiles_host_;
@@ -2749,19 +2758,20 @@ inline CudaBackend::CudaBackend(std::shared_ptr<const Model> model, const CudaOp
                                 const GpuInfo& gpu)
     : gpu_(gpu), config_(model->config()), s_(config_) {
     const float bound = config_.qk_scale * config_.qk_scale * std::sqrt(float(s_.hd));
-    if (s_.hd > 256 || bound > BackendTraits::kMaxScore || s_.ld > 4096) {
+    if (s_.hd > 256 || bound > BackendTraits::kMaxScore || s_.ld > 4096 ||
+        s_.V > BackendTraits::kMaxVocab) {
         throw Error(ErrorKind::unsupported,
-                    "the GPU kernels take heads of up to 256, widths of up to 4096 and scores of "
-                    "up to 40; this model has " +
-                        std::to_string(s_.hd) + ", " + std::to_string(s_.D) + " and " +
-                        std::to_string(bound) + ". Use the CPU");
+                    "the GPU kernels take heads of up to 256, widths of up to 4096, scores of up "
+                    "to 40 and half a million tokens; this model has " +
+                        std::to_string(s_.hd) + ", " + std::to_string(s_.D) + ", " +
+                        std::to_string(bound) + " and " + std::to_string(s_.V) + ". Use the CPU");
     }
     NANOGPT_CUDA_CHECK(cudaSetDevice(gpu.device));
     stream_ = std::make_unique<Stream>();
     d_.stream = stream_->get();
     d_.sms = gpu.sms;
     d_.shared_bytes = static_cast<int>(gpu.shared_bytes);
-    d_.overlap = gpu.major >= 9;
+    d_.overlap = gpu.overlap;
     counters_ = Buffer<int>(kGemmCounters);
     d_.counters = counters_.get();
     smear_lambda_ = model->weights().smear_lambda;
@@ -2770,6 +2780,10 @@ inline CudaBackend::CudaBackend(std::shared_ptr<const Model> model, const CudaOp
     w_ = std::make_unique<DeviceWeights>(*model, d_.stream);
     fill_rotary(*model);
     NANOGPT_CUDA_CHECK(cudaStreamSynchronize(d_.stream));
+    for (const KernelInfo& kernel : kernel_table()) {  // loaded now, not in the first step
+        cudaFuncAttributes attributes{};
+        NANOGPT_CUDA_CHECK(cudaFuncGetAttributes(&attributes, kernel.function));
+    }
     capture();
 }
 
@@ -2786,7 +2800,8 @@ inline void CudaBackend::plan_memory(const Model& model, const CudaOptions& opti
         : gpu_.integrated ? std::max<std::uint64_t>(std::uint64_t{8} << 30, total_bytes / 10)
                           : std::uint64_t{512} << 20;
     const auto S = static_cast<std::uint64_t>(config_.sequence_len);
-    max_positions_ = static_cast<int>(std::max<std::uint64_t>(10 * S, 4096));
+    // nanochat's own tables end at 10 contexts; whole pages, as a sequence's capacity
+    max_positions_ = pad(static_cast<int>(std::max<std::uint64_t>(10 * S, 4096)), kPage);
     const auto row = static_cast<std::uint64_t>(s_.ld) * (3 * 4 + 2 * 2) +
                      static_cast<std::uint64_t>(s_.ld_f) * 2 +
                      static_cast<std::uint64_t>(s_.ld_qkv) * 4 +
@@ -2799,15 +2814,17 @@ inline void CudaBackend::plan_memory(const Model& model, const CudaOptions& opti
         2 * B::kStaging +
         static_cast<std::uint64_t>(max_positions_) * 4 * static_cast<unsigned>(s_.hd);
     const std::uint64_t page_bytes = static_cast<std::uint64_t>(s_.layer_values() * s_.L) * 2;
-    const std::uint64_t context_pages = cdiv<std::uint64_t>(S, kPage);
-    std::uint64_t pages =
-        options.kv_tokens != 0 ? cdiv<std::uint64_t>(options.kv_tokens, kPage) : 32 * context_pages;
-    const std::uint64_t least = options.kv_tokens != 0 ? pages : context_pages;
-    const std::uint64_t room = available > fixed + reserve ? available - fixed - reserve : 0;
-    if (room < least * page_bytes) {
+    const std::uint64_t context_pages = cdiv<std::uint64_t>(S, kPage), kv = options.kv_tokens;
+    const std::uint64_t pages = kv != 0 ? kv / kPage + (kv % kPage != 0) : 32 * context_pages;
+    const std::uint64_t least = kv != 0 ? pages : context_pages;
+    const std::uint64_t usable = available - std::min(available, reserve);
+    const std::uint64_t room = usable - std::min(usable, fixed);
+    if (least > room / page_bytes) {  // by division: nothing can overflow
         throw Error(ErrorKind::out_of_memory,
                     nanogpt::detail::quote(model.info().id) + " needs " +
-                        std::to_string((fixed + least * page_bytes) >> 20) + " MiB on the GPU, " +
+                        std::to_string(fixed >> 20) + " MiB on the GPU and " +
+                        std::to_string(page_bytes >> 10) + " KiB for every 64 of " +
+                        std::to_string(kv != 0 ? kv : S) + " tokens of cache; " +
                         std::to_string(available >> 20) + " MiB are free and " +
                         std::to_string(reserve >> 20) +
                         " MiB of them stay reserved. Close other programs or use the CPU");
@@ -2830,7 +2847,6 @@ inline void CudaBackend::claim(std::uint64_t pages) {
     decode_ = Activations(s_, B::kDecodeRows, true);
     logits_ = Buffer<float>(slots * V);
     decode_logits_ = Buffer<float>(B::kDecodeRows * V);
-    parked_ = Buffer<RowInfo>(B::kSlots);
     draws_ = Buffer<Draw>(B::kSlots);
     logits_host_ = Pinned<float>(slots * V);
     rows_host_ = Pinned<RowInfo>(B::kRows);
@@ -2860,6 +2876,7 @@ inline void CudaBackend::fill_rotary(const Model& model) {
 }
 
 inline std::unique_ptr<Sequence> CudaBackend::new_sequence(int capacity) {
+    NANOGPT_CUDA_CHECK(cudaSetDevice(gpu_.device));
     if (capacity < 1)
         throw Error(ErrorKind::usage, "a cache must have room for at least one token");
     if (capacity > pool_->max_pages * kPage)
@@ -3178,7 +3195,7 @@ inline void CudaBackend::upload_rows(const Activations& a, std::span<const Piece
 
 // Query tiles, those with the most keys first: the last to finish should be a short one.
 inline void CudaBackend::upload_tiles(std::span<const Piece> pieces) {
-    const int step = query_rows(d_, s_.HD);
+    const int step = kQueryRows;
     QueryTile* const tiles = tiles_host_.get();
     n_tiles_ = 0;
     for (const Piece& p : pieces) {
@@ -3226,7 +3243,6 @@ inline void CudaBackend::check(std::span<const Chunk> batch) const {
 // observer sees everything through the prompt's kernels.
 inline void CudaBackend::run(std::span<const Chunk> batch, Observer* o) {
     using B = BackendTraits;
-    NANOGPT_CUDA_CHECK(cudaSetDevice(gpu_.device));
     ahead_.valid = false;
     order_.clear();
     std::vector<Piece> pieces;
@@ -3281,6 +3297,7 @@ inline void CudaBackend::append(std::span<const Chunk> batch) {
 }
 
 inline std::span<const float> CudaBackend::step(std::span<const Chunk> batch, Observer* observer) {
+    NANOGPT_CUDA_CHECK(cudaSetDevice(gpu_.device));
     check(batch);
     if (batch.empty()) return {};
     const auto V = static_cast<std::size_t>(s_.V);
@@ -3305,6 +3322,7 @@ inline std::span<const Token> CudaBackend::sample(std::span<const Chunk> batch,
     std::vector<Draw> draws;
     std::vector<std::uint64_t> serials;
     bool here = !batch.empty(), single = batch.size() <= BackendTraits::kDecodeRows;
+    NANOGPT_CUDA_CHECK(cudaSetDevice(gpu_.device));
     check(batch);
     for (std::size_t i = 0; i < batch.size(); ++i) {
         draws.push_back(draw_of(*samplers[i], 0));
@@ -3322,7 +3340,7 @@ inline std::span<const Token> CudaBackend::sample(std::span<const Chunk> batch,
         ring = ring_ = 1 - ring_;
         std::vector<Draw> in_order;
         for (const int i : order_) in_order.push_back(draws[static_cast<std::size_t>(i)]);
-        launch_draw(in_order, single ? decode_.rows_info.get() : parked_.get(), ring);
+        launch_draw(in_order, single ? decode_.rows_info.get() : nullptr, ring);
     }
     if (single) order_.resize(batch.size()), std::iota(order_.begin(), order_.end(), 0);
     const bool again = single && serials == last_;
@@ -3571,13 +3589,6 @@ __global__ void __launch_bounds__(512) read_kernel(const uint4* p, std::size_t n
     if (sum.x == 0x12345 && sum.y == 0x777) *out = sum;
 }
 
-// Every kernel with what it is launched with and the instructions it must consist of: 1 HMMA,
-// 2 LDSM, 4 LDGSTS, 8 16-byte loads, 16: too large for a GB10 on purpose. For tools/sm121.py.
-struct KernelInfo {
-    std::string name;
-    const void* function;
-    int threads, shared_bytes, wants;
-};
 inline std::vector<KernelInfo> kernel_table() {
     std::vector<KernelInfo> table;
     const auto add = [&](std::string name, auto kernel, int threads, int shared_bytes, int wants) {
@@ -3635,45 +3646,49 @@ inline std::vector<KernelInfo> kernel_table() {
 
 }  // namespace cuda
 
-// All GPUs that CUDA shows, each with what keeps the kernels from running on it, if anything does.
-// Empty where there is no driver or no GPU.
+// One GPU, with what keeps the kernels from running on it, if anything does. Makes it the calling
+// thread's device.
+inline GpuInfo gpu_info(int device) {
+    cudaDeviceProp p{};
+    cudaFuncAttributes attributes{};
+    std::size_t free_bytes = 0, total = 0;
+    GpuInfo gpu;
+    gpu.device = device;
+    cudaError_t e = cudaGetDeviceProperties(&p, device);
+    if (e == cudaSuccess) e = cudaSetDevice(device);
+    if (e == cudaSuccess) e = cudaMemGetInfo(&free_bytes, &total);
+    if (e == cudaSuccess && p.major >= 8)
+        e = cudaFuncGetAttributes(&attributes,
+                                  reinterpret_cast<const void*>(&cuda::softcap_kernel<256>));
+    cudaGetLastError();
+    gpu.name = p.name;
+    gpu.major = p.major, gpu.minor = p.minor, gpu.sms = p.multiProcessorCount;
+    gpu.memory_bytes = p.totalGlobalMem;
+    gpu.l2_bytes = static_cast<std::uint64_t>(p.l2CacheSize);
+    gpu.shared_bytes = p.sharedMemPerBlockOptin;
+    gpu.integrated = p.integrated != 0;
+    // on such a GPU CUDA does not count what the file cache would give back
+    gpu.free_bytes = gpu.integrated ? detail::available_memory() : free_bytes;
+    // code made from PTX for Ampere has no instruction to wait for the kernel before
+    gpu.overlap = p.major >= 9 && attributes.ptxVersion >= 90;
+    if (e != cudaSuccess) {
+        gpu.problem = cudaGetErrorString(e);
+    } else if (p.major < 8) {
+        gpu.problem = "compute capability " + std::to_string(p.major) + "." +
+                      std::to_string(p.minor) + ", 8.0 (Ampere) or later is needed";
+    }
+    return gpu;
+}
+
+// All GPUs that CUDA shows. Empty where there is no driver or no GPU.
 inline std::vector<GpuInfo> find_gpus() {
     std::vector<GpuInfo> gpus;
-    int count = 0;
+    int count = 0, current = 0;
     if (cudaGetDeviceCount(&count) != cudaSuccess) count = 0;
+    cudaGetDevice(&current);
+    for (int i = 0; i < count; ++i) gpus.push_back(gpu_info(i));
+    if (count > 0) cudaSetDevice(current);
     cudaGetLastError();
-    for (int i = 0; i < count; ++i) {
-        cudaDeviceProp p{};
-        GpuInfo gpu;
-        gpu.device = i;
-        if (const cudaError_t e = cudaGetDeviceProperties(&p, i); e != cudaSuccess) {
-            gpu.problem = std::string("it does not answer: ") + cudaGetErrorString(e);
-            gpus.push_back(std::move(gpu));
-            continue;
-        }
-        gpu.name = p.name;
-        gpu.major = p.major, gpu.minor = p.minor, gpu.sms = p.multiProcessorCount;
-        gpu.memory_bytes = p.totalGlobalMem;
-        gpu.l2_bytes = static_cast<std::uint64_t>(p.l2CacheSize);
-        gpu.shared_bytes = p.sharedMemPerBlockOptin;
-        gpu.integrated = p.integrated != 0;
-        std::size_t free_bytes = 0, total = 0;
-        cudaFuncAttributes attributes{};
-        cudaError_t e = cudaSetDevice(i);
-        if (e == cudaSuccess) e = cudaMemGetInfo(&free_bytes, &total);
-        gpu.free_bytes = free_bytes;
-        if (e == cudaSuccess && p.major >= 8)
-            e = cudaFuncGetAttributes(&attributes,
-                                      reinterpret_cast<const void*>(&cuda::softcap_kernel<256>));
-        if (p.major < 8) {
-            gpu.problem = "compute capability " + std::to_string(p.major) + "." +
-                          std::to_string(p.minor) + ", 8.0 (Ampere) or later is needed";
-        } else if (e != cudaSuccess) {
-            gpu.problem = cudaGetErrorString(e);
-        }
-        cudaGetLastError();
-        gpus.push_back(std::move(gpu));
-    }
     return gpus;
 }
 
@@ -3685,11 +3700,10 @@ inline std::string cuda_problem(int device = 0) {
     cudaGetLastError();
     if (driver == 0) return "no NVIDIA driver is loaded";
     if (e != cudaSuccess) return cudaGetErrorString(e);
-    const std::vector<GpuInfo> gpus = find_gpus();
-    if (device < 0 || device >= static_cast<int>(gpus.size()))
+    if (device < 0 || device >= count)
         return "there is no GPU " + std::to_string(device) + ", CUDA shows " +
-               std::to_string(gpus.size());
-    const GpuInfo& gpu = gpus[static_cast<std::size_t>(device)];
+               std::to_string(count);
+    const GpuInfo gpu = gpu_info(device);
     return gpu.problem.empty() ? "" : gpu.name + ": " + gpu.problem;
 }
 
@@ -3713,12 +3727,13 @@ inline std::string cuda_versions() {
 
 // Bytes per second of a plain read of 1 GiB, or of half of what is free: the median of nine.
 inline double cuda_read_bandwidth(int device = 0) {
-    NANOGPT_CUDA_CHECK(cudaSetDevice(device));
-    std::size_t free_bytes = 0, total = 0;
-    int sms = 0;
-    NANOGPT_CUDA_CHECK(cudaMemGetInfo(&free_bytes, &total));
-    NANOGPT_CUDA_CHECK(cudaDeviceGetAttribute(&sms, cudaDevAttrMultiProcessorCount, device));
-    const std::size_t bytes = std::min(std::size_t{1} << 30, free_bytes / 2) / 4096 * 4096;
+    const GpuInfo gpu = gpu_info(device);
+    if (!gpu.problem.empty()) throw Error(ErrorKind::device, gpu.name + ": " + gpu.problem);
+    const std::size_t bytes =
+        std::min<std::size_t>(std::size_t{1} << 30, gpu.free_bytes / 2) / 4096 * 4096;
+    if (bytes < 8 * gpu.l2_bytes)
+        throw Error(ErrorKind::out_of_memory,
+                    "too little memory is free on the GPU to measure how fast it is read");
     const cuda::Buffer<std::byte> memory(bytes), out(sizeof(uint4));
     NANOGPT_CUDA_CHECK(cudaMemset(memory.get(), 1, bytes));
     cudaEvent_t begin = nullptr, end = nullptr;
@@ -3727,7 +3742,7 @@ inline double cuda_read_bandwidth(int device = 0) {
     std::vector<float> ms(9);
     for (float& m : ms) {
         NANOGPT_CUDA_CHECK(cudaEventRecord(begin));
-        cuda::launch({.grid = dim3(static_cast<unsigned>(4 * sms)), .block = 512},
+        cuda::launch({.grid = dim3(static_cast<unsigned>(4 * gpu.sms)), .block = 512},
                      cuda::read_kernel<8>, reinterpret_cast<const uint4*>(memory.get()),
                      bytes / sizeof(uint4), reinterpret_cast<uint4*>(out.get()));
         NANOGPT_CUDA_CHECK(cudaEventRecord(end));
@@ -3760,7 +3775,8 @@ inline double cuda_self_test(Backend& gpu, const std::shared_ptr<const Model>& m
             size += x * x;
         }
         const double relative = std::sqrt(difference / size);
-        if (!(relative <= worst)) worst = relative;  // also when it is NaN
+        if (std::isnan(relative)) return relative;
+        worst = std::max(worst, relative);
     }
     return worst;
 }
@@ -3773,15 +3789,16 @@ inline std::unique_ptr<Backend> open_cuda(std::shared_ptr<const Model> model,
     const std::string problem = cuda_problem(options.device);
     if (!problem.empty())
         throw Error(ErrorKind::device, problem + ". Use --device-type cpu or open_cpu");
-    const GpuInfo gpu = find_gpus()[static_cast<std::size_t>(options.device)];
+    const GpuInfo gpu = gpu_info(options.device);
     auto backend = std::make_unique<cuda::CudaBackend>(model, options, gpu);
     if (options.self_test) {
         const double off = cuda_self_test(*backend, model);
         if (!(off <= cuda::BackendTraits::kTolerance))
-            throw Error(ErrorKind::device,
-                        gpu.name + ": its logits are " + std::to_string(off) +
-                            " away from the CPU's (relative), at most 0.03 is right. Use the CPU, "
-                            "and update the driver");
+            throw Error(ErrorKind::device, gpu.name + ": its logits are " + std::to_string(off) +
+                                               " away from the CPU's (relative), at most " +
+                                               std::to_string(cuda::BackendTraits::kTolerance) +
+                                               " is right. Use the CPU, "
+                                               "and update the driver");
     }
     return backend;
 }

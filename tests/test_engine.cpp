@@ -46,6 +46,7 @@ struct MockBackend : Backend {
             if (static_cast<int>(sequence.tokens_.size()) > sequence.capacity_)
                 throw std::logic_error("full");
             fed += batch[i].tokens.size();
+            prompts += batch[i].prompt ? batch[i].tokens.size() : 0;
             longest = std::max(longest, batch[i].tokens.size());
             logits[100 * i + static_cast<std::size_t>((batch[i].tokens.back() + 1) % 100)] = 5;
         }
@@ -53,7 +54,7 @@ struct MockBackend : Backend {
     }
     nanogpt::Config config_;
     std::vector<float> logits;
-    std::size_t fed = 0, longest = 0;
+    std::size_t fed = 0, longest = 0, prompts = 0;
     int steps = 0, fail_at = -1;
 };
 
@@ -203,8 +204,11 @@ TEST_CASE("engine: a long prompt is read in pieces, each token once") {
     const Tokens prompt(3000, 7);
     run(backend, *sequence, prompt, greedy(1));
     CHECK(backend.fed == 3000);
-    CHECK(backend.longest <= 512);
+    CHECK(backend.longest <= 1024);
     CHECK(sequence->tokens().size() == 3000);
+    CHECK(backend.prompts == 3000);  // the last piece too is one of a prompt
+    run(backend, *sequence, {1}, greedy(3));
+    CHECK(backend.prompts == 3001);  // a prompt of one token is a prompt, what is drawn is none
 }
 
 TEST_CASE(

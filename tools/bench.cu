@@ -261,7 +261,7 @@ class Bench {
 public:
     Bench(const nanogpt::GpuInfo& gpu, bool quick, bool overlap) : quick_(quick) {
         device_ = {gpu.sms, static_cast<int>(gpu.shared_bytes), stream_.get(),
-                   overlap && gpu.major >= 9, counters_.get()};
+                   overlap && gpu.overlap, counters_.get()};
         events_.resize(quick ? 6 : 32);
         for (cudaEvent_t& e : events_) NANOGPT_CUDA_CHECK(cudaEventCreate(&e));
         if (!quick) models_.insert(models_.end(), {{"d26", 1664}, {"d32", 2048}});

@@ -35,7 +35,7 @@ const cuda::Device& device() {
         NANOGPT_CUDA_CHECK(cudaStreamCreateWithFlags(&made.stream, cudaStreamNonBlocking));
         made.sms = gpu.sms;
         made.shared_bytes = static_cast<int>(gpu.shared_bytes);
-        made.overlap = gpu.major >= 9;
+        made.overlap = gpu.overlap;
         static const cuda::Buffer<int> counters(cuda::kGemmCounters);
         made.counters = counters.get();
         return made;
@@ -1184,7 +1184,7 @@ public:
         std::vector<cuda::QueryTile> tiles;
         for (const cuda::QueryTile& p : pieces_) {
             for (int t = 0; t < p.rows;) {
-                int n = cuda::query_rows(d, HD_);
+                int n = cuda::kQueryRows;
                 if (random != nullptr) n = 1 + static_cast<int>(random->below(uz(n)));
                 n = std::min(n, p.rows - t);
                 tiles.push_back({p.first_row + t, n, p.pos + t, p.slot});
