@@ -31,6 +31,7 @@ constexpr bool kHasCuda = true;
 namespace nanogpt::demo {
 constexpr bool kHasCuda = false;
 struct GpuInfo {
+    int device = 0;
     std::string name = {};
     int major = 0, minor = 0, sms = 0;
     std::uint64_t memory_bytes = 0, free_bytes = 0;

@@ -550,7 +550,7 @@ __device__ inline float value_gate(const HeadArgs& a, int head, const bf16* x, f
 template <int HD>
 struct RotaryTraits {
     static constexpr int kThreads = 256;
-    static constexpr int kBlocks = 4;                 // per SM: much of a block's life is waiting
+    static constexpr int kBlocks = 6;                 // per SM: much of a block's life is waiting
     static constexpr int kPairs = 4;                  // of a lane: 8 bytes of either half
     static constexpr int kLanes = HD / 2 / kPairs;    // of a head
     static constexpr int kHeads = kThreads / kLanes;  // at once
@@ -568,64 +568,27 @@ struct RotaryArgs {
     int T;
 };
 
-// Four values of the lower half of a head and four of the upper: what a lane holds of it. A head
-// whose halves are not whole groups of 8 bytes is read and written value by value.
-struct HeadPart {
-    uint2 lower, upper;
-    __device__ void load(const bf16* head, int j, int half, bool wide) {
-        lower = upper = {};
-        if (j >= half) return;
-        if (wide) {
-            lower = *reinterpret_cast<const uint2*>(head + j);
-            upper = *reinterpret_cast<const uint2*>(head + j + half);
-            return;
-        }
-        bf16 v[8];
-        for (int i = 0; i < 4; ++i) {
-            v[i] = j + i < half ? head[j + i] : bf16{};
-            v[4 + i] = j + i < half ? head[j + i + half] : bf16{};
-        }
-        const auto bits = [&](int i) { return std::uint32_t{__bfloat16_as_ushort(v[i])}; };
-        lower = {bits(0) | bits(1) << 16, bits(2) | bits(3) << 16};
-        upper = {bits(4) | bits(5) << 16, bits(6) | bits(7) << 16};
-    }
-    __device__ void unpack(float (&lo)[4], float (&hi)[4]) const {
-        lo[0] = low_half(lower.x), lo[1] = high_half(lower.x);
-        lo[2] = low_half(lower.y), lo[3] = high_half(lower.y);
-        hi[0] = low_half(upper.x), hi[1] = high_half(upper.x);
-        hi[2] = low_half(upper.y), hi[3] = high_half(upper.y);
-    }
-    static __device__ void store(bf16* head, int j, int half, bool wide, const float (&lo)[4],
-                                 const float (&hi)[4]) {
-        if (j >= half) return;
-        if (wide) {
-            *reinterpret_cast<uint2*>(head + j) = {pack(lo[0], lo[1]), pack(lo[2], lo[3])};
-            *reinterpret_cast<uint2*>(head + j + half) = {pack(hi[0], hi[1]), pack(hi[2], hi[3])};
-            return;
-        }
-        for (int i = 0; i < 4 && j + i < half; ++i) {
-            head[j + i] = __float2bfloat16_rn(lo[i]);
-            head[j + i + half] = __float2bfloat16_rn(hi[i]);
-        }
-    }
-};
-
-// v += gate * value_embed[id] for one value head of row t; by the lanes that hold it.
+// One value head of row t with its value embedding, into the cache; by a group of lanes.
 template <int HD>
-__device__ inline void add_value_embedding(const RotaryArgs& a, const RowInfo& row, int t, int kv,
-                                           float (&lo)[4], float (&hi)[4]) {
-    using R = RotaryTraits<HD>;
+__device__ inline void store_value(const RotaryArgs& a, const RowInfo& row, int t, int kv,
+                                   const bf16* in, bf16* out) {
+    constexpr int kLanes = RotaryTraits<HD>::kLanes;
     const HeadArgs& p = a.head;
-    const int lane = static_cast<int>(threadIdx.x) % R::kLanes;
-    HeadPart extra;
-    extra.load(p.value_embed + (std::int64_t{row.id} * p.n_kv_head + kv) * p.hd, R::kPairs * lane,
-               p.hd / 2, p.hd % 8 == 0);
-    const float gate = value_gate<R::kLanes>(p, kv, a.h + std::int64_t{t} * a.ld_h, 1);
-    if (a.gate != nullptr && lane == 0) a.gate[std::int64_t{t} * p.n_kv_head + kv] = gate;
-    float x1[4], x2[4];
-    extra.unpack(x1, x2);
-#pragma unroll
-    for (int i = 0; i < R::kPairs; ++i) lo[i] += gate * x1[i], hi[i] += gate * x2[i];
+    const int lane = static_cast<int>(threadIdx.x) % kLanes;
+    const bf16* extra = nullptr;
+    float gate = 0;
+    if (p.value_embed != nullptr) {
+        extra = p.value_embed + (std::int64_t{row.id} * p.n_kv_head + kv) * p.hd;
+        gate = value_gate<kLanes>(p, kv, a.h + std::int64_t{t} * a.ld_h, 1);
+        if (a.gate != nullptr && lane == 0) a.gate[std::int64_t{t} * p.n_kv_head + kv] = gate;
+    }
+    for (int j = 2 * lane; j < p.hd; j += 2 * kLanes) {
+        const std::uint32_t v = *reinterpret_cast<const std::uint32_t*>(in + j);
+        const std::uint32_t e =
+            extra != nullptr ? *reinterpret_cast<const std::uint32_t*>(extra + j) : 0u;
+        *reinterpret_cast<std::uint32_t*>(out + j) =
+            pack(low_half(v) + gate * low_half(e), high_half(v) + gate * high_half(e));
+    }
 }
 
 // rotary: q, k = scale * rms_norm(rotate(q, k)); v += gate * value_embed[id]; k, v into the cache
@@ -654,37 +617,48 @@ __global__ void __launch_bounds__(RotaryTraits<HD>::kThreads, RotaryTraits<HD>::
         cos[i] = p.cos[std::int64_t{row.pos} * half + j + i];
         sin[i] = p.sin[std::int64_t{row.pos} * half + j + i];
     }
-    const bf16* const in = a.qkv + std::int64_t{t} * a.ld;
-    int head = static_cast<int>(threadIdx.x) / R::kLanes;
-    HeadPart now, next;
-    if (head < heads) now.load(in + head * p.hd, j, half, wide);
-    for (; head < heads; head += R::kHeads, now = next) {
-        if (head + R::kHeads < heads)  // on its way while this one is worked on
-            next.load(in + (head + R::kHeads) * p.hd, j, half, wide);
-        float lo[R::kPairs], hi[R::kPairs];
-        now.unpack(lo, hi);
+    for (int head = static_cast<int>(threadIdx.x) / R::kLanes; head < heads; head += R::kHeads) {
+        const bf16* const in = a.qkv + std::int64_t{t} * a.ld + head * p.hd;
         const int kv = head - p.n_head;  // of a key; of a value n_kv_head more
         if (kv >= p.n_kv_head) {
-            const int v = kv - p.n_kv_head;
-            if (p.value_embed != nullptr) add_value_embedding<HD>(a, row, t, v, lo, hi);
-            HeadPart::store(cached + (2 * v + 1) * kPage * HD, j, half, wide, lo, hi);
+            store_value<HD>(a, row, t, kv - p.n_kv_head, in,
+                            cached + (kv - p.n_kv_head) * 2 * kPage * HD + kPage * HD);
             continue;
         }
-        float sum = 0;
+        float lo[R::kPairs] = {}, hi[R::kPairs] = {}, sum = 0;
+        if (wide && j < half) {
+            const uint2 x1 = *reinterpret_cast<const uint2*>(in + j);
+            const uint2 x2 = *reinterpret_cast<const uint2*>(in + j + half);
+            lo[0] = low_half(x1.x), lo[1] = high_half(x1.x), lo[2] = low_half(x1.y);
+            hi[0] = low_half(x2.x), hi[1] = high_half(x2.x), hi[2] = low_half(x2.y);
+            lo[3] = high_half(x1.y), hi[3] = high_half(x2.y);
+        }
 #pragma unroll
         for (int i = 0; i < R::kPairs; ++i) {
-            const float x1 = lo[i], x2 = hi[i];
+            if (j + i >= half) continue;
+            const float x1 = wide ? lo[i] : __bfloat162float(in[j + i]);
+            const float x2 = wide ? hi[i] : __bfloat162float(in[j + i + half]);
             lo[i] = x1 * cos[i] + x2 * sin[i];
             hi[i] = x2 * cos[i] - x1 * sin[i];
             sum += lo[i] * lo[i] + hi[i] * hi[i];
         }
         const float scale =
             rsqrtf(group_sum<R::kLanes>(sum) / static_cast<float>(p.hd) + kEpsilon) * p.qk_scale;
-#pragma unroll
-        for (int i = 0; i < R::kPairs; ++i) lo[i] *= scale, hi[i] *= scale;
         bf16* const out =
-            kv < 0 ? a.q + (std::int64_t{t} * p.n_head + head) * HD : cached + 2 * kv * kPage * HD;
-        HeadPart::store(out, j, half, wide, lo, hi);
+            kv < 0 ? a.q + (std::int64_t{t} * p.n_head + head) * HD : cached + kv * 2 * kPage * HD;
+        if (wide && j < half) {
+            *reinterpret_cast<uint2*>(out + j) = {pack(lo[0] * scale, lo[1] * scale),
+                                                  pack(lo[2] * scale, lo[3] * scale)};
+            *reinterpret_cast<uint2*>(out + j + half) = {pack(hi[0] * scale, hi[1] * scale),
+                                                         pack(hi[2] * scale, hi[3] * scale)};
+            continue;
+        }
+#pragma unroll
+        for (int i = 0; i < R::kPairs; ++i) {
+            if (j + i >= half) continue;
+            out[j + i] = __float2bfloat16_rn(lo[i] * scale);
+            out[j + i + half] = __float2bfloat16_rn(hi[i] * scale);
+        }
     }
 }
 
@@ -1846,25 +1820,6 @@ __device__ inline void gated_value(float* out, const DecodeAttentionArgs& a, con
     }
 }
 
-// z = sum of the splits' weighted values / sum of their weights, in the order of the splits.
-template <int HD>
-__device__ inline void merge_splits(const DecodeAttentionArgs& a, int r, int head, int splits) {
-    using A = DecodeAttentionTraits;
-    const int j = static_cast<int>(threadIdx.x);
-    if (j >= a.head.hd) return;
-    const std::int64_t task = std::int64_t{r} * a.head.n_head + head;
-    const float* const all = a.partial + task * A::kSplits * (HD + 1);
-    float r_z[A::kSplits], r_l[A::kSplits], sum = 0, weights = 0;
-#pragma unroll
-    for (int s = 0; s < A::kSplits; ++s) {  // all on their way before the first is used
-        r_z[s] = s < splits ? __ldcg(all + s * (HD + 1) + j) : 0.0f;
-        r_l[s] = s < splits ? __ldcg(all + s * (HD + 1) + HD) : 0.0f;
-    }
-#pragma unroll
-    for (int s = 0; s < A::kSplits; ++s) sum += r_z[s], weights += r_l[s];
-    a.z[std::int64_t{r} * a.ld_z + head * a.head.hd + j] = __float2bfloat16_rn(sum / weights);
-}
-
 // decode_attention: z = softmax(q k^T / sqrt(hd)) v for one new token per sequence; k, v are cached
 //   qkv (R, (H + 2K) hd) f32 -> z (R, H * hd) bf16; cache pages (.., 64, HD) bf16
 //   grid: (16 splits of the keys, H, R); HD/8 lanes read a key, 16 bytes each
@@ -1881,8 +1836,7 @@ __global__ void __launch_bounds__(DecodeAttentionTraits::kThreads, DecodeAttenti
     __shared__ float s_q[HD], s_k[HD], s_v[HD];
     __shared__ float s_z[kGroups][HD], s_l[kGroups];
     __shared__ bool s_last;
-    // Only the product just before this kernel may still run, so all but its qkv can be read already:
-    // it let this kernel start after it had waited for everything earlier.
+    // only the product just before may still run: all but its qkv can be read already
     const auto leave = [] { ptx::pdl_wait(), ptx::pdl_launch(); };
     const int r = static_cast<int>(blockIdx.z), head = static_cast<int>(blockIdx.y);
     const int split = static_cast<int>(blockIdx.x), warp = static_cast<int>(threadIdx.x / 32);
@@ -1972,7 +1926,6 @@ __global__ void __launch_bounds__(DecodeAttentionTraits::kThreads, DecodeAttenti
     for (int j = 0; j < 8; ++j) s_z[group][8 * part + j] = z[j];
     if (part == 0) s_l[group] = l;
     __syncthreads();
-
     const std::int64_t task = std::int64_t{r} * p.n_head + head;
     float* const mine = a.partial + (task * A::kSplits + split) * (HD + 1);
     for (int j = static_cast<int>(threadIdx.x); j <= HD; j += A::kThreads) {
@@ -1991,7 +1944,18 @@ __global__ void __launch_bounds__(DecodeAttentionTraits::kThreads, DecodeAttenti
     } else {
         __syncthreads();
     }
-    merge_splits<HD>(a, r, head, splits);
+    const float* const all = a.partial + task * A::kSplits * (HD + 1);
+    if (const int j = static_cast<int>(threadIdx.x); j < p.hd) {
+        float r_z[A::kSplits], r_l[A::kSplits], sum = 0, weights = 0;
+#pragma unroll
+        for (int s = 0; s < A::kSplits; ++s) {  // all on their way before the first is used
+            r_z[s] = s < splits ? __ldcg(all + s * (HD + 1) + j) : 0.0f;
+            r_l[s] = s < splits ? __ldcg(all + s * (HD + 1) + HD) : 0.0f;
+        }
+#pragma unroll
+        for (int s = 0; s < A::kSplits; ++s) sum += r_z[s], weights += r_l[s];
+        a.z[std::int64_t{r} * a.ld_z + head * p.hd + j] = __float2bfloat16_rn(sum / weights);
+    }
 }
 
 template <int HD>
@@ -2059,25 +2023,18 @@ __device__ inline Threshold kth_largest(const float* row, int V, int k, int* s_b
     std::uint32_t prefix = 0;
     int left = k;
     for (int shift = 32 - T::kDigit; shift >= 0; shift -= T::kDigit) {
-        const int me = static_cast<int>(threadIdx.x);
-        if (me < T::kBins) s_bins[me] = 0;
+        if (threadIdx.x < T::kBins) s_bins[threadIdx.x] = 0;
         __syncthreads();
-        for (int from = 0; from < V; from += T::kThreads) {
-            const std::uint32_t key = from + me < V ? ordered(row[from + me]) : 0;
-            const bool candidate =
-                from + me < V && (shift + T::kDigit == 32 || key >> (shift + T::kDigit) == prefix);
-            // lanes with one digit count once: most logits share a few exponents, and additions to
-            // one bin wait for each other
-            const int digit = candidate ? static_cast<int>((key >> shift) % T::kBins) : T::kBins;
-            const unsigned same = __match_any_sync(~0u, digit);
-            if (candidate && me % 32 == __ffs(same) - 1) atomicAdd(s_bins + digit, __popc(same));
+        for (int j = static_cast<int>(threadIdx.x); j < V; j += T::kThreads) {
+            const std::uint32_t key = ordered(row[j]);
+            const bool candidate = shift + T::kDigit == 32 || key >> (shift + T::kDigit) == prefix;
+            if (candidate) atomicAdd(s_bins + (key >> shift) % T::kBins, 1);
         }
         __syncthreads();
-        if (me < T::kBins) {  // the digit above which fewer than `left` keys lie, with it enough
-            int above = 0;
-#pragma unroll 16
-            for (int b = 1; b < T::kBins; ++b) above += b > me ? s_bins[b] : 0;
-            if (above < left && left <= above + s_bins[me]) s_digit = me, s_left = left - above;
+        if (threadIdx.x == 0) {
+            int digit = T::kBins - 1;
+            for (; digit > 0 && s_bins[digit] < left; --digit) left -= s_bins[digit];
+            s_digit = digit, s_left = left;
         }
         __syncthreads();
         prefix = prefix << T::kDigit | static_cast<std::uint32_t>(s_digit);
@@ -2092,15 +2049,15 @@ struct DrawArgs {
     int V, ld;
     float softcap;
     const Draw* draws;  // (rows)
-    RowInfo* rows;      // each moves on by its token; null: none does
+    RowInfo* rows;      // each that is in use moves on by its token
     int* tokens;        // (rows) for the host; -1 if no logit is a number
     int bigram_mod;     // of G2e's hash; 0: there is none
 };
 
 __device__ inline void move_on(const DrawArgs& a, int r, int token) {
     a.tokens[r] = token;
-    if (a.rows == nullptr || token < 0 || a.rows[r].slot < 0) return;
     RowInfo& row = a.rows[r];
+    if (row.slot < 0 || token < 0) return;
     const int mix = static_cast<int>(36313u * static_cast<std::uint32_t>(token) ^
                                      27191u * static_cast<std::uint32_t>(row.id));
     row.bigram = a.bigram_mod > 0 ? (mix % a.bigram_mod + a.bigram_mod) % a.bigram_mod : 0;
@@ -2737,6 +2694,7 @@ private:
     Buffer<float> cos_, sin_, logits_, decode_logits_;  // (kSlots, V), (kDecodeRows, V)
     Buffer<float> scratch_;                             // what only an observer sees
     float* result_ = nullptr;                           // the logits of the last run
+    Buffer<RowInfo> parked_;  // rows not in use, for a draw whose tokens the host must take up
     Activations prompt_, decode_;
     Pinned<RowInfo> rows_host_;
     Pinned<QueryTile> tiles_host_;
@@ -2847,6 +2805,9 @@ inline void CudaBackend::claim(std::uint64_t pages) {
     decode_ = Activations(s_, B::kDecodeRows, true);
     logits_ = Buffer<float>(slots * V);
     decode_logits_ = Buffer<float>(B::kDecodeRows * V);
+    parked_ = Buffer<RowInfo>(B::kSlots);
+    // all bytes 255: every slot is -1
+    NANOGPT_CUDA_CHECK(cudaMemset(parked_.get(), 255, B::kSlots * sizeof(RowInfo)));
     draws_ = Buffer<Draw>(B::kSlots);
     logits_host_ = Pinned<float>(slots * V);
     rows_host_ = Pinned<RowInfo>(B::kRows);
@@ -3340,7 +3301,7 @@ inline std::span<const Token> CudaBackend::sample(std::span<const Chunk> batch,
         ring = ring_ = 1 - ring_;
         std::vector<Draw> in_order;
         for (const int i : order_) in_order.push_back(draws[static_cast<std::size_t>(i)]);
-        launch_draw(in_order, single ? decode_.rows_info.get() : nullptr, ring);
+        launch_draw(in_order, single ? decode_.rows_info.get() : parked_.get(), ring);
     }
     if (single) order_.resize(batch.size()), std::iota(order_.begin(), order_.end(), 0);
     const bool again = single && serials == last_;
