@@ -2663,7 +2663,9 @@ private:
     void upload_tiles(std::span<const Piece> pieces);
     void append(std::span<const Chunk> batch);
 
+    EmbedArgs embed_args(const Activations& a) const;
     HeadArgs head_args(const RowInfo* rows, int layer) const;
+    std::size_t bucket(std::size_t rows) const;
     Cache cache(int layer) const {
         return {pool_->memory.get(), pool_->table.get(), pool_->max_pages, pool_->page_stride,
                 layer * s_.layer_values()};
@@ -2847,6 +2849,17 @@ inline std::unique_ptr<Sequence> CudaBackend::new_sequence(int capacity) {
     return std::make_unique<CudaSequence>(pool_, capacity);
 }
 
+inline EmbedArgs CudaBackend::embed_args(const Activations& a) const {
+    return {.rows = a.rows_info.get(),
+            .wte = w_->wte,
+            .smear_gate = config_.generation == Generation::g4 ? w_->smear_gate : nullptr,
+            .smear_channels = nanogpt::detail::kSmearChannels,
+            .smear_lambda = smear_lambda_,
+            .D = s_.D,
+            .ld = s_.ld,
+            .x0 = a.x0.get()};
+}
+
 inline HeadArgs CudaBackend::head_args(const RowInfo* rows, int layer) const {
     const DeviceLayer& w = w_->layers[static_cast<std::size_t>(layer)];
     return {.rows = rows,
@@ -2880,17 +2893,9 @@ inline void CudaBackend::prompt_pass(std::span<const Piece> pieces, Observer* o)
                 d_.stream));
         tap(o, HookPoint::embed, -1, pieces, a.n.get(), s_.ld, {s_.D});
     }
-    embed(d_,
-          {.rows = a.rows_info.get(),
-           .wte = w_->wte,
-           .smear_gate = smears ? w_->smear_gate : nullptr,
-           .smear_channels = nanogpt::detail::kSmearChannels,
-           .smear_lambda = smear_lambda_,
-           .D = s_.D,
-           .ld = s_.ld,
-           .x0 = a.x0.get(),
-           .embed_norm = watched ? a.middle.get() : nullptr},
-          T, false);
+    EmbedArgs first = embed_args(a);
+    first.embed_norm = watched ? a.middle.get() : nullptr;
+    embed(d_, first, T, false);
     if (watched) tap(o, HookPoint::embed_norm, -1, pieces, a.middle.get(), s_.ld, {s_.D});
     if (smears) tap(o, HookPoint::smear, -1, pieces, a.x0.get(), s_.ld, {s_.D});
     for (int i = 0; i < s_.L; ++i) prompt_layer(i, pieces, T, o);
@@ -3023,34 +3028,26 @@ inline void CudaBackend::prompt_head(std::span<const Piece> pieces, Observer* o)
 
 // ---- single tokens
 
+// The graph for so many rows: the smallest that has them.
+inline std::size_t CudaBackend::bucket(std::size_t rows) const {
+    const auto* const first = std::begin(BackendTraits::kBuckets);
+    return static_cast<std::size_t>(
+        std::lower_bound(first, std::end(BackendTraits::kBuckets), static_cast<int>(rows)) - first);
+}
+
 inline void CudaBackend::decode_pass(std::span<const Piece> pieces) {
-    const auto rows = static_cast<int>(pieces.size());
-    const auto bucket =
-        std::find_if(std::begin(BackendTraits::kBuckets), std::end(BackendTraits::kBuckets),
-                     [&](int b) { return b >= rows; });
-    upload_rows(decode_, pieces, *bucket);
-    graphs_[bucket - std::begin(BackendTraits::kBuckets)].launch(d_.stream);
+    const std::size_t b = bucket(pieces.size());
+    upload_rows(decode_, pieces, BackendTraits::kBuckets[b]);
+    graphs_[b].launch(d_.stream);
 }
 
 // Everything between the tokens and the logits of `rows` single tokens: what a graph replays.
 inline void CudaBackend::decode_kernels(int rows) {
     Activations& a = decode_;
-    const DeviceLayer& first = w_->layers[0];
-    const bool smears = config_.generation == Generation::g4;
-    embed(d_,
-          {.rows = a.rows_info.get(),
-           .wte = w_->wte,
-           .smear_gate = smears ? w_->smear_gate : nullptr,
-           .smear_channels = nanogpt::detail::kSmearChannels,
-           .smear_lambda = smear_lambda_,
-           .D = s_.D,
-           .ld = s_.ld,
-           .x0 = a.x0.get(),
-           .entry = first.entry,
-           .x = a.x.get(),
-           .xb = a.n.get(),
-           .squares = a.squares.get()},
-          rows, true);
+    EmbedArgs first = embed_args(a);
+    first.entry = w_->layers[0].entry;
+    first.x = a.x.get(), first.xb = a.n.get(), first.squares = a.squares.get();
+    embed(d_, first, rows, true);
     for (int i = 0; i < s_.L; ++i) decode_layer(i, rows);
     gemv<GemvOutput::scaled_f32>(d_, {.x = a.n.get(),
                                       .w = w_->lm_head,
@@ -3181,18 +3178,7 @@ inline void CudaBackend::check(std::span<const Chunk> batch) const {
         const auto* s = dynamic_cast<const CudaSequence*>(chunk.sequence);
         if (s == nullptr || s->pool() != pool_.get())
             throw Error(ErrorKind::usage, "a sequence of another backend was given to this one");
-        if (chunk.tokens.empty())
-            throw Error(ErrorKind::usage, "a step of a sequence needs at least one token");
-        if (chunk.tokens.size() > static_cast<std::size_t>(s->capacity() - s->length()))
-            throw Error(ErrorKind::usage,
-                        "the sequence has room for " + std::to_string(s->capacity()) +
-                            " tokens: " + std::to_string(s->length()) + " are read, " +
-                            std::to_string(chunk.tokens.size()) + " more were given");
-        for (const Token t : chunk.tokens)
-            if (t < 0 || t >= s_.V)
-                throw Error(ErrorKind::usage, "token " + std::to_string(t) +
-                                                  " is outside the vocabulary of " +
-                                                  std::to_string(s_.V));
+        nanogpt::detail::check_tokens(chunk.tokens, s->length(), s->capacity(), s_.V);
         seen.push_back(s);
     }
     std::sort(seen.begin(), seen.end());
@@ -3370,10 +3356,7 @@ inline void CudaBackend::go_ahead(std::span<const Chunk> batch,
         ahead_.lengths.push_back(s->length() + 1);
         ahead_.draws.push_back(draw_of(*samplers[i], 1));
     }
-    const auto bucket =
-        std::find_if(std::begin(BackendTraits::kBuckets), std::end(BackendTraits::kBuckets),
-                     [&](int b) { return b >= static_cast<int>(batch.size()); });
-    graphs_[bucket - std::begin(BackendTraits::kBuckets)].launch(d_.stream);
+    graphs_[bucket(batch.size())].launch(d_.stream);
     result_ = decode_logits_.get();
     ahead_.ring = ring_ = 1 - ring_;
     launch_draw(ahead_.draws, decode_.rows_info.get(), ahead_.ring);

@@ -2418,11 +2418,6 @@ inline std::span<const CharClass> char_classes() {
     return classes;
 }
 
-inline CharClass char_class(char32_t code) {
-    const std::span<const CharClass> classes = char_classes();
-    return code < classes.size() ? classes[code] : CharClass::other;
-}
-
 }  // namespace detail
 
 // Turns bytes that arrive in arbitrary cuts into whole characters. What push() and finish() return,
@@ -2988,7 +2983,6 @@ public:
     }
 
     int vocab_size() const { return v_.size; }  // largest id + 1
-    std::string_view pattern_name() const { return v_.rule->name; }
     const std::vector<std::string>& warnings() const { return v_.warnings; }
 
 private:
@@ -3926,30 +3920,30 @@ struct Part {  // the rows of one slice: begin ... begin + T - 1
     int pos;  // of the first
 };
 
+// Whether a sequence of `length` tokens can take these; any backend asks before it begins.
+inline void check_tokens(std::span<const Token> tokens, int length, int capacity, int vocab_size) {
+    if (tokens.empty())
+        throw Error(ErrorKind::usage, "a step of a sequence needs at least one token");
+    if (tokens.size() > static_cast<std::size_t>(capacity - length))
+        throw Error(ErrorKind::usage, "the sequence has room for " + std::to_string(capacity) +
+                                          " tokens: " + std::to_string(length) + " are read, " +
+                                          std::to_string(tokens.size()) + " more were given");
+    for (const Token t : tokens) {
+        if (t < 0 || t >= vocab_size)
+            throw Error(ErrorKind::usage, "token " + std::to_string(t) +
+                                              " is outside the vocabulary of " +
+                                              std::to_string(vocab_size));
+    }
+}
 inline void check_slices(const Model& model, std::span<const Slice> batch) {
-    const Config& config = model.config();
     for (std::size_t i = 0; i < batch.size(); ++i) {
         const Slice& s = batch[i];
         if (s.cache == nullptr || &s.cache->model() != &model)
             throw Error(ErrorKind::usage, "a sequence of another model was given to this one");
-        if (s.tokens.empty())
-            throw Error(ErrorKind::usage, "a step of a sequence needs at least one token");
+        check_tokens(s.tokens, s.cache->length(), s.cache->capacity(), model.config().vocab_size);
         for (std::size_t j = 0; j < i; ++j) {
             if (batch[j].cache == s.cache)
                 throw Error(ErrorKind::usage, "a sequence is twice in one step");
-        }
-        if (s.tokens.size() > static_cast<std::size_t>(s.cache->capacity() - s.cache->length())) {
-            throw Error(ErrorKind::usage,
-                        "the sequence has room for " + std::to_string(s.cache->capacity()) +
-                            " tokens: " + std::to_string(s.cache->length()) + " are read, " +
-                            std::to_string(s.tokens.size()) + " more were given");
-        }
-        for (const Token t : s.tokens) {
-            if (t < 0 || t >= config.vocab_size) {
-                throw Error(ErrorKind::usage, "token " + std::to_string(t) +
-                                                  " is outside the vocabulary of " +
-                                                  std::to_string(config.vocab_size));
-            }
         }
     }
 }
@@ -4478,8 +4472,14 @@ struct Backend {  // one device
         const std::span<const float> logits = step(batch);
         const std::size_t V = logits.size() / std::max<std::size_t>(batch.size(), 1);
         drawn_.clear();
-        for (std::size_t i = 0; i < batch.size(); ++i)
-            drawn_.push_back(samplers[i]->sample(logits.subspan(i * V, V)));
+        try {
+            for (std::size_t i = 0; i < batch.size(); ++i)
+                drawn_.push_back(samplers[i]->sample(logits.subspan(i * V, V)));
+        } catch (...) {  // logits that are no numbers: as if there had been no step
+            for (const Chunk& c : batch)
+                c.sequence->rewind(static_cast<int>(c.sequence->tokens().size() - c.tokens.size()));
+            throw;
+        }
         return drawn_;
     }
 
