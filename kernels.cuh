@@ -181,11 +181,6 @@ __device__ inline void cp_async_wait() {
     asm volatile("cp.async.wait_group %0;" ::"n"(groups) : "memory");
 }
 
-// prefetch (9.7.9.15): the 128 bytes around `p` into the L2 cache.
-__device__ inline void prefetch_l2(const void* p) {
-    asm volatile("prefetch.global.L2 [%0];" ::"l"(p));
-}
-
 // ldmatrix (9.7.14.5.15): four 8x8 matrices of 16-bit values. Lane i gives the address of a row of
 // 16 bytes: lanes 0-7 rows of matrix 0, lanes 8-15 of matrix 1 ... Lane i receives in r[m] the two
 // values (i / 4, 2 * (i % 4)) and (.., + 1) of matrix m; transposed: of its transpose.
@@ -245,6 +240,12 @@ namespace cuda {
 __device__ inline float warp_sum(float x) {  // over 32 lanes, in every lane
     for (int step = 16; step > 0; step /= 2) x += __shfl_xor_sync(~0u, x, step);
     return x;
+}
+
+// Of four values at a multiple of 16 bytes: one wait for memory instead of four.
+__device__ inline float sum_of_4(const float* p) {
+    const float4 v = *reinterpret_cast<const float4*>(p);
+    return (v.x + v.y) + (v.z + v.w);
 }
 
 // Two floats as a pair of bf16, the first in the low half; rounded to nearest even.
@@ -557,8 +558,8 @@ template <int head_size, bool wide>
 struct RotaryTraits {
     static constexpr int HD = head_size;
     static constexpr bool kWide = wide;
-    static constexpr int kThreads = 256;
-    static constexpr int kBlocks = 4;                 // per SM: much of a block's life is waiting
+    static constexpr int kThreads = 128;
+    static constexpr int kBlocks = 8;                 // per SM: much of a block's life is waiting
     static constexpr int kPairs = 4;                  // of a lane: 8 bytes of either half
     static constexpr int kLanes = HD / 2 / kPairs;    // of a head
     static constexpr int kHeads = kThreads / kLanes;  // at once
@@ -720,12 +721,13 @@ namespace cuda {
 enum class GemvOutput { scaled_f32, relu2, residual };
 
 // Rows and tokens of one block in tiles of mma; steps of K whose weights are on their way, and whose
-// activations are. More tokens need more rows, or reading the activations (from L2) costs more than
+// activations are; blocks per SM, the bound for registers. More tokens need more rows, or reading the activations (from L2) costs more than
 // reading the weights.
-template <int token_tiles, int row_tiles, int stages, int ahead>
+template <int token_tiles, int row_tiles, int stages, int ahead, int blocks>
 struct GemvTraits {
     static constexpr int kTokenTiles = token_tiles, kRowTiles = row_tiles;
     static constexpr int kStages = stages, kAhead = ahead;
+    static constexpr int kBlocks = blocks;
     static constexpr int kM = 8 * token_tiles, kN = 16 * row_tiles;  // n8 and m16 of one product
     static constexpr int kWarps = 8, kThreads = 32 * kWarps;         // each takes an eighth of K
     static constexpr int kStep = 32;  // columns of K: 16 bytes of a row for each of four lanes
@@ -794,7 +796,8 @@ __device__ inline void gemv_store(const GemvArgs& a, int m, int n, float sum, fl
 //   source: weights as A and tokens as B of mma.m16n8k16, both with the columns in the same
 //     permuted order, so that 16 bytes of a row are a lane's operands. CPU twin ops::linear
 template <GemvOutput output, class T>
-__global__ void __launch_bounds__(T::kThreads) gemv_kernel(const __grid_constant__ GemvArgs a) {
+__global__ void __launch_bounds__(T::kThreads, T::kBlocks)
+    gemv_kernel(const __grid_constant__ GemvArgs a) {
     extern __shared__ __align__(128) unsigned char s_gemv[];
     float* const s_rstd = reinterpret_cast<float*>(s_gemv + T::kWarps * T::kWarpBytes);
     const int warp = static_cast<int>(threadIdx.x / 32), lane = static_cast<int>(threadIdx.x % 32);
@@ -806,27 +809,28 @@ __global__ void __launch_bounds__(T::kThreads) gemv_kernel(const __grid_constant
     // Weights go through a ring in shared memory. A lane reads only what it copied itself, so the
     // ring needs no barrier.
     unsigned char* const ring = s_gemv + warp * T::kWarpBytes + lane * 16;
-    const bf16* w_row[2 * T::kRowTiles];  // rows beyond N repeat the last: nobody stores their sums
+    const bf16* const w = a.w + std::int64_t{n0} * a.K;
+    int w_row[2 * T::kRowTiles];  // rows beyond N repeat the last: nobody stores their sums
 #pragma unroll
     for (int i = 0; i < 2 * T::kRowTiles; ++i)
-        w_row[i] = a.w + std::int64_t{min(n0 + 8 * i + g, a.N - 1)} * a.K + 8 * t;
+        w_row[i] = min(8 * i + g, a.N - 1 - n0) * a.K + 8 * t;
     const auto slot = [&](int step, int i) {
         return ring + (step - first) % T::kStages * T::kStageBytes + i * (32 * 16);
     };
     const auto copy_w = [&](int step) {
 #pragma unroll
         for (int i = 0; step < last && i < 2 * T::kRowTiles; ++i)
-            ptx::cp_async_16(ptx::shared(slot(step, i)), w_row[i] + step * T::kStep);
+            ptx::cp_async_16(ptx::shared(slot(step, i)), w + w_row[i] + step * T::kStep);
         ptx::cp_async_commit();
     };
-    const bf16* const x_row = a.x + std::int64_t{m0 + g} * a.K + 8 * t;
+    const bf16* const x_row = a.x + std::int64_t{m0} * a.K;
     const auto load_x = [&](uint4(&x)[T::kAhead][T::kTokenTiles], int step) {
 #pragma unroll
         for (int s = 0; s < T::kAhead; ++s)
 #pragma unroll
             for (int j = 0; j < T::kTokenTiles; ++j)
                 x[s][j] = step + s < last && m0 + 8 * j + g < a.M
-                              ? *reinterpret_cast<const uint4*>(x_row + std::int64_t{8 * j} * a.K +
+                              ? *reinterpret_cast<const uint4*>(x_row + (8 * j + g) * a.K + 8 * t +
                                                                 (step + s) * T::kStep)
                               : uint4{};
     };
@@ -852,11 +856,11 @@ __global__ void __launch_bounds__(T::kThreads) gemv_kernel(const __grid_constant
     if constexpr (output != GemvOutput::residual) {
         const int parts = a.squares != nullptr ? a.K / kSumColumns : 0;
         float sum[T::kTokenTiles] = {};  // of tokens warp, warp + 8 ..
-        for (int p = lane; p < parts; p += 32)
+        for (int p = 4 * lane; p < parts; p += 4 * 32)
 #pragma unroll
             for (int i = 0; i < T::kTokenTiles; ++i)
                 if (const int m = m0 + warp + 8 * i; m < a.M)
-                    sum[i] += a.squares[std::int64_t{m} * parts + p];
+                    sum[i] += sum_of_4(a.squares + std::int64_t{m} * parts + p);
 #pragma unroll
         for (int i = 0; i < T::kTokenTiles; ++i) {
             const float mean = warp_sum(sum[i]) / static_cast<float>(a.D);
@@ -918,14 +922,15 @@ __global__ void __launch_bounds__(T::kThreads) gemv_kernel(const __grid_constant
 }
 
 // All shapes that gemv chooses from, for one token tile, two, or more; any gives the same bits.
-using GemvFew = GemvTraits<1, 1, 4, 2>;
-using GemvFewNarrow = GemvTraits<1, 1, 8, 2>;
-using GemvSome = GemvTraits<2, 1, 4, 2>;
-using GemvMany = GemvTraits<4, 2, 4, 1>;
-using GemvManyNarrow = GemvTraits<4, 1, 4, 2>;
-template <class F>
+using GemvFew = GemvTraits<1, 1, 4, 2, 4>;
+using GemvFewNarrow = GemvTraits<1, 1, 8, 4, 1>;  // a block to a multiprocessor: it may look far
+using GemvSome = GemvTraits<2, 1, 4, 2, 3>;
+using GemvManyNarrow = GemvTraits<4, 1, 4, 4, 1>;
+template <GemvOutput output>  // the residual stream takes the registers of a second step
+using GemvMany = GemvTraits<4, 2, 4, output == GemvOutput::residual ? 1 : 2, 2>;
+template <GemvOutput output, class F>
 void gemv_shapes(F f) {
-    f(GemvFew{}), f(GemvFewNarrow{}), f(GemvSome{}), f(GemvMany{}), f(GemvManyNarrow{});
+    f(GemvFew{}), f(GemvFewNarrow{}), f(GemvSome{}), f(GemvManyNarrow{}), f(GemvMany<output>{});
 }
 
 template <GemvOutput output>
@@ -952,7 +957,7 @@ void gemv(const Device& d, const GemvArgs& a) {
     else if (narrow)
         run(GemvManyNarrow{});
     else
-        run(GemvMany{});
+        run(GemvMany<output>{});
 }
 
 }  // namespace cuda
@@ -1328,7 +1333,10 @@ double gemm_cost(const Device& d, const GemmShape& s, Epilogue epilogue, bool ap
     };
     const int tiles = cdiv(s.M, T::kTileM) * cdiv(s.N, T::kTileN), halves = apart ? 2 : 1;
     const int items = cdiv(tiles * halves, d.sms), rest = items % at_once;
-    const double item = double{T::kTileM} * T::kTileN * (s.K / halves + T::kStart * sums);
+    // what is added to y has to be read first: nothing hides that where a block is alone
+    const int add = epilogue != Epilogue::add ? 0 : T::kBlocks == 1 ? 450 : 100;
+    const double ends = (T::kStart + add) * (apart ? 1.5 : sums);  // 1.5: one waits for the other
+    const double item = double{T::kTileM} * T::kTileN * (s.K / halves + ends);
     return item * ((items - rest) / share(at_once) + (rest > 0 ? rest / share(rest) : 0.0));
 }
 
@@ -1364,9 +1372,9 @@ struct GemmTiles {
 using GemmAll = GemmTiles<  // K step, warp tile, stages, blocks; fitted
     GemmTraits<256, 128, 64, 64, 64, 4, 1, 84, 84, 150>,  // 192 KB
     GemmTraits<128, 256, 32, 64, 64, 4, 1, 84, 84, 150>,  // 96 KB: fits GB10
-    GemmTraits<128, 320, 64, 64, 80, 4, 1, 87, 87, 150>,  // 224 KB
+    GemmTraits<128, 320, 64, 64, 80, 4, 1, 83, 83, 150>,  // 224 KB
     GemmTraits<128, 192, 64, 64, 48, 4, 1, 84, 84, 200>,  // 160 KB
-    GemmTraits<128, 160, 64, 64, 80, 5, 1, 78, 78, 200>,  // 180 KB
+    GemmTraits<128, 160, 64, 32, 80, 5, 1, 78, 78, 200>,  // 180 KB
     GemmTraits<128, 128, 64, 64, 64, 3, 2, 82, 73, 200>,  // 96 KB
     GemmTraits<128, 128, 32, 64, 64, 3, 2, 72, 47, 50>,   // 48 KB: two fit a GB10 SM
     GemmTraits<128, 96, 64, 64, 48, 4, 2, 72, 65, 150>,   // 112 KB
@@ -1380,7 +1388,7 @@ void gemm(const Device& d, void* y, const bf16* x, const bf16* w, const GemmShap
     });
 }
 
-// Which tile a GPU would use for y += x w^T: "128x256x32", with " halves" where two blocks make it.
+// Which tile a GPU would use: "128x256x32", with " halves" where two blocks make it.
 template <class T>
 const char* gemm_name(bool apart) {
     static const std::string whole = std::to_string(T::kTileM) + "x" + std::to_string(T::kTileN) +
@@ -1388,9 +1396,10 @@ const char* gemm_name(bool apart) {
     static const std::string halves = whole + " halves";
     return apart ? halves.c_str() : whole.c_str();
 }
-inline const char* gemm_tile_name(int sms, int shared_bytes, int M, int N, int K) {
+inline const char* gemm_tile_name(int sms, int shared_bytes, int M, int N, int K, bool adds) {
     const char* name = nullptr;
-    GemmAll::choose({.sms = sms, .shared_bytes = shared_bytes}, {M, N, K, K, K, N}, Epilogue::add,
+    GemmAll::choose({.sms = sms, .shared_bytes = shared_bytes}, {M, N, K, K, K, N},
+                    adds ? Epilogue::add : Epilogue::store,
                     [&](auto traits, bool apart) { name = gemm_name<decltype(traits)>(apart); });
     return name;
 }
@@ -1784,10 +1793,10 @@ namespace cuda {
 
 struct DecodeAttentionTraits {
     static constexpr int kThreads = 256;
-    static constexpr int kBlocks = 4;   // per SM: the tail of one hides behind the loads of others
-    static constexpr int kSplits = 16;  // blocks that share one head's keys, at most
-    static constexpr int kMinKeys = 128;  // that are worth a block
-    static constexpr int kAhead = 3;      // keys a group of lanes has on their way
+    static constexpr int kBlocks = 4;    // per SM: the tail of one hides behind the loads of others
+    static constexpr int kSplits = 16;   // blocks that share one head's keys, at most
+    static constexpr int kMinKeys = 96;  // that are worth a block
+    static constexpr int kAhead = 3;     // keys a group of lanes has on their way
 };
 struct DecodeAttentionArgs {
     HeadArgs head;
@@ -1859,8 +1868,7 @@ __device__ inline void gated_value(float* out, const DecodeAttentionArgs& a, con
 
 // decode_attention: z = softmax(q k^T / sqrt(hd)) v for one new token per sequence; k, v are cached
 //   qkv (R, (H + 2K) hd) f32 -> z (R, H * hd) bf16; cache pages (.., 64, HD) bf16
-//   grid: (H, R, splits of the keys), the splits that short sequences lack last: at 32 rows a block
-//     without work costs a nanosecond; HD/8 lanes read a key, 16 bytes each
+//   grid: (splits of the keys, H, R); HD/8 lanes read a key, 16 bytes each
 //   cost: reads 4*HD bytes per visible key and head; bandwidth-bound
 //   order: keys by (split, group of lanes, distance), groups then splits in order: only pos decides
 //   source: Flash-Decoding (Dao et al. 2023); no running maximum: QK norm bounds the scores. CPU
@@ -1876,8 +1884,8 @@ __global__ void __launch_bounds__(DecodeAttentionTraits::kThreads, DecodeAttenti
     __shared__ bool s_last;
     // only the product just before may still run: all but its qkv can be read already
     const auto leave = [] { ptx::pdl_wait(), ptx::pdl_launch(); };
-    const int head = static_cast<int>(blockIdx.x), r = static_cast<int>(blockIdx.y);
-    const int split = static_cast<int>(blockIdx.z), warp = static_cast<int>(threadIdx.x / 32);
+    const int r = static_cast<int>(blockIdx.z), head = static_cast<int>(blockIdx.y);
+    const int split = static_cast<int>(blockIdx.x), warp = static_cast<int>(threadIdx.x / 32);
     const HeadArgs& p = a.head;
     const RowInfo row = p.rows[r];
     if (row.slot < 0) return leave();
@@ -1901,12 +1909,6 @@ __global__ void __launch_bounds__(DecodeAttentionTraits::kThreads, DecodeAttenti
     for (int i = 0; i < A::kAhead; ++i) {  // on their way while the query is made
         load(r_k[i], begin + group + i * kGroups, 0);
         load(r_v[i], begin + group + i * kGroups, kPage * HD);
-    }
-    // the other keys of a short share: what they then wait for is the L2 cache
-    for (int s = begin + group + A::kAhead * kGroups; s < min(end, begin + A::kMinKeys);
-         s += kGroups) {
-        const bf16* const key = a.cache.key<HD>(row.slot, kv, s) + 8 * part;
-        if (part % 8 == 0) ptx::prefetch_l2(key), ptx::prefetch_l2(key + kPage * HD);
     }
     ptx::pdl_wait();
     ptx::pdl_launch();
@@ -2006,8 +2008,8 @@ template <int HD>
 void decode_attention(const Device& d, const DecodeAttentionArgs& a, int rows) {
     using A = DecodeAttentionTraits;
     const int splits = std::clamp((a.window - 1) / A::kMinKeys + 1, 1, A::kSplits);
-    const dim3 grid(static_cast<unsigned>(a.head.n_head), static_cast<unsigned>(rows),
-                    static_cast<unsigned>(splits));
+    const dim3 grid(static_cast<unsigned>(splits), static_cast<unsigned>(a.head.n_head),
+                    static_cast<unsigned>(rows));
     launch({.grid = grid, .block = A::kThreads, .stream = d.stream, .overlap = d.overlap},
            decode_attention_kernel<HD>, a);
 }
@@ -2030,7 +2032,8 @@ struct DrawTraits {
     static constexpr int kThreads = 1024;
     static constexpr int kMaxTopK = 128;  // candidates; a longer list is drawn from on the CPU
     static constexpr int kList = 1024;    // logits that are looked at more closely
-    static_assert(kMaxTopK <= kList && kList <= kThreads, "the candidates are listed, a thread each");
+    static_assert(kMaxTopK <= kList && kList <= kThreads,
+                  "the candidates are listed, a thread each");
 };
 
 // softcap: y = cap * tanh(y / cap), in place
@@ -3566,14 +3569,12 @@ inline std::vector<KernelInfo> kernel_table() {
         table.push_back(
             {std::move(name), reinterpret_cast<const void*>(kernel), threads, shared_bytes, wants});
     };
-    const auto add_gemv = [&]<class T>(T) {
-        const std::string name = std::to_string(T::kM) + "x" + std::to_string(T::kN) + ">";
-        add("gemv_kernel<scaled_f32 " + name, gemv_kernel<GemvOutput::scaled_f32, T>, T::kThreads,
-            T::kSharedBytes, 13);
-        add("gemv_kernel<relu2 " + name, gemv_kernel<GemvOutput::relu2, T>, T::kThreads,
-            T::kSharedBytes, 13);
-        add("gemv_kernel<residual " + name, gemv_kernel<GemvOutput::residual, T>, T::kThreads,
-            T::kSharedBytes, 13);
+    const auto add_gemv = [&]<GemvOutput output>(const std::string& name) {
+        gemv_shapes<output>([&]<class T>(T) {
+            const std::string tile = std::to_string(T::kM) + "x" + std::to_string(T::kN);
+            add("gemv_kernel<" + name + " " + tile + ">", gemv_kernel<output, T>, T::kThreads,
+                T::kSharedBytes, 13);
+        });
     };
     const auto add_norm = [&]<NormInput input>(std::integral_constant<NormInput, input>) {
         add("rms_norm_kernel 2", rms_norm_kernel<input, 2>, NormTraits::kThreads, 0, 8);
@@ -3589,7 +3590,9 @@ inline std::vector<KernelInfo> kernel_table() {
         [&](std::string name, const void* function, int threads, int shared_bytes, bool large) {
             table.push_back({std::move(name), function, threads, shared_bytes, large ? 23 : 7});
         });
-    gemv_shapes(add_gemv);
+    add_gemv.operator()<GemvOutput::scaled_f32>("scaled_f32");
+    add_gemv.operator()<GemvOutput::relu2>("relu2");
+    add_gemv.operator()<GemvOutput::residual>("residual");
     add_norm(std::integral_constant<NormInput, NormInput::plain>{});
     add_norm(std::integral_constant<NormInput, NormInput::entry>{});
     add_norm(std::integral_constant<NormInput, NormInput::backout>{});
@@ -3601,8 +3604,8 @@ inline std::vector<KernelInfo> kernel_table() {
     for (const int HD : {64, 128, 256}) {
         with_head_size(HD, [&](auto size) {
             constexpr int kHD = decltype(size)::value;
-            add("rotary_kernel", rotary_kernel<RotaryTraits<kHD, true>>, 256, 0, 0);
-            add("rotary_kernel, any size", rotary_kernel<RotaryTraits<kHD, false>>, 256, 0, 0);
+            add("rotary_kernel", rotary_kernel<RotaryTraits<kHD, true>>, 128, 0, 0);
+            add("rotary_kernel, any size", rotary_kernel<RotaryTraits<kHD, false>>, 128, 0, 0);
             add("decode_attention_kernel", decode_attention_kernel<kHD>,
                 DecodeAttentionTraits::kThreads, 0, 8);
             add("scores_kernel", scores_kernel<kHD>, 256, 0, 0);

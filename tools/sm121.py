@@ -119,18 +119,19 @@ def program(source):
     for (const int depth : {%s}) {
         const long long D = 64ll * depth;
         const Product products[] = {
-            {"qkv", 3 * D, D}, {"out", D, D}, {"fc", 4 * D, D}, {"proj", D, 4 * D}};
+            {"qkv", 3 * D, D, false}, {"out", D, D, true}, {"fc", 4 * D, D, false},
+            {"proj", D, 4 * D, true}};
         for (const Product& p : products) {
             for (const int M : {%s}) {
                 std::printf("tile\t%%d\t%%s\t%%d\t%%lld\t%%lld\t%%s\n", depth, p.name, M, p.N, p.K,
-                            nanogpt::cuda::gemm_tile_name(sms, shared_bytes, M, p.N, p.K));
+                            nanogpt::cuda::gemm_tile_name(sms, shared_bytes, M, p.N, p.K, p.adds));
             }
         }
     }""" % (", ".join(map(str, DEPTHS)), ", ".join(map(str, ROWS)))
     return r"""#include <cstdio>
 #include <cstdlib>
 #include "%s"
-struct Product { const char* name; long long N, K; };
+struct Product { const char* name; long long N, K; bool adds; };
 extern "C" void anchor() {}  // other functions' addresses are told relative to it
 template <class Info>
 void print(const Info& k) {
