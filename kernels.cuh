@@ -242,12 +242,6 @@ __device__ inline float warp_sum(float x) {  // over 32 lanes, in every lane
     return x;
 }
 
-// Of four values at a multiple of 16 bytes: one wait for memory instead of four.
-__device__ inline float sum_of_4(const float* p) {
-    const float4 v = *reinterpret_cast<const float4*>(p);
-    return (v.x + v.y) + (v.z + v.w);
-}
-
 // Two floats as a pair of bf16, the first in the low half; rounded to nearest even.
 __device__ inline std::uint32_t pack(float low, float high) {
     const __nv_bfloat162 pair = __floats2bfloat162_rn(low, high);
@@ -581,11 +575,8 @@ struct RotaryArgs {
 // Elements j ... j + 3 of either half of a head, hd/2 apart; zero beyond the half.
 struct Pairs {
     uint2 lo = {}, hi = {};
-    __device__ float low(int i) const { return of(lo, i); }
-    __device__ float high(int i) const { return of(hi, i); }
     __device__ static float of(const uint2& v, int i) {
-        const std::uint32_t two = i < 2 ? v.x : v.y;
-        return i % 2 == 0 ? low_half(two) : high_half(two);
+        return i % 2 == 0 ? low_half(i < 2 ? v.x : v.y) : high_half(i < 2 ? v.x : v.y);
     }
     __device__ static uint2 packed(const float (&x)[4]) {
         return {pack(x[0], x[1]), pack(x[2], x[3])};
@@ -628,7 +619,8 @@ __device__ inline void add_value_embed(const RotaryArgs& a, const RowInfo& row, 
     const float gate = value_gate<R::kLanes>(p, kv, a.h + std::int64_t{t} * a.ld_h, 1);
     if (a.gate != nullptr && j == 0) a.gate[std::int64_t{t} * p.n_kv_head + kv] = gate;
 #pragma unroll
-    for (int i = 0; i < 4; ++i) lo[i] += gate * extra.low(i), hi[i] += gate * extra.high(i);
+    for (int i = 0; i < 4; ++i)
+        lo[i] += gate * Pairs::of(extra.lo, i), hi[i] += gate * Pairs::of(extra.hi, i);
 }
 
 // rotary: q, k = scale * rms_norm(rotate(q, k)); v += gate * value_embed[id]; k, v into the cache
@@ -673,18 +665,17 @@ __global__ void __launch_bounds__(R::kThreads, R::kBlocks)
         next[R::kAhead - 1] = load(head + R::kAhead * R::kHeads);
         const int key = head - p.n_head, value = key - p.n_kv_head;  // which; below 0: it is none
         float lo[4], hi[4], sum = 0;
-        if (value >= 0) {
 #pragma unroll
-            for (int i = 0; i < 4; ++i) lo[i] = x.low(i), hi[i] = x.high(i);
+        for (int i = 0; i < 4; ++i) {
+            const float x1 = Pairs::of(x.lo, i), x2 = Pairs::of(x.hi, i);
+            lo[i] = value < 0 ? x1 * cos[i] + x2 * sin[i] : x1;
+            hi[i] = value < 0 ? x2 * cos[i] - x1 * sin[i] : x2;
+            sum += lo[i] * lo[i] + hi[i] * hi[i];
+        }
+        if (value >= 0) {
             add_value_embed<R>(a, row, t, value, j, lo, hi);
             store_pairs<R::kWide>(cached + (value * 2 + 1) * kPage * HD, lo, hi, j, half);
             continue;
-        }
-#pragma unroll
-        for (int i = 0; i < 4; ++i) {
-            lo[i] = x.low(i) * cos[i] + x.high(i) * sin[i];
-            hi[i] = x.high(i) * cos[i] - x.low(i) * sin[i];
-            sum += lo[i] * lo[i] + hi[i] * hi[i];
         }
         const float mean = group_sum<R::kLanes>(sum) / static_cast<float>(p.hd);
         const float scale = rsqrtf(mean + kEpsilon) * p.qk_scale;
@@ -721,8 +712,8 @@ namespace cuda {
 enum class GemvOutput { scaled_f32, relu2, residual };
 
 // Rows and tokens of one block in tiles of mma; steps of K whose weights are on their way, and whose
-// activations are; blocks per SM, the bound for registers. More tokens need more rows, or reading the activations (from L2) costs more than
-// reading the weights.
+// activations are; blocks per SM, the bound for registers. More tokens need more rows, or reading
+// the activations (from L2) costs more than reading the weights.
 template <int token_tiles, int row_tiles, int stages, int ahead, int blocks>
 struct GemvTraits {
     static constexpr int kTokenTiles = token_tiles, kRowTiles = row_tiles;
@@ -858,9 +849,12 @@ __global__ void __launch_bounds__(T::kThreads, T::kBlocks)
         float sum[T::kTokenTiles] = {};  // of tokens warp, warp + 8 ..
         for (int p = 4 * lane; p < parts; p += 4 * 32)
 #pragma unroll
-            for (int i = 0; i < T::kTokenTiles; ++i)
-                if (const int m = m0 + warp + 8 * i; m < a.M)
-                    sum[i] += sum_of_4(a.squares + std::int64_t{m} * parts + p);
+            for (int i = 0; i < T::kTokenTiles; ++i) {
+                const std::int64_t m = m0 + warp + 8 * i;
+                if (m >= a.M) continue;
+                const float4 v = *reinterpret_cast<const float4*>(a.squares + m * parts + p);
+                sum[i] += (v.x + v.y) + (v.z + v.w);
+            }
 #pragma unroll
         for (int i = 0; i < T::kTokenTiles; ++i) {
             const float mean = warp_sum(sum[i]) / static_cast<float>(a.D);
@@ -2059,9 +2053,8 @@ __device__ inline std::uint32_t ordered(float v) {
     return u ^ (static_cast<std::uint32_t>(static_cast<std::int32_t>(u) >> 31) | 0x80000000u);
 }
 
-// The largest key that `k` of the block's values reach; count(key) says in every thread how many do.
-// Bit by bit from the top: a radix selection would have the threads wait for each other's counts,
-// because most logits share a few exponents (63 us instead of 12 for 32,768 of them).
+// The largest key that k values reach; count(key) tells every thread how many do. A radix selection
+// takes 63 us instead of 13: most logits share a few exponents, so their counts wait for each other.
 template <class Key, class Count>
 __device__ inline Key kth_largest(int k, int bits, Count count) {
     Key key = 0;
@@ -2140,7 +2133,8 @@ __global__ void __launch_bounds__(kThreads, 1) draw_kernel(DrawArgs a) {
         return;
     }
     // What the k-th largest of the threads' best reaches, the k largest of all reach too, and few
-    // others: those are listed. If they are many (in a row of equal logits), only the k largest.
+    // others: those are listed. If they are many (equal logits), only the k largest, however long
+    // it takes to find them.
     const int k = min(draw.top_k, a.V);
     const auto list = [&](Key least) {
         __syncthreads();
@@ -2155,18 +2149,7 @@ __global__ void __launch_bounds__(kThreads, 1) draw_kernel(DrawArgs a) {
     };
     const auto reaching = [&](std::uint32_t key) { return __syncthreads_count(best >> 32 >= key); };
     int listed = list(static_cast<Key>(kth_largest<std::uint32_t>(k, 32, reaching)) << 32);
-    if (listed > T::kList) {
-        listed = list(kth_largest<Key>(k, 64, [&](Key least) {
-            int mine = 0;
-            each_key([&](Key key) { mine += key >= least; });
-            __syncthreads();
-            if (me == 0) s_count = 0;
-            __syncthreads();
-            atomicAdd(&s_count, mine);
-            __syncthreads();
-            return s_count;
-        }));
-    }
+    if (listed > T::kList) listed = list(kth_largest<Key>(k, 64, list));
     // sorted by counting how many are larger
     const int count = min(k, listed);
     if (me < listed) {

@@ -2,6 +2,7 @@
 """Writes a checkpoint of random weights in nanochat's shape, for benchmarks. Standard library only.
 
     tools/make_checkpoint.py --depth 12 --out DIR       DIR/base_checkpoints/d12/{model,meta}_000000.*
+                                                        and DIR/tokenizer/tokenizer.pkl
 
 The newest generation (G4) as CUDA trains it: embeddings bfloat16, everything else float32. The values are
 uniform with the spread nanochat initialises with; a block of a million fresh random numbers is repeated at
@@ -11,8 +12,11 @@ import argparse
 import array
 import json
 import os
+import pickle
 import random
 import struct
+import sys
+import types
 import zlib
 
 
@@ -72,6 +76,30 @@ def state_dict_pickle(tensors):
     return out + b"u."
 
 
+class Encoding:
+    """What a pickle of tiktoken's class of this name holds."""
+    def __init__(self, vocab):
+        names = ["bos", "user_start", "user_end", "assistant_start", "assistant_end", "python_start", "python_end",
+                 "output_start", "output_end"]
+        plain = vocab - len(names)
+        tokens = [bytes([i]) for i in range(256)] + [bytes([i // 256, i % 256]) for i in range(plain - 256)]
+        self.name = "rustbpe"
+        self.pat_str = (r"'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?+\p{L}+|\p{N}{1,2}| ?[^\s\p{L}\p{N}]++[\r\n]*"
+                        r"|\s*[\r\n]|\s+(?!\S)|\s+")
+        self.mergeable_ranks = {token: rank for rank, token in enumerate(tokens[:plain])}
+        self.special_tokens = {f"<|{name}|>": plain + i for i, name in enumerate(names)}
+
+
+def write_tokenizer(path, vocab):
+    """Pairs of bytes for tokens: a text takes as many as with a bad tokenizer, a benchmark does not care."""
+    Encoding.__module__ = "tiktoken.core"
+    sys.modules["tiktoken"] = types.ModuleType("tiktoken")
+    sys.modules["tiktoken.core"] = types.SimpleNamespace(Encoding=Encoding)
+    os.makedirs(os.path.dirname(path), exist_ok=True)
+    with open(path, "wb") as f:
+        pickle.dump(Encoding(vocab), f, protocol=4)
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--depth", type=int, default=12)
@@ -120,6 +148,7 @@ def main():
         json.dump({"step": 0, "val_bpb": None, "model_config": {
             "sequence_len": 2048, "vocab_size": V, "n_layer": L, "n_head": H, "n_kv_head": H, "n_embd": D,
             "window_pattern": "SSSL"}}, f, indent=2)
+    write_tokenizer(os.path.join(args.out, "tokenizer", "tokenizer.pkl"), V)
     print(folder)
 
 
