@@ -5,6 +5,7 @@
 //   nanogpt -i sft -g d12 -p "Hello"     one answer; nanochat's flags keep their letters and meaning
 //   nanogpt chat                         a conversation; /help lists what else can be typed
 //   nanogpt sample -p "Once upon" -n 3   three continuations, without the chat template
+//   nanogpt serve                        web page and HTTP API, for many at once
 //   nanogpt models                       every checkpoint found, one row each
 //   nanogpt show sft/d12                 one of them in full: settings, tensors, sizes
 //   nanogpt tokenize "Hello"             ids and bytes of every token; detokenize goes back
@@ -16,7 +17,7 @@
 //
 // stdout carries what was asked for and nothing else; notes, progress and errors go to stderr.
 // Exit codes: 0 done, 1 failed while running, 2 wrong usage, 3 not found, 4 file refused or not
-// supported, 5 not enough memory, 6 device missing, 130 Ctrl-C, 143 SIGTERM.
+// supported, 5 not enough memory, 6 device missing, 7 cannot listen, 130 Ctrl-C, 143 SIGTERM.
 //
 // Words: `text` is valid UTF-8, `piece` the bytes of one token, `id` a checkpoint's name such as
 // sft/d12/2000. Everything that may reach a terminal passes through safe() (section 2).
@@ -39,7 +40,7 @@ struct GpuInfo {
     std::string problem = {};
 };
 struct CudaOptions {
-    std::uint64_t kv_tokens = 0;
+    std::uint64_t kv_tokens = 0, reserve_bytes = 0;
 };
 inline std::string cuda_problem() { return "this nanogpt was built without CUDA"; }
 inline std::string cuda_versions() { return ""; }
@@ -52,38 +53,50 @@ inline std::unique_ptr<Backend> open_cuda(const std::shared_ptr<const Model>&, c
 }  // namespace nanogpt::demo
 #endif
 
-#include <algorithm>         // sort, find, min, max
-#include <array>             // array
-#include <atomic>            // atomic
-#include <cerrno>            // errno
-#include <charconv>          // from_chars, to_chars
-#include <chrono>            // steady_clock
-#include <cmath>             // isfinite, round
-#include <concepts>          // integral, same_as
-#include <cstdint>           // int64_t
-#include <cstdio>            // fwrite, fputs
-#include <cstdlib>           // getenv
-#include <cstring>           // strerror
-#include <ctime>             // strftime
-#include <filesystem>        // path, directory_iterator
-#include <functional>        // function
-#include <initializer_list>  // initializer_list
-#include <limits>            // numeric_limits
-#include <memory>            // unique_ptr
-#include <new>               // bad_alloc
-#include <optional>          // optional
-#include <span>              // span
-#include <string>            // string
-#include <string_view>       // string_view
-#include <thread>            // hardware_concurrency
-#include <utility>           // pair, move
-#include <vector>            // vector
+#include <algorithm>           // sort, find, min, max
+#include <array>               // array
+#include <atomic>              // atomic
+#include <cerrno>              // errno
+#include <charconv>            // from_chars, to_chars
+#include <chrono>              // steady_clock
+#include <cmath>               // isfinite, round
+#include <concepts>            // integral, same_as
+#include <condition_variable>  // condition_variable_any
+#include <cstdint>             // int64_t
+#include <cstdio>              // fwrite, fputs
+#include <cstdlib>             // getenv
+#include <cstring>             // strerror
+#include <ctime>               // strftime
+#include <deque>               // deque
+#include <filesystem>          // path, directory_iterator
+#include <functional>          // function
+#include <initializer_list>    // initializer_list
+#include <limits>              // numeric_limits
+#include <memory>              // unique_ptr
+#include <mutex>               // mutex
+#include <new>                 // bad_alloc
+#include <optional>            // optional
+#include <span>                // span
+#include <string>              // string
+#include <string_view>         // string_view
+#include <thread>              // jthread, hardware_concurrency
+#include <unordered_map>       // unordered_map
+#include <utility>             // pair, move
+#include <vector>              // vector
 
-#include <fcntl.h>      // open, fcntl
-#include <poll.h>       // poll
-#include <signal.h>     // sigaction
-#include <sys/ioctl.h>  // TIOCGWINSZ
-#include <unistd.h>     // read, write, isatty
+#include <fcntl.h>         // open, fcntl
+#include <netdb.h>         // getaddrinfo, getnameinfo
+#include <netinet/in.h>    // sockaddr_in6
+#include <netinet/tcp.h>   // TCP_NODELAY
+#include <poll.h>          // poll
+#include <signal.h>        // sigaction
+#include <sys/epoll.h>     // epoll_wait
+#include <sys/eventfd.h>   // eventfd
+#include <sys/ioctl.h>     // TIOCGWINSZ
+#include <sys/resource.h>  // setrlimit
+#include <sys/signalfd.h>  // signalfd
+#include <sys/socket.h>    // accept4, recv, send
+#include <unistd.h>        // read, write, isatty
 
 namespace nanogpt::demo {
 namespace {
@@ -151,10 +164,18 @@ struct Options {
     std::string ids, ids_file, out;            // logits
     int prompt_tokens = 0, decode_tokens = 0;  // bench; 0: by device
     std::vector<int> batch_sizes;              // empty: by device
+    std::string host = "127.0.0.1";            // serve, from here on
+    int port = 8000, num_gpus = 1;
+    int slots = 0;  // 0: by device
+    int queue = 512, max_models = 3, drain_seconds = 10;
+    std::optional<std::uint64_t> mem_reserve;  // bytes
+    std::vector<std::string> api_keys, allow_origins, allow_hosts;
+    bool open = false, trust_proxy = false, log_content = false;
 };
 
 int run_chat(Options&);
 int run_sample(Options&);
+int run_serve(Options&);
 int run_models(Options&);
 int run_show(Options&);
 int run_tokenize(Options&);
@@ -185,10 +206,11 @@ enum : unsigned {
     kDoctor = 512,
     kHelp = 1024,
     kVersion = 2048,
+    kServe = 4096,
     kGenerate = kChat | kSample,
-    kRun = kGenerate | kLogits | kBench,
+    kRun = kGenerate | kLogits | kBench | kServe,
     kNameModel = kRun | kShow | kTokenize | kDetokenize,
-    kAll = 4095
+    kAll = 8191
 };
 constexpr std::size_t kMany = 1'000'000;
 
@@ -196,6 +218,7 @@ constexpr std::size_t kMany = 1'000'000;
 constexpr Command kCommands[] = {
     {kChat, "chat", "", "", "talk with a model, or one answer with -p", 0, run_chat},
     {kSample, "sample", "", "-p TEXT", "let a model continue a text, without the chat template", 0, run_sample},
+    {kServe, "serve", "", "", "web page and HTTP API (nanochat's and OpenAI's), for many at once", 0, run_serve},
     {kModels, "models", "list ls", "", "every checkpoint found, one row each", 0, run_models},
     {kShow, "show", "", "[MODEL]", "one checkpoint in full: metadata, settings, tensors, sizes", 1, run_show},
     {kTokenize, "tokenize", "", "[TEXT]", "text to token ids, with the bytes of every token; reads stdin without TEXT", 1, run_tokenize},
@@ -305,6 +328,16 @@ void set_types(Options& o, const Given& g) {
     for (const std::string& type : o.types) one_of({g.flag, type}, {"base", "mid", "sft", "rl"});
 }
 
+void set_mem_reserve(Options& o, const Given& g) {
+    constexpr std::string_view kUnits = "KMGT";
+    const char last = g.text.empty() ? '\0' : detail::ascii_upper(g.text.back());
+    const std::size_t unit = last == '\0' ? kUnits.npos : kUnits.find(last);
+    const std::string_view digits = g.text.substr(0, g.text.size() - (unit != kUnits.npos ? 1 : 0));
+    const auto n =
+        number<std::uint64_t>({g.flag, digits}, 0, 1u << 30, "a size such as 8G or 512M");
+    o.mem_reserve = unit == kUnits.npos ? n : n << (10 * (unit + 1));
+}
+
 struct Flag {
     char letter;  // 0: none
     std::string_view name, value;
@@ -323,12 +356,26 @@ constexpr Flag kFlags[] = {
     {0, "tokenizer", "FILE", kNameModel & ~kShow, "tokenizer.pkl (default: found beside the model or in the base directory)", SET(o.tokenizer = not_empty(g))},
     {'p', "prompt", "TEXT", kGenerate, "one answer, then exit; - reads the prompt from stdin", SET(o.prompt = std::string(g.text))},
     {0, "system", "TEXT", kChat, "put in front of the first message", SET(o.system = not_empty(g, 1 << 20))},
-    {'t', "temperature", "X", kGenerate | kBench, "0 = greedy (default 0.6; for bench: 0)", set_temperature},
-    {'k', "top-k", "N", kGenerate, "choose among the N likeliest; 0 = whole vocabulary (default 50)", set_top_k},
-    {0, "top-p", "X", kGenerate, "choose among the likeliest that make up X; 1 = off (default 1)", set_top_p},
-    {'m', "max-tokens", "N", kGenerate, "most new tokens per answer (default 256)", set_max_tokens},
+    {'t', "temperature", "X", kGenerate | kBench | kServe, "0 = greedy (default 0.6; for serve: 0.8, for bench: 0)", set_temperature},
+    {'k', "top-k", "N", kGenerate | kServe, "choose among the N likeliest; 0 = whole vocabulary (default 50)", set_top_k},
+    {0, "top-p", "X", kGenerate | kServe, "choose among the likeliest that make up X; 1 = off (default 1)", set_top_p},
+    {'m', "max-tokens", "N", kGenerate | kServe, "most new tokens per answer (default 256; for serve: 512)", set_max_tokens},
     {'n', "num-samples", "N", kSample, "independent samples from one reading of the prompt (default 1)", SET(o.num_samples = whole(g, 1, 10'000))},
     {0, "seed", "N", kGenerate, "of the random generator; -1 = random (default 42)", set_seed},
+    {'p', "port", "N", kServe, "to listen on; 0 = let the system choose (default 8000)", SET(o.port = whole(g, 0, 65535))},
+    {0, "host", "ADDR", kServe, "address to listen on; any but a loopback one needs a key (default 127.0.0.1)", SET(o.host = not_empty(g, 255))},
+    {0, "api-key", "KEY", kServe, "what clients have to know; may be repeated (default: made up if --host is not loopback)", SET(o.api_keys.push_back(not_empty(g, 256)))},
+    {0, "open", "", kServe, "no key, though others can reach the server", SET(o.open = true)},
+    {0, "allow-origin", "URL", kServe, "a web page's origin that may use the server; may be repeated", SET(o.allow_origins.push_back(not_empty(g)))},
+    {0, "allow-host", "NAME", kServe, "another name the server is known by; may be repeated", SET(o.allow_hosts.push_back(not_empty(g, 255)))},
+    {0, "trust-proxy", "", kServe, "believe X-Forwarded-For of a proxy on this machine", SET(o.trust_proxy = true)},
+    {0, "slots", "N", kServe, "answers at once (default 256 on a GPU, 8 on the CPU)", SET(o.slots = whole(g, 1, 256))},
+    {0, "queue", "N", kServe, "answers that may wait (default 512)", SET(o.queue = whole(g, 0, 100'000))},
+    {0, "max-models", "N", kServe, "models in memory at once (default 3)", SET(o.max_models = whole(g, 1, 64))},
+    {0, "mem-reserve", "SIZE", kServe, "memory left to others, such as 8G (default: by device)", set_mem_reserve},
+    {0, "drain-seconds", "N", kServe, "for running answers when the server is stopped (default 10)", SET(o.drain_seconds = whole(g, 0, 3600))},
+    {0, "log-content", "", kServe, "also log what is asked and answered", SET(o.log_content = true)},
+    {'n', "num-gpus", "N", kServe, "only 1, for nanochat's command lines", SET(o.num_gpus = whole(g, 1, 1024))},
     {0, "stop", "TEXT", kGenerate, "end the answer before this text; may be given 8 times", set_stop},
     {0, "prompt-tokens", "N", kBench, "length of the prompt, at most what the context leaves (default 2048; on the CPU 256)", SET(o.prompt_tokens = whole(g, 1, 1 << 20))},
     {0, "decode-tokens", "N", kBench, "tokens written per sequence (default 256; on the CPU 32)", SET(o.decode_tokens = whole(g, 2, 1 << 20))},
@@ -452,6 +499,7 @@ const Command& parse(Options& o, std::span<const std::string> args) {
     const Command& command = args.empty() || flag_first ? kCommands[0] : find_command(args[0]);
     if (!args.empty()) o.command = command.name;
     if (command.bit == kBench) o.sampling.temperature = 0;
+    if (command.bit == kServe) o.sampling.temperature = 0.8f, o.max_tokens = 512;
     if (!args.empty() && !flag_first) args = args.subspan(1);
     std::optional<Error> mistake;
     bool flags_over = false;
@@ -1126,12 +1174,17 @@ Tokens base_tokenizer(const fs::path& base) {
     }
 }
 
-// The checkpoints of a base directory; those that its tokenizer does not fit cannot be used.
-std::vector<ModelInfo> models_in(const fs::path& base, const Options& o) {
+// The checkpoints of a base directory; those that its tokenizer does not fit cannot be used. Who knows
+// the tokenizer has looked here before, and is told nothing twice.
+std::vector<ModelInfo> models_in(const fs::path& base, const Options& o,
+                                 const Tokens* known = nullptr) {
     std::vector<std::string> skipped;
     std::vector<ModelInfo> models = find_models(base, o.overrides, &skipped);
-    for (const std::string& warning : skipped) note(warning);
-    const Tokens tokens = models.empty() || !o.tokenizer.empty() ? Tokens{} : base_tokenizer(base);
+    if (known == nullptr) {
+        for (const std::string& warning : skipped) note(warning);
+    }
+    const bool any = !models.empty() && o.tokenizer.empty();
+    const Tokens tokens = !any ? Tokens{} : known != nullptr ? *known : base_tokenizer(base);
     std::error_code error;
     for (ModelInfo& m : models) {
         const bool own = fs::exists(m.model_file.parent_path() / "tokenizer.pkl", error);
@@ -1146,13 +1199,22 @@ std::vector<ModelInfo> models_in(const fs::path& base, const Options& o) {
     return models;
 }
 
+void tell_sample(const fs::path& base) {
+    std::error_code error;
+    const bool there = fs::is_directory(base, error);
+    say(cat(there ? "no checkpoint in " : "no nanochat directory ", home_relative(base),
+            ": using the sample model shipped with nanogpt"),
+        kDim);
+}
+bool is_path(std::string_view model) {
+    return model.starts_with('/') || model.starts_with('.') || model.ends_with(".pt");
+}
+
 // `or_bundled`: chat and sample work without any checkpoint of one's own; o.base_dir then becomes the
 // bundled one.
 ModelInfo pick_model(Options& o, const std::string& preferred, bool or_bundled) {
     std::error_code error;
-    const bool is_path =
-        o.model.starts_with('/') || o.model.starts_with('.') || o.model.ends_with(".pt");
-    if (is_path) {
+    if (is_path(o.model)) {
         if (!o.source.empty() || !o.tag.empty())
             bad_usage("--model names a path: leave out -i and -g beside it");
         return inspect_model(o.model, o.step, o.overrides);
@@ -1164,10 +1226,7 @@ ModelInfo pick_model(Options& o, const std::string& preferred, bool or_bundled) 
         const bool asked = !o.base_dir.empty() || !o.tag.empty() || o.step >= 0 || !o.model.empty();
         const fs::path sample = or_bundled && !asked ? bundled_sample() : fs::path();
         if (sample.empty()) no_checkpoints(base);
-        const bool there = fs::is_directory(base, error);
-        say(cat(there ? "no checkpoint in " : "no nanochat directory ", home_relative(base),
-                ": using the sample model shipped with nanogpt"),
-            kDim);
+        tell_sample(base);
         o.base_dir = sample.string();
         models = find_models(sample, o.overrides);
     }
@@ -1240,15 +1299,20 @@ void tell_warnings(const ModelInfo& info) {
         note(cat(s.name, " ", s.value, " (", name_of(s.origin), ")"));
 }
 
-std::shared_ptr<const Model> load(const ModelInfo& info, const Options& o, DType dtype) {
+using Watch = std::function<bool(std::uint64_t done, std::uint64_t total)>;  // false stops
+std::shared_ptr<const Model> load(const ModelInfo& info, const Options& o, DType dtype,
+                                  const Watch& watch = {}) {
     LoadOptions options;
     options.dtype = dtype;
     options.threads = o.threads;
     options.overrides = o.overrides;
+    options.progress = watch;
     const auto progress = std::make_shared<Progress>("loading " + info.id);
-    options.progress = [progress](std::uint64_t done, std::uint64_t total) {
-        return (*progress)(done, total);
-    };
+    if (!watch) {
+        options.progress = [progress](std::uint64_t done, std::uint64_t total) {
+            return (*progress)(done, total);
+        };
+    }
     return load_model(info, options);
 }
 // Refuses before anything is allocated: weights of this type, if they are still to come, and the keys
@@ -1264,16 +1328,25 @@ void check_memory(const ModelInfo& info, std::optional<DType> weights, std::int6
     }
 }
 
+// Memory left to others. Where the GPU shares it with the CPU, running out stalls the machine.
+std::uint64_t default_reserve(bool cuda) {
+    const std::uint64_t tenth = nanogpt::detail::total_memory() / 10, gib = std::uint64_t{1} << 30;
+    const std::vector<GpuInfo> gpus = cuda ? find_gpus() : std::vector<GpuInfo>{};
+    const bool shared = !gpus.empty() && gpus[0].integrated;
+    return shared ? std::max(8 * gib, tenth) : std::min(gib, tenth);
+}
+
 struct Device {
     std::unique_ptr<Backend> backend;
     bool cuda = false;
 };
 // On the GPU the copy of the weights in the CPU's memory is gone when this returns. Too little memory
 // there is an error: where the CPU shares it, it has no more.
-Device open_device(const ModelInfo& info, const Options& o, const CudaOptions& options = {}) {
+Device open_device(const ModelInfo& info, const Options& o, const CudaOptions& options = {},
+                   const Watch& watch = {}) {
     Place place = place_for(o);
     if (place.cuda) {
-        std::shared_ptr<const Model> model = load(info, o, place.dtype);
+        std::shared_ptr<const Model> model = load(info, o, place.dtype, watch);
         try {
             return {open_cuda(std::move(model), options), true};
         } catch (const Error& e) {
@@ -1284,7 +1357,7 @@ Device open_device(const ModelInfo& info, const Options& o, const CudaOptions& o
     }
     tell_reason(place.reason);
     check_memory(info, place.dtype, info.config.sequence_len);
-    return {open_cpu(load(info, o, place.dtype))};
+    return {open_cpu(load(info, o, place.dtype, watch))};
 }
 
 Tokenizer open_tokenizer(const fs::path& path) {
@@ -1981,33 +2054,66 @@ Value device_json(const Options& o) {
                    {"fallback_reason", or_null(place.reason)}});
 }
 
-int run_models(Options& o) {
-    if (!o.json) return write_out(list_models(o)), 0;
-    std::vector<ModelInfo> all;
-    const std::vector<ModelInfo> models = listed(o, all);
-    const std::string default_id = default_of(all);
-    const fs::path base = base_dir(o.base_dir);
-    const Tokens tokens = base_tokenizer(base);
-    const auto entry = [&](const ModelInfo& m) {
-        Members members = model_members(m, base, default_id);
-        members.emplace_back("best", is_best(m, all));
+// The list of models, as --json and the HTTP interface tell it.
+Value models_json(const Options& o, const std::vector<const ModelInfo*>& shown,
+                  const std::vector<ModelInfo>& all, const fs::path& base, const Tokens& tokens,
+                  const std::string& default_id, std::int64_t scanned,
+                  const std::function<bool(const std::string&)>& loaded) {
+    const auto entry = [&](const ModelInfo* m) {
+        Members members = model_members(*m, base, default_id);
+        for (auto& [name, value] : members) {
+            if (name == "loaded") value = loaded && loaded(m->id);
+        }
+        members.emplace_back("best", is_best(*m, all));
         return object(members);
     };
     const bool usable = tokens.reason.empty();
-    write_json(object(
-        {{"models", array(models, entry)},
-         {"count", models.size()},
+    return object(
+        {{"models", array(shown, entry)},
+         {"count", shown.size()},
          {"default", or_null(default_id)},
          {"tokenizer", object({{"status", usable ? "ready" : "refused"},
                                {"vocab_size", usable ? Value(tokens.vocab_size) : Value(nullptr)},
                                {"reason", or_null(tokens.reason)}})},
          {"device", device_json(o)},
-         {"scanned_at", iso_date(std::time(nullptr))}}));
+         {"scanned_at", iso_date(scanned)}});
+}
+int run_models(Options& o) {
+    if (!o.json) return write_out(list_models(o)), 0;
+    std::vector<ModelInfo> all;
+    const std::vector<ModelInfo> models = listed(o, all);
+    std::vector<const ModelInfo*> shown;
+    for (const ModelInfo& m : models) shown.push_back(&m);
+    const fs::path base = base_dir(o.base_dir);
+    write_json(models_json(o, shown, all, base, base_tokenizer(base), default_of(all),
+                           std::time(nullptr), nullptr));
     return 0;
+}
+Value openai_model_json(const ModelInfo& m) {
+    return object(
+        {{"id", m.id}, {"object", "model"}, {"created", m.modified}, {"owned_by", "local"}});
 }
 
 std::string shape_words(const std::vector<std::int64_t>& shape) {
     return cat("(", join(shape, ", ", [](std::int64_t n) { return std::to_string(n); }), ")");
+}
+
+// One checkpoint in full.
+Members detail_members(const ModelInfo& info, const fs::path& base) {
+    Members members = model_members(info, base, info.id);
+    members.pop_back();  // "default" is a word of lists
+    members.emplace_back("cache_bytes_per_token", cache_bytes(info.config, DType::f32));
+    members.emplace_back(
+        "settings", array(info.settings, [](const Setting& s) {
+            return object({{"name", s.name}, {"value", s.value}, {"origin", name_of(s.origin)}});
+        }));
+    members.emplace_back("warnings", array(info.warnings));
+    members.emplace_back(
+        "tensors", array(info.tensors, [](const TensorInfo& t) {
+            return object(
+                {{"name", t.name}, {"dtype", name_of(t.dtype)}, {"shape", array(t.shape)}});
+        }));
+    return members;
 }
 
 int run_show(Options& o) {
@@ -2019,23 +2125,7 @@ int run_show(Options& o) {
     const fs::path base = base_dir(o.base_dir);
     const std::uint64_t cache = cache_bytes(info.config, DType::f32);
     const std::uint64_t context = cache * static_cast<std::uint64_t>(info.config.sequence_len);
-    if (o.json) {
-        Members members = model_members(info, base, info.id);
-        members.pop_back();  // "default" is a word of lists
-        members.emplace_back("cache_bytes_per_token", cache);
-        members.emplace_back(
-            "settings", array(info.settings, [](const Setting& s) {
-                return object(
-                    {{"name", s.name}, {"value", s.value}, {"origin", name_of(s.origin)}});
-            }));
-        members.emplace_back("warnings", array(info.warnings));
-        members.emplace_back(
-            "tensors", array(info.tensors, [](const TensorInfo& t) {
-                return object(
-                    {{"name", t.name}, {"dtype", name_of(t.dtype)}, {"shape", array(t.shape)}});
-            }));
-        return write_json(object(members)), 0;
-    }
+    if (o.json) return write_json(object(detail_members(info, base))), 0;
     const std::string metrics = join(
         info.metrics, ", ", [](const auto& m) { return cat(m.first, " ", Value(m.second).text); });
     std::string text = paint(terminal.out, kBold, safe(info.id)) + "\n";
@@ -2931,7 +3021,2933 @@ int run_bench(Options& o) {
     return 0;
 }
 
-// ==== 7. main ====================================================================================
+// ==== 7. http ====================================================================================
+// Bytes in, requests; answers, bytes out. One thread waits for all sockets and never for anything
+// else. Whatever could be read in two ways is refused: a proxy in front might read it the other way
+// (request smuggling). Limits are the constants of Limits.
+
+struct Limits {
+    static constexpr std::size_t kLine = 8192, kFields = 16384, kFieldCount = 64;  // of a head
+    static constexpr std::size_t kBody = 1 << 20, kTrailers = 4096, kExtension = 256;
+    static constexpr std::size_t kBuffered = 256 << 10;  // bytes that wait for a slow reader
+    static constexpr std::size_t kConnections = 1024, kPerClient = 64;
+    static constexpr int kRequests = 1000;  // of one connection
+    // seconds
+    static constexpr double kHead = 10, kWhole = 30, kIdle = 15, kStuck = 30, kLinger = 2;
+    static constexpr double kPing = 10;  // between signs of life on a stream
+};
+
+struct HttpError : std::runtime_error {  // a request that gets no other answer
+    int status;
+    std::string code, param;
+    HttpError(int s, std::string c, const std::string& message, std::string p = "")
+        : std::runtime_error(message), status(s), code(std::move(c)), param(std::move(p)) {}
+};
+[[noreturn]] void malformed(const std::string& what) {
+    throw HttpError(400, "malformed_request", "malformed request: " + what);
+}
+std::string lower(std::string text) {
+    for (char& c : text) c = detail::ascii_lower(c);
+    return text;
+}
+bool is_token(std::string_view text) {  // RFC 9110, 5.6.2
+    return !text.empty() && std::all_of(text.begin(), text.end(), [](char c) {
+        return (c >= '0' && c <= '9') || (c >= 'a' && c <= 'z') || (c >= 'A' && c <= 'Z') ||
+               std::string_view("!#$%&'*+-.^_`|~").find(c) != std::string_view::npos;
+    });
+}
+bool has_controls(std::string_view text) {
+    return std::any_of(text.begin(), text.end(), [](char c) {
+        return (static_cast<unsigned char>(c) < 0x20 && c != '\t') || c == 0x7f;
+    });
+}
+std::string_view trim(std::string_view text) {
+    const std::size_t first = text.find_first_not_of(" \t");
+    if (first == text.npos) return {};
+    return text.substr(first, text.find_last_not_of(" \t") + 1 - first);
+}
+
+struct Request {
+    std::string method, target, path, query;                  // path: decoded
+    int minor = 1;                                            // of HTTP/1.x
+    std::vector<std::pair<std::string, std::string>> fields;  // names in lower case
+    std::string body;
+    bool keep_alive = true, has_body = false;
+
+    const std::string* find(std::string_view name) const {
+        for (const auto& [key, value] : fields) {
+            if (key == name) return &value;
+        }
+        return nullptr;
+    }
+    std::string get(std::string_view name) const {
+        const std::string* value = find(name);
+        return value == nullptr ? "" : *value;
+    }
+};
+
+// Reads one request from the front of what has arrived; however it was cut, the result is the same.
+class RequestReader {
+public:
+    Request request;
+    bool head_done() const { return head_done_; }
+    bool expects_continue() const { return expects_continue_; }
+    std::size_t body_bytes() const { return request.body.size(); }
+
+    // True when the head is there and well formed. Throws HttpError.
+    bool read_head(std::string& in) {
+        std::size_t at = 0;
+        while (!head_done_) {
+            const std::size_t end = in.find('\n', at);
+            std::string_view line = std::string_view(in).substr(at, end - at);
+            const bool whole = end != in.npos;
+            check_length(line, whole);
+            if (!whole) break;
+            if (!line.ends_with('\r')) malformed("a line ends without CR");
+            line.remove_suffix(1);
+            if (has_controls(line)) malformed("a control character in the head");
+            at = end + 1;
+            if (request.method.empty()) {
+                if (!line.empty())
+                    read_line(line);  // RFC 9112, 2.2: empty lines before are ignored
+            } else if (!line.empty()) {
+                read_field(line);
+            } else {
+                check_head();
+                head_done_ = true;
+            }
+        }
+        in.erase(0, at);
+        return head_done_;
+    }
+    // True when the body is there too.
+    bool read_body(std::string& in) {
+        if (!chunked_) {
+            const std::size_t n = std::min(in.size(), left_);
+            request.body.append(in, 0, n);
+            in.erase(0, n);
+            return (left_ -= n) == 0;
+        }
+        std::size_t at = 0;
+        while (chunk_ != Chunk::done && read_chunk(in, at)) {
+        }
+        in.erase(0, at);
+        return chunk_ == Chunk::done;
+    }
+
+private:
+    enum class Chunk { size, data, end, trailers, done };
+
+    void check_length(std::string_view line, bool whole) {
+        const std::size_t bare = line.size() - (line.ends_with('\r') ? 1 : 0);
+        if (request.method.empty()) {
+            if (bare > Limits::kLine)
+                throw HttpError(414, "uri_too_long", "the request line has more than 8192 bytes");
+        } else if (bare > 0 && (field_bytes_ += whole ? bare + 2 : 0) + (whole ? 0 : bare + 2) >
+                                   Limits::kFields) {
+            throw HttpError(431, "headers_too_large", "the header has more than 16384 bytes");
+        }
+    }
+    void read_line(std::string_view line) {
+        const std::size_t one = line.find(' '), two = line.rfind(' ');
+        if (one == line.npos || one == two || line.find(' ', one + 1) != two)
+            malformed("the request line is not METHOD TARGET HTTP/1.1");
+        const std::string_view method = line.substr(0, one), version = line.substr(two + 1);
+        if (!is_token(method) || method.size() > 16) malformed("the method is no token");
+        const bool http = version.size() == 8 && version.starts_with("HTTP/") && version[6] == '.';
+        const auto digit = [&](std::size_t i) { return version[i] >= '0' && version[i] <= '9'; };
+        if (!http || !digit(5) || !digit(7)) malformed("the request line ends in no HTTP version");
+        if (version != "HTTP/1.1" && version != "HTTP/1.0")
+            throw HttpError(505, "http_version_not_supported", "HTTP/1.1 and HTTP/1.0 are spoken");
+        request.method = method;
+        request.target = line.substr(one + 1, two - one - 1);
+        request.minor = version[7] - '0';
+    }
+    void read_field(std::string_view line) {
+        if (request.fields.size() == Limits::kFieldCount)
+            throw HttpError(431, "headers_too_large", "the header has more than 64 fields");
+        const std::size_t colon = line.find(':');
+        if (colon == line.npos || !is_token(line.substr(0, colon)))
+            malformed("a header field has no proper name");
+        request.fields.emplace_back(lower(std::string(line.substr(0, colon))),
+                                    trim(line.substr(colon + 1)));
+    }
+    // The one value of a field that must not be there twice; null if it is not there.
+    const std::string* single(std::string_view name) {
+        const auto named = [&](const auto& field) { return field.first == name; };
+        if (std::count_if(request.fields.begin(), request.fields.end(), named) > 1)
+            malformed(cat("the field ", name, " is there twice"));
+        return request.find(name);
+    }
+    void check_head() {
+        Request& r = request;
+        const std::string* host = single("host");
+        if (host == nullptr) malformed("no Host field");
+        read_target(*host);
+        const std::string *length = single("content-length"), *coding = single("transfer-encoding");
+        if (length != nullptr && coding != nullptr)
+            malformed("Content-Length together with Transfer-Encoding");
+        if (coding != nullptr && (r.minor == 0 || lower(*coding) != "chunked"))
+            malformed("a Transfer-Encoding other than chunked");
+        if (length != nullptr) {
+            const bool digits = length->find_first_not_of("0123456789") == length->npos;
+            if (length->empty() || length->size() > 18 || !digits)
+                malformed("Content-Length is not a plain number");
+            std::from_chars(length->data(), length->data() + length->size(), left_);
+            check_body(left_);
+        } else if (coding == nullptr && r.method == "POST") {
+            throw HttpError(411, "length_required", "POST needs a Content-Length");
+        }
+        chunked_ = coding != nullptr;
+        r.has_body = chunked_ || left_ > 0;
+        if (const std::string* expect = r.find("expect")) {
+            if (lower(*expect) != "100-continue")
+                throw HttpError(417, "expectation_failed", "the only expectation is 100-continue");
+            expects_continue_ = r.minor == 1 && r.has_body;
+        }
+        r.keep_alive = r.minor == 1;
+        for (const auto& [name, value] : r.fields) {
+            if (name != "connection") continue;
+            for (const std::string& word : split(lower(value), ", \t")) {
+                if (word == "close") close_ = true;
+                if (word == "keep-alive") r.keep_alive = true;
+            }
+        }
+        r.keep_alive = r.keep_alive && !close_;
+    }
+    // /path?query, or http://our-host/path; decoded once.
+    void read_target(const std::string& host) {
+        std::string_view target = request.target;
+        const std::string prefix = "http://" + lower(host);
+        if (lower(std::string(target.substr(0, prefix.size()))) == prefix)
+            target.remove_prefix(prefix.size());
+        if (!target.starts_with('/')) malformed("the target is not a path of this server");
+        const std::size_t query = std::min(target.find('?'), target.size());
+        request.query = target.substr(std::min(query + 1, target.size()));
+        target = target.substr(0, query);
+        std::string& path = request.path;
+        for (std::size_t i = 0; i < target.size(); i++) {
+            unsigned char byte = static_cast<unsigned char>(target[i]);
+            if (target[i] == '%') {
+                const char* hex = target.data() + i + 1;
+                if (i + 2 >= target.size() ||
+                    std::from_chars(hex, hex + 2, byte, 16).ptr != hex + 2)
+                    malformed("a bad percent-escape in the target");
+                i += 2;
+            }
+            path += static_cast<char>(byte);
+        }
+        const auto has = [&](const char* part) { return path.find(part) != path.npos; };
+        if (!detail::is_utf8(path) || has_controls(path) || path.find('\t') != path.npos ||
+            target.find('#') != target.npos || has("..") || has("//") || has("\\"))
+            malformed("the path holds what no path here has");
+    }
+    void check_body(std::size_t bytes) {
+        if (bytes > Limits::kBody)
+            throw HttpError(413, "body_too_large", "the body has more than 1 MiB");
+    }
+
+    // One step through a chunked body (RFC 9112, 7.1); false if more bytes are needed.
+    bool read_chunk(const std::string& in, std::size_t& at) {
+        if (chunk_ == Chunk::data) {
+            const std::size_t n = std::min(in.size() - at, left_);
+            request.body.append(in, at, n);
+            at += n;
+            if ((left_ -= n) > 0) return false;
+            chunk_ = Chunk::end;
+        }
+        const std::size_t end = in.find('\n', at);
+        const std::string_view line = std::string_view(in).substr(at, end - at);
+        const bool whole = end != in.npos;
+        const std::size_t most = chunk_ == Chunk::end    ? 1
+                                 : chunk_ == Chunk::size ? 8 + Limits::kExtension + 1
+                                                         : Limits::kTrailers - trailer_bytes_ + 1;
+        if (line.size() > most) malformed("a line of the chunked body is too long");
+        if (!whole) return false;
+        if (!line.ends_with('\r') || has_controls(line.substr(0, line.size() - 1)))
+            malformed("a line of the chunked body does not end in CRLF");
+        at = end + 1;
+        take_chunk_line(line.substr(0, line.size() - 1));
+        return true;
+    }
+    void take_chunk_line(std::string_view line) {
+        if (chunk_ == Chunk::end) {
+            chunk_ = Chunk::size;
+        } else if (chunk_ == Chunk::trailers) {
+            trailer_bytes_ += line.size() + 2;
+            if (line.empty()) chunk_ = Chunk::done;
+        } else {
+            const std::size_t digits =
+                std::min(line.find_first_not_of("0123456789abcdefABCDEF"), line.size());
+            const std::string_view extension = line.substr(digits);
+            if (digits == 0 || digits > 8 || !(extension.empty() || extension[0] == ';') ||
+                extension.size() > Limits::kExtension)
+                malformed("a bad chunk size");
+            std::from_chars(line.data(), line.data() + digits, left_, 16);
+            check_body(request.body.size() + left_);
+            chunk_ = left_ == 0 ? Chunk::trailers : Chunk::data;
+        }
+    }
+
+    bool head_done_ = false, chunked_ = false, expects_continue_ = false, close_ = false;
+    std::size_t field_bytes_ = 0, trailer_bytes_ = 0, left_ = 0;
+    Chunk chunk_ = Chunk::size;
+};
+
+struct Job;  // an answer that is being made (section 8)
+
+struct Connection {
+    int fd;
+    std::uint64_t id;
+    std::string peer, local;  // addresses, without ports
+    std::string in, out;      // not yet parsed, not yet sent
+    RequestReader reader;
+    bool busy = false;     // an answer is being made: the next request waits in `in`
+    bool chunked = false;  // the answer's coding
+    bool closing = false, lingering = false;  // when all is sent; then until the peer has read it
+    bool ended = false;                       // the peer sends no more
+    std::uint32_t interest = 0;               // what epoll was told
+    int requests = 0, status = 0;
+    Clock::time_point since, request_start, last_sent;  // of the state; of the request; of progress
+    std::string client, request_id;
+    std::shared_ptr<Job> job;
+
+    const Request& request() const { return reader.request; }
+};
+using Fields = std::vector<std::pair<std::string_view, std::string>>;
+
+struct CannotListen : std::runtime_error {
+    using std::runtime_error::runtime_error;
+};
+
+std::string_view status_words(int status) {
+    static constexpr std::pair<int, std::string_view> kWords[] = {
+        {200, "OK"},
+        {204, "No Content"},
+        {304, "Not Modified"},
+        {400, "Bad Request"},
+        {401, "Unauthorized"},
+        {403, "Forbidden"},
+        {404, "Not Found"},
+        {405, "Method Not Allowed"},
+        {408, "Request Timeout"},
+        {409, "Conflict"},
+        {411, "Length Required"},
+        {413, "Content Too Large"},
+        {414, "URI Too Long"},
+        {415, "Unsupported Media Type"},
+        {417, "Expectation Failed"},
+        {422, "Unprocessable Content"},
+        {429, "Too Many Requests"},
+        {431, "Request Header Fields Too Large"},
+        {500, "Internal Server Error"},
+        {501, "Not Implemented"},
+        {503, "Service Unavailable"},
+        {505, "HTTP Version Not Supported"}};
+    for (const auto& [code, words] : kWords) {
+        if (code == status) return words;
+    }
+    return "Unknown";
+}
+
+// The sockets. What a request means is decided by the class derived from this.
+class HttpServer {
+public:
+    HttpServer() = default;
+    HttpServer(const HttpServer&) = delete;
+    virtual ~HttpServer() {
+        for (const auto& [id, c] : connections_) ::close(c->fd);
+        for (const int fd : {epoll_, listener_, spare_, wake_}) {
+            if (fd >= 0) ::close(fd);
+        }
+    }
+    void wake() {  // from any thread: woken() is called soon
+        const std::uint64_t one = 1;
+        if (::write(wake_, &one, sizeof one) < 0) return;  // full: it wakes anyway
+    }
+
+protected:
+    virtual void check(Connection& c) = 0;   // the head is there; throws HttpError
+    virtual void answer(Connection& c) = 0;  // all of it is there; throws HttpError
+    virtual void refuse(Connection& c, const std::exception& e) = 0;
+    virtual void gone(Connection& c) = 0;      // the client of an answer that is being made
+    virtual void answered(Connection& c) = 0;  // for the log
+    virtual void woken() = 0;
+    virtual void pass(Connection&, Clock::time_point) {}  // some 4 times a second for each
+    virtual bool go_on() = 0;                             // as often: whether to
+
+    void open(const std::string& host, int port);
+    void stop_listening() {
+        if (listener_ >= 0) ::close(std::exchange(listener_, -1));
+    }
+    void watch(int fd, std::uint64_t key, std::uint32_t events, int how = EPOLL_CTL_ADD) {
+        epoll_event event{};
+        event.events = events;
+        event.data.u64 = key;
+        if (::epoll_ctl(epoll_, how, fd, &event) != 0) fail_errno<std::runtime_error>("epoll");
+    }
+    void loop();
+
+    Connection* find(std::uint64_t id) {
+        const auto at = connections_.find(id);
+        return at == connections_.end() ? nullptr : at->second.get();
+    }
+    void respond(Connection& c, int status, std::string_view type, std::string_view body,
+                 const Fields& more = {}) {
+        write_head(c, status, type, more, body.size());
+        if (c.request().method != "HEAD" && status != 204 && status != 304) c.out += body;
+        finish(c);
+    }
+    void begin_stream(Connection& c, std::string_view type, const Fields& more) {
+        c.chunked = c.request().minor == 1;
+        if (!c.chunked) c.reader.request.keep_alive = false;
+        write_head(c, 200, type, more, std::nullopt);
+    }
+    void stream(Connection& c, std::string_view text) {
+        if (c.chunked) c.out += cat(hex(static_cast<std::uint32_t>(text.size()), 1), "\r\n");
+        c.out += text;
+        if (c.chunked) c.out += "\r\n";
+    }
+    void end_stream(Connection& c, bool whole) {  // a broken one lacks its end
+        if (whole && c.chunked) c.out += "0\r\n\r\n";
+        if (!whole) c.reader.request.keep_alive = false;
+        finish(c);
+    }
+    // Sends what can be sent, reads on if the connection is free, closes it if it is done.
+    void move_on(Connection& c);
+    int port() const { return port_; }
+    std::size_t connection_count() const { return connections_.size(); }
+    std::vector<std::uint64_t> ids() const {
+        std::vector<std::uint64_t> ids;
+        for (const auto& [id, c] : connections_) ids.push_back(id);
+        return ids;
+    }
+    virtual Fields common_fields(const Connection&) { return {}; }
+
+    static constexpr std::uint64_t kListener = 0, kWake = 1, kOther = 2, kFirst = 16;  // keys
+
+private:
+    void write_head(Connection& c, int status, std::string_view type, const Fields& more,
+                    std::optional<std::size_t> length);
+    void finish(Connection& c) {
+        c.busy = false;
+        answered(c);
+        c.closing = !c.request().keep_alive;
+        c.reader = RequestReader();
+        c.since = Clock::now();
+    }
+    void accept_all();
+    void refuse_politely(int fd);
+    bool receive(Connection& c);
+    bool parse(Connection& c);
+    void advance(Connection& c);
+    bool send(Connection& c);
+    void close(Connection& c);
+    void check_time(Connection& c, Clock::time_point now);
+    virtual void other_event() = 0;  // of a descriptor watched as kOther
+
+    int epoll_ = -1, listener_ = -1, wake_ = -1, spare_ = -1, port_ = 0;
+    std::uint64_t next_id_ = kFirst;
+    std::unordered_map<std::uint64_t, std::unique_ptr<Connection>> connections_;
+    std::unordered_map<std::string, std::size_t> per_client_;
+    Clock::time_point no_accept_until_ = {}, last_complaint_ = {};
+};
+
+// Numeric text of an address.
+std::string address_of(const sockaddr_storage& address, socklen_t length) {
+    char text[NI_MAXHOST] = "";
+    ::getnameinfo(reinterpret_cast<const sockaddr*>(&address), length, text, sizeof text, nullptr,
+                  0, NI_NUMERICHOST);
+    const std::string_view view = text;
+    return std::string(view.starts_with("::ffff:") ? view.substr(7) : view);
+}
+
+void HttpServer::open(const std::string& host, int port) {
+    addrinfo hints{}, *found = nullptr;
+    hints.ai_socktype = SOCK_STREAM;
+    hints.ai_flags = AI_PASSIVE;
+    const std::string service = std::to_string(port), where = cat(host, ":", port);
+    if (const int error = ::getaddrinfo(host.c_str(), service.c_str(), &hints, &found); error != 0)
+        throw CannotListen(
+            cat("cannot listen on ", where, ": ", ::gai_strerror(error), ". --host"));
+    const std::unique_ptr<addrinfo, void (*)(addrinfo*)> owner(found, ::freeaddrinfo);
+    const int one = 1;
+    listener_ = ::socket(found->ai_family, SOCK_STREAM | SOCK_NONBLOCK | SOCK_CLOEXEC, 0);
+    ::setsockopt(listener_, SOL_SOCKET, SO_REUSEADDR, &one, sizeof one);
+    if (listener_ < 0 || ::bind(listener_, found->ai_addr, found->ai_addrlen) != 0 ||
+        ::listen(listener_, 1024) != 0) {
+        const char* remedy =
+            errno == EADDRINUSE ? ". Choose another port with -p, or stop what uses it"
+            : errno == EACCES   ? ". Ports below 1024 are for root: choose another with -p"
+                                : "";
+        throw CannotListen(cat("cannot listen on ", where, ": ", std::strerror(errno), remedy));
+    }
+    sockaddr_storage address{};
+    socklen_t length = sizeof address;
+    ::getsockname(listener_, reinterpret_cast<sockaddr*>(&address), &length);
+    port_ = ntohs(address.ss_family == AF_INET6
+                      ? reinterpret_cast<const sockaddr_in6&>(address).sin6_port
+                      : reinterpret_cast<const sockaddr_in&>(address).sin_port);
+    epoll_ = ::epoll_create1(EPOLL_CLOEXEC);
+    wake_ = ::eventfd(0, EFD_NONBLOCK | EFD_CLOEXEC);
+    spare_ = ::open("/dev/null", O_RDONLY | O_CLOEXEC);
+    if (epoll_ < 0 || wake_ < 0) fail_errno<std::runtime_error>("cannot wait for sockets");
+    watch(listener_, kListener, EPOLLIN);
+    watch(wake_, kWake, EPOLLIN);
+}
+
+void HttpServer::loop() {
+    std::array<epoll_event, 256> events;
+    Clock::time_point last_pass = Clock::now();
+    while (go_on()) {
+        const int n = ::epoll_wait(epoll_, events.data(), static_cast<int>(events.size()), 250);
+        if (n < 0 && errno != EINTR) fail_errno<std::runtime_error>("cannot wait for sockets");
+        for (int i = 0; i < n; i++) {
+            const epoll_event& event = events[static_cast<std::size_t>(i)];
+            std::uint64_t count = 0;
+            if (event.data.u64 == kListener) {
+                accept_all();
+            } else if (event.data.u64 == kWake) {
+                if (::read(wake_, &count, sizeof count) > 0) woken();
+            } else if (event.data.u64 == kOther) {
+                other_event();
+            } else if (Connection* c = find(event.data.u64)) {
+                const bool ends = (event.events & (EPOLLRDHUP | EPOLLHUP | EPOLLERR)) != 0;
+                if (c->busy && ends) {  // whoever reads no more needs no more
+                    close(*c);
+                } else if ((event.events & ~static_cast<std::uint32_t>(EPOLLOUT)) != 0 &&
+                           !receive(*c)) {
+                    close(*c);
+                } else {
+                    move_on(*c);
+                }
+            }
+        }
+        const Clock::time_point now = Clock::now();
+        if (now - last_pass < std::chrono::milliseconds(250)) continue;
+        last_pass = now;
+        for (const std::uint64_t id : ids()) check_time(*find(id), now);
+        if (no_accept_until_ != Clock::time_point() && now > no_accept_until_ && listener_ >= 0) {
+            no_accept_until_ = {};
+            watch(listener_, kListener, EPOLLIN, EPOLL_CTL_MOD);
+        }
+    }
+}
+
+void HttpServer::accept_all() {
+    for (;;) {
+        sockaddr_storage address{};
+        socklen_t length = sizeof address;
+        const int fd = ::accept4(listener_, reinterpret_cast<sockaddr*>(&address), &length,
+                                 SOCK_NONBLOCK | SOCK_CLOEXEC);
+        if (fd < 0 && (errno == EMFILE || errno == ENFILE || errno == ENOMEM || errno == ENOBUFS)) {
+            const Clock::time_point now = Clock::now();
+            if (now - last_complaint_ > std::chrono::seconds(1)) {
+                last_complaint_ = now;
+                say(cat("cannot accept a connection: ", std::strerror(errno)), kYellow);
+            }
+            ::close(spare_);  // makes room for one, to tell it
+            refuse_politely(::accept(listener_, nullptr, nullptr));
+            spare_ = ::open("/dev/null", O_RDONLY | O_CLOEXEC);
+            no_accept_until_ = now + std::chrono::milliseconds(100);
+            watch(listener_, kListener, 0, EPOLL_CTL_MOD);
+            return;
+        }
+        if (fd < 0 && errno == ECONNABORTED) continue;
+        if (fd < 0) return;
+        auto c = std::make_unique<Connection>();
+        c->fd = fd, c->id = next_id_++, c->peer = address_of(address, length);
+        const auto count = per_client_.find(c->peer);
+        if (connections_.size() >= Limits::kConnections ||
+            (count != per_client_.end() && count->second >= Limits::kPerClient)) {
+            refuse_politely(fd);
+            continue;
+        }
+        length = sizeof address;
+        ::getsockname(fd, reinterpret_cast<sockaddr*>(&address), &length);
+        c->local = address_of(address, length);
+        const int one = 1;  // events are small and wanted at once
+        ::setsockopt(fd, IPPROTO_TCP, TCP_NODELAY, &one, sizeof one);
+        c->since = c->last_sent = Clock::now();
+        c->interest = EPOLLIN | EPOLLRDHUP;
+        watch(fd, c->id, c->interest);
+        per_client_[c->peer]++;
+        connections_.emplace(c->id, std::move(c));
+    }
+}
+void HttpServer::refuse_politely(int fd) {
+    if (fd < 0) return;
+    constexpr std::string_view kFull =
+        "HTTP/1.1 503 Service Unavailable\r\nRetry-After: 5\r\nContent-Length: 0\r\n"
+        "Connection: close\r\n\r\n";
+    ::send(fd, kFull.data(), kFull.size(), MSG_NOSIGNAL | MSG_DONTWAIT);
+    ::close(fd);
+}
+
+void HttpServer::write_head(Connection& c, int status, std::string_view type, const Fields& more,
+                            std::optional<std::size_t> length) {
+    c.status = status;
+    bool& keep = c.reader.request.keep_alive;
+    keep = keep && c.requests < Limits::kRequests && listener_ >= 0;
+    std::string& out = c.out;
+    out += cat("HTTP/1.1 ", status, " ", status_words(status),
+               "\r\nDate: ", date_of(std::time(nullptr), "%a, %d %b %Y %H:%M:%S GMT", true),
+               "\r\nServer: nanogpt/", version(), "\r\nX-Request-Id: ", c.request_id, "\r\n");
+    if (!type.empty()) out += cat("Content-Type: ", type, "\r\n");
+    for (const Fields& fields : {common_fields(c), more}) {
+        for (const auto& [name, value] : fields) out += cat(name, ": ", value, "\r\n");
+    }
+    if (length && status != 204 && status != 304) out += cat("Content-Length: ", *length, "\r\n");
+    if (c.chunked && !length) out += "Transfer-Encoding: chunked\r\n";
+    out += keep ? "Connection: keep-alive\r\n\r\n" : "Connection: close\r\n\r\n";
+}
+
+bool HttpServer::receive(Connection& c) {  // false: the connection is broken
+    char bytes[65536];
+    const ssize_t n = ::recv(c.fd, bytes, sizeof bytes, 0);
+    if (n < 0) return errno == EAGAIN || errno == EINTR;
+    if (n == 0) c.ended = true;
+    if (c.lingering) return n > 0;
+    if (c.in.empty() && !c.reader.head_done() && c.reader.request.method.empty())
+        c.since = Clock::now();  // the first byte of a request
+    c.in.append(bytes, static_cast<std::size_t>(n));
+    return true;
+}
+
+// One request, as far as it has arrived; true if it was whole.
+bool HttpServer::parse(Connection& c) {
+    RequestReader& reader = c.reader;
+    const bool had_head = reader.head_done();
+    if (!had_head) {
+        if (!reader.read_head(c.in)) return false;
+        c.since = c.request_start = Clock::now();
+        c.requests++;
+        check(c);
+        if (reader.expects_continue() && c.in.empty()) c.out += "HTTP/1.1 100 Continue\r\n\r\n";
+    }
+    if (!reader.read_body(c.in)) return false;
+    c.busy = true;
+    answer(c);
+    return true;
+}
+// All requests that have arrived, one after the other.
+void HttpServer::advance(Connection& c) {
+    while (!c.busy && !c.closing && !c.in.empty() && c.out.size() < Limits::kBuffered) {
+        try {
+            if (!parse(c)) return;
+        } catch (const std::exception& e) {
+            // Where the next request would begin is only known behind a whole one.
+            const bool head = c.reader.head_done();
+            if (!head) c.request_start = c.since;
+            if (!c.busy && (!head || c.request().has_body)) c.reader.request.keep_alive = false;
+            refuse(c, e);
+        }
+    }
+}
+bool HttpServer::send(Connection& c) {  // false: the connection is broken
+    std::size_t sent = 0;
+    while (sent < c.out.size()) {
+        const ssize_t n = ::send(c.fd, c.out.data() + sent, c.out.size() - sent, MSG_NOSIGNAL);
+        if (n < 0 && errno == EINTR) continue;
+        if (n < 0 && errno != EAGAIN) return false;
+        if (n < 0) break;
+        sent += static_cast<std::size_t>(n);
+    }
+    if (sent > 0) c.last_sent = Clock::now();
+    c.out.erase(0, sent);
+    return true;
+}
+
+void HttpServer::move_on(Connection& c) {
+    advance(c);
+    if (!send(c)) return close(c);
+    if (c.out.empty() && c.closing && !c.lingering) {
+        // Closing at once would reset the connection if bytes are on their way, and the reset could
+        // overtake the answer (RFC 9112, 9.6).
+        ::shutdown(c.fd, SHUT_WR);
+        c.lingering = true;
+        c.since = Clock::now();
+    }
+    if (c.ended && (c.lingering || c.busy || (c.out.empty() && !c.closing))) return close(c);
+    std::uint32_t interest = c.ended ? 0u : EPOLLRDHUP;
+    if (!c.ended && (c.lingering || (!c.busy && !c.closing && c.out.size() < Limits::kBuffered)))
+        interest |= EPOLLIN;
+    if (!c.out.empty()) interest |= EPOLLOUT;
+    if (interest != c.interest) watch(c.fd, c.id, c.interest = interest, EPOLL_CTL_MOD);
+}
+
+void HttpServer::close(Connection& c) {
+    if (c.busy) gone(c);
+    if (--per_client_[c.peer] == 0) per_client_.erase(c.peer);
+    ::close(c.fd);
+    connections_.erase(c.id);
+}
+
+void HttpServer::check_time(Connection& c, Clock::time_point now) {
+    const auto past = [&](Clock::time_point start) {
+        return std::chrono::duration<double>(now - start).count();
+    };
+    const double waited = past(c.since);
+    const auto late = [&](const char* what) {
+        c.reader.request.keep_alive = false;
+        if (!c.reader.head_done()) c.request_start = c.since;
+        refuse(c, HttpError(408, "request_timeout", what));
+        move_on(c);
+    };
+    if (c.out.empty()) c.last_sent = now;
+    if (past(c.last_sent) > Limits::kStuck) return close(c);
+    if (c.busy) return pass(c, now);
+    if (c.lingering) {
+        if (waited > Limits::kLinger) close(c);
+    } else if (c.closing || !c.out.empty()) {
+        // kStuck rules
+    } else if (c.reader.head_done()) {
+        const double bytes = static_cast<double>(c.reader.body_bytes() + c.in.size());
+        if (waited > Limits::kWhole || (waited > 5 && bytes < 1024 * (waited - 5)))
+            late("the body did not arrive in time");
+    } else if (c.in.empty() && c.reader.request.method.empty()) {
+        if (waited > Limits::kIdle || listener_ < 0) close(c);
+    } else if (waited > Limits::kHead) {
+        late("the header did not arrive within 10 seconds");
+    }
+}
+
+// ==== 8. scheduler ===============================================================================
+// Many answers at once. One thread owns the models in memory, their sequences and the sampling: at
+// every step each running sequence writes a token, new ones join, finished ones leave. It takes jobs
+// from the sockets' thread and posts events back, and waits for neither a socket nor a disk.
+
+// A thread for what takes long: reading checkpoints.
+class Background {
+public:
+    Background() : thread_([this](std::stop_token stop) { work(stop); }) {}
+    void post(std::function<void()> task) {
+        const std::lock_guard lock(mutex_);
+        tasks_.push_back(std::move(task));
+        ready_.notify_one();
+    }
+
+private:
+    void work(std::stop_token stop) {
+        for (;;) {
+            std::function<void()> task;
+            {
+                std::unique_lock lock(mutex_);
+                if (!ready_.wait(lock, stop, [&] { return !tasks_.empty(); })) return;
+                task = std::move(tasks_.front());
+                tasks_.pop_front();
+            }
+            task();
+        }
+    }
+    std::mutex mutex_;
+    std::condition_variable_any ready_;
+    std::deque<std::function<void()>> tasks_;
+    std::jthread thread_;  // last, so that it ends first
+};
+
+struct Offer {  // a checkpoint that answers can be asked of
+    ModelInfo info;
+    std::shared_ptr<const Tokenizer> tokenizer;
+};
+struct Failure {  // why there is no answer
+    int status;
+    std::string code, message;
+};
+struct Candidate {
+    Token token;
+    double probability;
+};
+
+// What a client asked for, and what became of it. The sockets' thread fills it in and hands it over;
+// the scheduler's thread writes the results before it posts the last event.
+struct Job {
+    std::uint64_t connection = 0, id = 0;
+    std::string client;
+    std::shared_ptr<const Offer> offer;
+    std::vector<Token> prompt;
+    GenerateParams params;
+    std::vector<std::string> stop_texts;
+    bool chat = true;  // with a calculator
+    bool literal_tools = false;
+    bool clipped = false;          // max_tokens is what the context has left
+    bool candidates_only = false;  // the distribution behind the prompt, and no answer
+    Clock::time_point created = Clock::now();
+
+    std::atomic<bool> cancelled = false, paused = false;
+
+    Answer answer;
+    int reused_tokens = 0;
+    double queue_seconds = 0;
+    std::vector<Candidate> candidates;
+    Candidate chosen = {};  // its token is asked for
+    std::optional<Failure> failure;
+};
+struct Event {
+    enum class Kind { queued, loading, text, done } kind;
+    std::shared_ptr<Job> job;
+    std::string text;
+    int number = 0;  // jobs before it; percent
+};
+
+struct Histogram {  // of seconds
+    static constexpr std::array kBounds = {0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1,
+                                           0.25,  0.5,    1.0,   2.5,  5.0,   10.0};
+    std::array<std::uint64_t, kBounds.size() + 1> counts{};
+    double sum = 0;
+    void add(double x) {
+        sum += x;
+        counts[static_cast<std::size_t>(std::lower_bound(kBounds.begin(), kBounds.end(), x) -
+                                        kBounds.begin())]++;
+    }
+};
+struct Snapshot {  // what monitors see
+    struct Slot {
+        std::uint64_t id;
+        std::string model, state;
+        int prompt_tokens, generated;
+        double seconds;
+    };
+    struct OfModel {
+        std::string id, device;
+        std::size_t running = 0, idle = 0;
+        std::uint64_t prompt_tokens = 0, generated = 0, kv_tokens = 0;
+    };
+    std::vector<Slot> slots;
+    std::vector<OfModel> models;
+    std::size_t active = 0, queued = 0, finished = 0, cancelled = 0;
+    std::uint64_t memory_available = 0;
+    Histogram first_token, between_tokens;
+    bool loading = false;
+    std::string broken;  // a device that failed
+};
+
+class Scheduler {
+public:
+    struct Settings {
+        std::size_t slots = 8, queue = 512, max_models = 3;
+        std::uint64_t reserve = 0;  // bytes of memory left to others
+    };
+    Scheduler(const Settings& settings, const Options& options, std::function<void()> wake)
+        : settings_(settings),
+          options_(options),
+          wake_(std::move(wake)),
+          thread_([this](std::stop_token stop) { work(stop); }) {}
+
+    // ---- for the sockets' thread
+    void submit(std::shared_ptr<Job> job) {
+        const std::lock_guard lock(mutex_);
+        arrived_.push_back(std::move(job));
+        poked_ = true;
+        ready_.notify_one();
+    }
+    void poke() {  // after a job was cancelled or may go on
+        const std::lock_guard lock(mutex_);
+        poked_ = true;
+        ready_.notify_one();
+    }
+    void preload(std::shared_ptr<const Offer> offer) {
+        const std::lock_guard lock(mutex_);
+        preload_ = std::move(offer);
+        snapshot_.loading = true;
+        poked_ = true;
+        ready_.notify_one();
+    }
+    int stop_code() const { return stop_code_; }  // not 0: the process cannot go on
+    void drain() { draining_ = true, poke(); }    // whoever waits is sent away
+    std::vector<Event> take_events() {
+        const std::lock_guard lock(mutex_);
+        return std::exchange(events_, {});
+    }
+    Snapshot snapshot() {
+        const std::lock_guard lock(mutex_);
+        return snapshot_;
+    }
+
+    static constexpr int kRunningPerClient = 16, kWaitingPerClient = 32;
+
+private:
+    static constexpr std::size_t kPiece =
+        256;  // prompt tokens read between two steps of the others
+    static constexpr double kMostWaiting = 120, kMostRunning = 600;  // seconds
+
+    struct Running {
+        Running(std::shared_ptr<Job> j, std::unique_ptr<Sequence> s)
+            : job(std::move(j)),
+              sequence(std::move(s)),
+              calculator(*job->offer->tokenizer),
+              text(*job->offer->tokenizer, job->stop_texts, job->literal_tools),
+              answer(job->params, job->chat ? &calculator : nullptr) {}
+        std::shared_ptr<Job> job;
+        std::unique_ptr<Sequence> sequence;
+        CalculatorTool calculator;
+        TextStream text;
+        Continuation answer;
+        Clock::time_point start = Clock::now(), first = {}, last = {};
+        bool over = false;
+
+        std::size_t read() const { return sequence->tokens().size(); }  // of the prompt
+        bool reading() const { return answer.count() == 0; }
+    };
+    struct Idle {  // a finished sequence, for the next turn of its conversation
+        std::unique_ptr<Sequence> sequence;
+        std::size_t read;  // tokens that were read as a prompt
+    };
+    struct Loaded {
+        std::shared_ptr<const Offer> offer;
+        Device device;
+        std::vector<std::unique_ptr<Running>> running;
+        std::deque<Idle> idle;  // last used last
+        std::size_t next_reader = 0;
+        bool used = false;
+        std::uint64_t prompt_tokens = 0, generated = 0;
+
+        Backend& backend() const { return *device.backend; }
+        std::uint64_t token_bytes() const {
+            return cache_bytes(offer->info.config, device.cuda ? DType::bf16 : DType::f32);
+        }
+    };
+    struct Client {
+        std::string name;
+        std::deque<std::shared_ptr<Job>> waiting;
+    };
+    enum class Start { started, wait, blocked };  // blocked: no job can start now
+
+    void work(std::stop_token stop);
+    bool round();
+    void receive();
+    void admit();
+    void expire();
+    Start start(const std::shared_ptr<Job>& job);
+    Loaded* loaded(const Offer& offer);
+    Device open(const ModelInfo& info);
+    void begin_loading(std::shared_ptr<const Offer> offer);
+    void finish_loading();
+    bool removable(const Loaded& m) const;
+    bool make_room(std::uint64_t bytes, const Loaded* keep);
+    std::unique_ptr<Sequence> sequence_for(Loaded& m, const Job& job);
+    bool step(Loaded& m);
+    std::size_t read_prompts(Loaded& m, std::vector<Running*>& rows);
+    void sample(Loaded& m, std::span<Running* const> rows);
+    void look_ahead(Loaded& m, Running& r);
+    void take(Loaded& m, Running& r, Token token);
+    template <class Step>
+    void guarded(std::span<Running* const> rows, Step&& step);
+    void end(Running& r, StopReason reason);
+    void fail(Job& job, Failure failure);
+    void sweep(Loaded& m);
+    void trim_idle(Loaded& m);
+    void tell_waiting();
+    void publish(bool always);
+    std::size_t running() const {
+        std::size_t n = 0;
+        for (const auto& m : models_) n += m->running.size();
+        return n;
+    }
+    int running_of(const std::string& client) const {
+        int n = 0;
+        for (const auto& m : models_) {
+            for (const auto& r : m->running) n += r->job->client == client;
+        }
+        return n;
+    }
+    void event(Event::Kind kind, std::shared_ptr<Job> job, std::string text = "", int number = 0) {
+        posted_.push_back({kind, std::move(job), std::move(text), number});
+    }
+
+    const Settings settings_;
+    const Options options_;
+    const std::function<void()> wake_;
+
+    std::mutex mutex_;  // guards what stands here
+    std::condition_variable ready_;
+    std::vector<std::shared_ptr<Job>> arrived_;
+    std::shared_ptr<const Offer> preload_;
+    std::vector<Event> events_;
+    Snapshot snapshot_;
+    std::unique_ptr<Loaded> just_loaded_;
+    std::optional<Failure> load_failure_;
+    bool poked_ = false, load_done_ = false;
+
+    std::atomic<bool> draining_ = false, stopping_ = false;
+    std::atomic<int> load_percent_ = 0, stop_code_ = 0;
+
+    // the scheduler's own
+    std::vector<std::unique_ptr<Loaded>> models_;  // last used last
+    std::shared_ptr<const Offer> loading_;
+    std::vector<Client> clients_;
+    std::size_t next_client_ = 0, finished_ = 0, cancelled_ = 0;
+    std::vector<Event> posted_;
+    Histogram first_token_, between_tokens_;
+    std::uint64_t available_ = 0;
+    std::string broken_;
+    Clock::time_point last_second_ = {}, last_publish_ = {};
+
+    Background background_;
+    std::jthread thread_;  // last, so that it ends first
+};
+
+void Scheduler::work(std::stop_token stop) {
+    const std::stop_callback on_stop(stop, [this] { stopping_ = true, poke(); });
+    while (!stop.stop_requested()) {
+        const bool worked = round();
+        publish(!worked);
+        if (worked) continue;
+        std::unique_lock lock(mutex_);
+        ready_.wait_for(lock, std::chrono::seconds(1), [&] { return poked_; });
+    }
+}
+bool Scheduler::round() {
+    receive();
+    finish_loading();
+    for (const auto& m : models_) sweep(*m);
+    expire();
+    admit();
+    bool worked = false;
+    for (const auto& m : models_) {
+        worked |= step(*m);
+        sweep(*m);
+    }
+    return worked;
+}
+
+void Scheduler::receive() {
+    std::vector<std::shared_ptr<Job>> arrived;
+    std::shared_ptr<const Offer> preload;
+    {
+        const std::lock_guard lock(mutex_);
+        arrived.swap(arrived_);
+        preload.swap(preload_);
+        poked_ = false;
+    }
+    for (std::shared_ptr<Job>& job : arrived) {
+        const auto same = [&](const Client& c) { return c.name == job->client; };
+        auto client = std::find_if(clients_.begin(), clients_.end(), same);
+        if (client == clients_.end()) client = clients_.insert(clients_.end(), {job->client, {}});
+        client->waiting.push_back(std::move(job));
+    }
+    if (preload != nullptr && loaded(*preload) == nullptr) begin_loading(std::move(preload));
+}
+
+// Sends away who waited too long, and forgets who is gone.
+void Scheduler::expire() {
+    const Clock::time_point now = Clock::now();
+    for (Client& client : clients_) {
+        std::erase_if(client.waiting, [&](const std::shared_ptr<Job>& job) {
+            if (job->cancelled) {
+                fail(*job, {0, "cancelled", ""});
+            } else if (draining_) {
+                fail(*job, {503, "draining", "the server is stopping"});
+            } else if (!broken_.empty()) {
+                fail(*job, {503, "device_lost", broken_});
+            } else if (std::chrono::duration<double>(now - job->created).count() > kMostWaiting) {
+                fail(*job, {503, "queue_full", "waited 120 seconds for a free slot"});
+            } else {
+                return false;
+            }
+            event(Event::Kind::done, job);
+            return true;
+        });
+    }
+    const std::size_t before = clients_.size();
+    std::erase_if(clients_, [](const Client& c) { return c.waiting.empty(); });
+    if (clients_.size() != before && next_client_ >= clients_.size()) next_client_ = 0;
+    const bool second = now - last_second_ >= std::chrono::seconds(1);
+    if (!second) return;
+    last_second_ = now;
+    available_ = detail::available_memory();
+    if (available_ < settings_.reserve / 2) make_room(0, nullptr);
+    if (available_ < settings_.reserve / 8) stop_code_ = 5;  // before the machine stalls
+    tell_waiting();
+}
+
+// One job of each client in turn, until nothing more can start.
+void Scheduler::admit() {
+    std::size_t stuck = 0;
+    while (stuck < clients_.size() && running() < settings_.slots) {
+        Client& client = clients_[next_client_ % clients_.size()];
+        next_client_ = (next_client_ + 1) % clients_.size();
+        stuck++;
+        if (running_of(client.name) >= kRunningPerClient) continue;
+        for (auto at = client.waiting.begin(); at != client.waiting.end(); ++at) {
+            const std::shared_ptr<Job> job = *at;
+            const Start result = start(job);
+            if (result == Start::blocked) return;
+            if (result == Start::wait) continue;
+            client.waiting.erase(at);
+            stuck = 0;
+            break;
+        }
+    }
+}
+
+// Whether a job can start: its model is in memory, and there is room for all it may write.
+Scheduler::Start Scheduler::start(const std::shared_ptr<Job>& job) {
+    Loaded* m = loaded(*job->offer);
+    try {
+        if (m == nullptr) {
+            begin_loading(job->offer);
+            return Start::wait;
+        }
+        std::unique_ptr<Sequence> sequence = sequence_for(*m, *job);
+        if (sequence == nullptr) {
+            if (!m->running.empty()) return Start::blocked;
+            throw Error(ErrorKind::out_of_memory, "not enough memory for this conversation now");
+        }
+        job->queue_seconds = seconds_since(job->created);
+        job->reused_tokens = static_cast<int>(sequence->tokens().size());
+        m->prompt_tokens += job->prompt.size();
+        m->running.push_back(std::make_unique<Running>(job, std::move(sequence)));
+        m->used = true;
+        const auto here = std::find_if(models_.begin(), models_.end(),
+                                       [&](const auto& other) { return other.get() == m; });
+        std::rotate(here, here + 1, models_.end());  // last used last
+    } catch (const std::exception& e) {
+        const auto* error = dynamic_cast<const Error*>(&e);
+        const bool usage = error != nullptr && error->kind == ErrorKind::usage;
+        fail(*job, usage ? Failure{400, "out_of_range", e.what()}
+                         : Failure{503, "out_of_memory", "not enough memory for this answer now"});
+        event(Event::Kind::done, job);
+    }
+    return Start::started;
+}
+
+// ---- models
+
+Scheduler::Loaded* Scheduler::loaded(const Offer& offer) {
+    const ModelInfo& a = offer.info;
+    for (const auto& m : models_) {  // a file that has changed since is another one
+        const ModelInfo& b = m->offer->info;
+        if (a.model_file == b.model_file && a.modified == b.modified &&
+            a.file_bytes == b.file_bytes)
+            return m.get();
+    }
+    return nullptr;
+}
+
+// On the loading thread. A GPU gets room for the keys and values of most conversations in all slots,
+// or for what fits.
+Device Scheduler::open(const ModelInfo& info) {
+    const auto watch = [this](std::uint64_t done, std::uint64_t total) {
+        load_percent_ = static_cast<int>(100 * done / std::max<std::uint64_t>(total, 1));
+        return !stopping_;
+    };
+    const auto context = static_cast<std::uint64_t>(std::min(info.config.sequence_len, 1536));
+    CudaOptions cuda;
+    cuda.kv_tokens = settings_.slots * context;
+    try {
+        return open_device(info, options_, cuda, watch);
+    } catch (const Error& e) {
+        if (!place_for(options_).cuda || e.kind != ErrorKind::out_of_memory) throw;
+    }
+    return open_device(info, options_, {}, watch);
+}
+
+// Idle, and not just loaded for somebody whose turn has not come.
+bool Scheduler::removable(const Loaded& m) const {
+    const auto wants = [&](const auto& job) { return job->offer->info.id == m.offer->info.id; };
+    return m.running.empty() &&
+           (m.used || std::none_of(clients_.begin(), clients_.end(), [&](const Client& c) {
+                return std::any_of(c.waiting.begin(), c.waiting.end(), wants);
+            }));
+}
+
+void Scheduler::begin_loading(std::shared_ptr<const Offer> offer) {
+    if (loading_ != nullptr) return;
+    const Place place = place_for(options_);
+    const Config& config = offer->info.config;
+    const std::uint64_t need =
+        weight_bytes(offer->info, place.dtype) +
+        cache_bytes(config, place.dtype) * static_cast<std::uint64_t>(config.sequence_len);
+    while (models_.size() >= settings_.max_models) {
+        const auto oldest = std::find_if(models_.begin(), models_.end(),
+                                         [&](const auto& m) { return removable(*m); });
+        if (oldest == models_.end()) return;  // until one is idle
+        models_.erase(oldest);
+    }
+    loading_ = std::move(offer);
+    load_percent_ = 0;
+    if (!make_room(need, nullptr)) {
+        const std::lock_guard lock(mutex_);
+        load_done_ = true;
+        load_failure_ = {503, "out_of_memory",
+                         cat(loading_->info.id, " needs ", human_bytes(need), " of memory, ",
+                             human_bytes(detail::available_memory()), " is available and ",
+                             human_bytes(settings_.reserve), " of it stay reserved")};
+        return;
+    }
+    background_.post([this, o = loading_] {
+        auto model = std::make_unique<Loaded>();
+        std::optional<Failure> failure;
+        try {
+            model->offer = o;
+            model->device = open(o->info);
+        } catch (const Error& e) {
+            const bool memory = e.kind == ErrorKind::out_of_memory;
+            failure = {memory ? 503 : 409, memory ? "out_of_memory" : "model_not_ready", e.what()};
+        } catch (const std::exception&) {
+            failure = {503, "out_of_memory", cat("not enough memory to load ", o->info.id)};
+        }
+        const std::lock_guard lock(mutex_);
+        if (!failure) just_loaded_ = std::move(model);
+        load_failure_ = failure;
+        load_done_ = poked_ = true;
+        ready_.notify_one();
+    });
+}
+void Scheduler::finish_loading() {
+    std::optional<Failure> failure;
+    {
+        const std::lock_guard lock(mutex_);
+        if (!std::exchange(load_done_, false)) return;
+        failure = std::exchange(load_failure_, {});
+        if (just_loaded_ != nullptr) models_.push_back(std::move(just_loaded_));
+    }
+    const std::shared_ptr<const Offer> offer = std::exchange(loading_, nullptr);
+    if (!failure) return note(cat("loaded ", offer->info.id));
+    note(cat("cannot load ", offer->info.id, ": ", failure->message));
+    for (Client& client : clients_) {
+        std::erase_if(client.waiting, [&](const std::shared_ptr<Job>& job) {
+            if (job->offer->info.id != offer->info.id) return false;
+            fail(*job, *failure);
+            event(Event::Kind::done, job);
+            return true;
+        });
+    }
+}
+
+// Frees what nobody needs now, oldest first, until so many bytes could be taken; false: they cannot.
+bool Scheduler::make_room(std::uint64_t bytes, const Loaded* keep) {
+    for (;;) {
+        std::uint64_t promised = 0;  // to running sequences, which take their memory as they grow
+        for (const auto& m : models_) {
+            for (const auto& r : m->running)
+                promised +=
+                    m->device.cuda
+                        ? 0
+                        : m->token_bytes() * (r->job->prompt.size() +
+                                              static_cast<std::size_t>(r->job->params.max_tokens) -
+                                              std::min(r->job->prompt.size(), r->read()));
+        }
+        available_ = detail::available_memory();
+        if (available_ >= settings_.reserve + promised + bytes) return true;
+        const auto idle = [](const auto& m) { return !m->idle.empty(); };
+        if (const auto m = std::find_if(models_.begin(), models_.end(), idle); m != models_.end()) {
+            (*m)->idle.pop_front();
+            continue;
+        }
+        const auto free = [&](const auto& m) { return m.get() != keep && removable(*m); };
+        const auto m = std::find_if(models_.begin(), models_.end(), free);
+        if (m == models_.end()) return false;
+        note(cat("memory is short: unloaded ", (*m)->offer->info.id));
+        models_.erase(m);
+    }
+}
+
+// ---- sequences
+
+// The idle sequence that begins as this prompt does, else a new one; null if there is no room yet.
+std::unique_ptr<Sequence> Scheduler::sequence_for(Loaded& m, const Job& job) {
+    const std::size_t need = job.prompt.size() + static_cast<std::size_t>(job.params.max_tokens);
+    std::size_t best_length = 0;
+    auto best = m.idle.end();
+    for (auto at = m.idle.begin(); at != m.idle.end(); ++at) {
+        const std::span<const Token> held = at->sequence->tokens();
+        const auto differ =
+            std::mismatch(job.prompt.begin(), job.prompt.end(), held.begin(), held.end());
+        std::size_t same = static_cast<std::size_t>(differ.first - job.prompt.begin());
+        // the same request gives the same tokens whatever was asked before: what was written one by
+        // one is read again where that makes other bits
+        if (!m.backend().decode_equals_prompt()) same = std::min(same, at->read);
+        same = std::min(same, job.prompt.size() - 1);         // the last one is read for its logits
+        if (same <= best_length || 2 * same < held.size() ||  // it rather waits for its own
+            static_cast<std::size_t>(at->sequence->capacity()) < need)
+            continue;
+        best = at, best_length = same;
+    }
+    if (best != m.idle.end()) {
+        std::unique_ptr<Sequence> sequence = std::move(best->sequence);
+        m.idle.erase(best);
+        sequence->rewind(static_cast<int>(best_length));
+        return sequence;
+    }
+    if (!m.device.cuda && !make_room(m.token_bytes() * need, &m)) return nullptr;
+    // The CPU's take memory as they fill, so all can have the whole context and grow in later turns.
+    const std::size_t S = static_cast<std::size_t>(m.offer->info.config.sequence_len);
+    const bool roomy = !m.device.cuda || 4 * (m.running.size() + 1) <= settings_.slots;
+    const int capacity = static_cast<int>(
+        roomy ? std::max(S, need) : std::min((need + 63) / 64 * 64, std::max(S, need)));
+    for (;;) {
+        try {
+            return m.backend().new_sequence(capacity);
+        } catch (const Error& e) {
+            if (e.kind != ErrorKind::out_of_memory) throw;
+        }
+        if (m.idle.empty()) return nullptr;
+        m.idle.pop_front();
+    }
+}
+
+// ---- steps
+
+bool Scheduler::step(Loaded& m) {
+    std::vector<Running*> rows;
+    for (const auto& r :
+         m.running) {  // always in this order: a device may have begun the next step
+        if (!r->over && !r->reading() && !r->job->paused) rows.push_back(r.get());
+    }
+    const std::size_t read = read_prompts(m, rows);
+    if (!rows.empty()) sample(m, rows);
+    return read > 0 || !rows.empty();
+}
+
+// Reads up to a piece of prompts; those that it ends go into `rows`, to be read with the others' step.
+std::size_t Scheduler::read_prompts(Loaded& m, std::vector<Running*>& rows) {
+    std::size_t budget = kPiece;
+    std::vector<Running*> parts;
+    std::vector<std::size_t> sizes;
+    const std::size_t n = m.running.size(), first = n == 0 ? 0 : m.next_reader++ % n;
+    for (std::size_t i = 0; i < n && budget > 0; i++) {
+        Running& r = *m.running[(first + i) % n];
+        if (r.over || !r.reading() || r.job->paused) continue;
+        const std::size_t left = r.job->prompt.size() - r.read(), size = std::min(left, budget);
+        budget -= size;
+        if (size == left && r.job->candidates_only) {
+            look_ahead(m, r);
+        } else if (size == left) {
+            rows.push_back(&r);
+        } else {
+            parts.push_back(&r);
+            sizes.push_back(size);
+        }
+    }
+    guarded(parts, [&](std::span<Running* const> some) {
+        std::vector<Chunk> chunks;
+        for (Running* r : some) {
+            const std::size_t at =
+                static_cast<std::size_t>(std::find(parts.begin(), parts.end(), r) - parts.begin());
+            chunks.push_back(
+                {r->sequence.get(), std::span(r->job->prompt).subspan(r->read(), sizes[at]), true});
+        }
+        m.backend().step(chunks);
+    });
+    return kPiece - budget;
+}
+
+void Scheduler::sample(Loaded& m, std::span<Running* const> rows) {
+    guarded(rows, [&](std::span<Running* const> some) {
+        std::vector<Chunk> chunks;
+        std::vector<Sampler*> samplers;
+        for (Running* r : some) {
+            const std::span<const Token> prompt = r->job->prompt;
+            chunks.push_back(r->reading()
+                                 ? Chunk{r->sequence.get(), prompt.subspan(r->read()), true}
+                                 : Chunk{r->sequence.get(), r->answer.last()});
+            samplers.push_back(&r->answer.sampler());
+        }
+        const std::span<const Token> tokens = m.backend().sample(chunks, samplers);
+        for (std::size_t i = 0; i < some.size(); i++) {
+            try {
+                take(m, *some[i], tokens[i]);
+            } catch (const std::exception&) {
+                fail(*some[i]->job, {503, "out_of_memory", "not enough memory for the answer"});
+                some[i]->over = true;
+            }
+        }
+    });
+}
+
+// The likeliest tokens behind a prompt: of the full distribution, before temperature and top-k.
+void Scheduler::look_ahead(Loaded& m, Running& r) {
+    Running* const row = &r;
+    guarded({&row, 1}, [&](std::span<Running* const>) {
+        const Chunk chunk = {r.sequence.get(), std::span(r.job->prompt).subspan(r.read()), true};
+        const std::span<const float> logits = m.backend().step({&chunk, 1});
+        const double top = double{logits[static_cast<std::size_t>(Sampler::argmax(logits))]};
+        double total = 0;
+        for (const float x : logits) total += is_finite(x) ? std::exp(double{x} - top) : 0;
+        const auto probability = [&](Token id) {
+            const float x = logits[static_cast<std::size_t>(id)];
+            return is_finite(x) ? std::exp(double{x} - top) / total : 0;
+        };
+        std::vector<Candidate>& best = r.job->candidates;
+        for (Token id = 0; id < static_cast<Token>(logits.size()); id++)
+            best.push_back({id, probability(id)});
+        const auto end = best.begin() + std::min<std::ptrdiff_t>(10, std::ssize(best));
+        std::partial_sort(best.begin(), end, best.end(), [](const auto& a, const auto& b) {
+            return a.probability != b.probability ? a.probability > b.probability
+                                                  : a.token < b.token;
+        });
+        best.erase(end, best.end());
+        r.job->chosen.probability = probability(r.job->chosen.token);
+        r.over = true;
+    });
+}
+
+void Scheduler::take(Loaded& m, Running& r, Token token) {
+    const Clock::time_point now = Clock::now();
+    if (r.reading()) {
+        r.first = now;
+        first_token_.add(std::chrono::duration<double>(now - r.job->created).count());
+    } else {
+        between_tokens_.add(std::chrono::duration<double>(now - r.last).count());
+    }
+    r.last = now;
+    m.generated++;
+    const auto reason = r.answer.take(*r.sequence, token, [&](Generated generated) {
+        std::string text = r.text.push(generated.token);
+        if (!text.empty()) event(Event::Kind::text, r.job, std::move(text));
+        return !r.text.stopped();
+    });
+    if (reason) end(r, *reason);
+}
+
+// Runs a step. If the error is of one sequence (its logits are no numbers), the others go on.
+template <class Step>
+void Scheduler::guarded(std::span<Running* const> rows, Step&& step) {
+    if (rows.empty()) return;
+    try {
+        return step(rows);
+    } catch (const std::exception& e) {
+        const auto* error = dynamic_cast<const Error*>(&e);
+        for (Running* r : rows) r->answer.restart_sampler();
+        if (error != nullptr && error->kind == ErrorKind::device) {
+            broken_ = "the device failed; the server stops";
+            stop_code_ = 1;
+            say(cat("device failed: ", e.what()), kRed);
+            for (const auto& m : models_) {
+                for (const auto& r : m->running)
+                    fail(*r->job, {503, "device_lost", broken_}), r->over = true;
+            }
+        } else if (rows.size() == 1) {
+            const bool memory = error == nullptr || error->kind == ErrorKind::out_of_memory;
+            fail(*rows[0]->job, memory
+                                    ? Failure{503, "out_of_memory", "not enough memory for a step"}
+                                    : Failure{500, "internal", e.what()});
+            rows[0]->over = true;
+        }
+    }
+    if (rows.size() == 1 || !broken_.empty()) return;
+    for (std::size_t i = 0; i < rows.size(); i++) guarded(rows.subspan(i, 1), step);
+}
+
+void Scheduler::end(Running& r, StopReason reason) {
+    Job& job = *r.job;
+    std::string rest = r.text.finish();
+    if (!rest.empty()) event(Event::Kind::text, r.job, std::move(rest));
+    if (reason == StopReason::max_tokens && job.clipped) reason = StopReason::context_full;
+    job.answer.reason = r.text.stopped() ? StopReason::stop_token : reason;
+    r.over = true;
+}
+void Scheduler::fail(Job& job, Failure failure) {
+    if (!job.failure) job.failure = std::move(failure);
+}
+
+// Takes out what is over; its sequence stays for the conversation's next turn.
+void Scheduler::sweep(Loaded& m) {
+    const Clock::time_point now = Clock::now();
+    std::erase_if(m.running, [&](const std::unique_ptr<Running>& r) {
+        Job& job = *r->job;
+        if (job.cancelled && !r->over) fail(job, {0, "cancelled", ""}), r->over = true;
+        if (!r->over && std::chrono::duration<double>(now - job.created).count() > kMostRunning)
+            fail(job, {503, "request_timeout", "the answer took more than 600 seconds"}),
+                r->over = true;
+        if (!r->over) return false;
+        const auto seconds = [](Clock::time_point a, Clock::time_point b) {
+            return std::chrono::duration<double>(b - a).count();
+        };
+        Answer& a = job.answer;
+        a.prompt_tokens = static_cast<int>(job.prompt.size());
+        a.completion_tokens = r->answer.count();
+        if (a.completion_tokens > 0) {
+            a.prefill_seconds = seconds(r->start, r->first);
+            a.decode_seconds = seconds(r->first, r->last);
+            a.first_seconds = seconds(job.created, r->first);
+        }
+        (job.cancelled ? cancelled_ : finished_)++;
+        if (!job.failure || job.cancelled)
+            m.idle.push_back({std::move(r->sequence), job.prompt.size()});
+        event(Event::Kind::done, r->job);
+        return true;
+    });
+    trim_idle(m);
+}
+// Idle sequences keep at most two contexts for every slot.
+void Scheduler::trim_idle(Loaded& m) {
+    const std::size_t most =
+        2 * settings_.slots * static_cast<std::size_t>(m.offer->info.config.sequence_len);
+    std::size_t tokens = 0;
+    for (const Idle& idle : m.idle) tokens += idle.sequence->tokens().size();
+    while (tokens > most || m.idle.size() > 4 * settings_.slots) {
+        tokens -= m.idle.front().sequence->tokens().size();
+        m.idle.pop_front();
+    }
+}
+
+// ---- what others see
+
+// Tells who waits how many are before them: with turns for every client, at most so many as this.
+void Scheduler::tell_waiting() {
+    for (const Client& client : clients_) {
+        for (std::size_t i = 0; i < client.waiting.size(); i++) {
+            const std::shared_ptr<Job>& job = client.waiting[i];
+            if (loading_ != nullptr && job->offer->info.id == loading_->info.id) {
+                event(Event::Kind::loading, job, "", load_percent_);
+                continue;
+            }
+            std::size_t before = i;
+            for (const Client& other : clients_) {
+                if (&other != &client) before += std::min(other.waiting.size(), i + 1);
+            }
+            event(Event::Kind::queued, job, "", static_cast<int>(before));
+        }
+    }
+}
+
+void Scheduler::publish(bool always) {
+    const Clock::time_point now = Clock::now();
+    std::size_t queued = 0;
+    for (const Client& client : clients_) queued += client.waiting.size();
+    std::optional<Snapshot> fresh;
+    if (always || now - last_publish_ > std::chrono::milliseconds(50)) {
+        last_publish_ = now;
+        Snapshot& s = fresh.emplace();
+        for (const auto& m : models_) {
+            const std::string& id = m->offer->info.id;
+            std::uint64_t held = 0;
+            for (const auto& r : m->running) {
+                held += r->read();
+                s.slots.push_back({r->job->id, id, r->reading() ? "prefill" : "decode",
+                                   static_cast<int>(r->job->prompt.size()), r->answer.count(),
+                                   std::chrono::duration<double>(now - r->start).count()});
+            }
+            s.models.push_back({id, m->backend().device(), m->running.size(), m->idle.size(),
+                                m->prompt_tokens, m->generated, held});
+        }
+        s.finished = finished_, s.cancelled = cancelled_;
+        s.memory_available = available_;
+        s.first_token = first_token_, s.between_tokens = between_tokens_;
+        s.loading = loading_ != nullptr;
+        s.broken = broken_;
+    }
+    {
+        const std::lock_guard lock(mutex_);
+        if (fresh) snapshot_ = std::move(*fresh);
+        snapshot_.active = running(), snapshot_.queued = queued;
+        if (posted_.empty()) return;
+        std::move(posted_.begin(), posted_.end(), std::back_inserter(events_));
+        posted_.clear();
+    }
+    wake_();
+}
+
+// ==== 9. routes ==================================================================================
+// What the requests mean: nanochat's chat_web, OpenAI's interface and the class's model list, on the
+// sockets' thread. Everything that needs no generation is answered at once.
+
+extern const std::string_view kPageStyle, kPageBody, kPageScript;  // section 11
+constexpr std::string_view kJson = "application/json";
+constexpr std::string_view kEvents = "text/event-stream; charset=utf-8";
+
+// The members of a JSON body, each checked: an unknown one is ignored, a known one that does not fit
+// is refused.
+class Form {
+public:
+    Form(const Json& json, int wrong_form) : json_(json), wrong_form_(wrong_form) {
+        if (json.kind != Json::Kind::object) wrong("the body", "a JSON object");
+    }
+    const Json* find(std::string_view name) const {
+        const Json* value = json_.find(name);
+        return value == nullptr || value->kind == Json::Kind::null ? nullptr : value;
+    }
+    const Json& need(std::string_view name) const {
+        if (const Json* value = find(name)) return *value;
+        throw HttpError(wrong_form_, "missing_field", cat(name, " is required"), std::string(name));
+    }
+    [[noreturn]] void wrong(std::string_view name, std::string_view wanted) const {
+        throw HttpError(wrong_form_, "wrong_type", cat(name, " must be ", wanted),
+                        std::string(name));
+    }
+    [[noreturn]] static void out_of_range(std::string_view name, const std::string& message) {
+        throw HttpError(400, "out_of_range", message, std::string(name));
+    }
+    // `sentence`: nanochat's, for a number out of range.
+    double number(std::string_view name, double least, double most, double otherwise,
+                  const char* sentence = nullptr) const {
+        const Json* value = find(name);
+        if (value == nullptr) return otherwise;
+        if (value->kind != Json::Kind::number) wrong(name, "a number");
+        if (value->number >= least && value->number <= most) return value->number;
+        out_of_range(name, sentence != nullptr
+                               ? std::string(sentence)
+                               : cat(name, " must be between ", Value(least).text, " and ",
+                                     Value(most).text, " (got ", value->string, ")"));
+    }
+    std::int64_t whole(std::string_view name, std::int64_t least, std::int64_t most,
+                       std::int64_t otherwise, const char* sentence = nullptr) const {
+        const Json* value = find(name);
+        if (value == nullptr) return otherwise;
+        if (value->kind != Json::Kind::number ||
+            value->string.find_first_of(".eE") != std::string::npos)
+            wrong(name, "a whole number");
+        const std::string& text = value->string;
+        std::int64_t n = 0;
+        const auto result = std::from_chars(text.data(), text.data() + text.size(), n);
+        if (result.ec == std::errc() && n >= least && n <= most) return n;
+        out_of_range(name, sentence != nullptr ? std::string(sentence)
+                                               : cat(name, " must be between ", least, " and ",
+                                                     most, " (got ", text, ")"));
+    }
+    bool flag(std::string_view name) const {
+        const Json* value = find(name);
+        if (value != nullptr && value->kind != Json::Kind::boolean) wrong(name, "true or false");
+        return value != nullptr && value->boolean;
+    }
+    std::string text(std::string_view name) const {
+        const Json* value = find(name);
+        if (value != nullptr && value->kind != Json::Kind::string) wrong(name, "a string");
+        return value == nullptr ? "" : value->string;
+    }
+    int wrong_form() const { return wrong_form_; }
+
+private:
+    const Json& json_;
+    int wrong_form_;
+};
+
+[[noreturn]] void not_supported(std::string_view name) {
+    throw HttpError(400, "unsupported_parameter", cat(name, " is not supported"),
+                    std::string(name));
+}
+// What would change the answer and is not supported must not be dropped in silence.
+void refuse_unsupported(const Form& form) {
+    const auto empty = [](const Json& v) {
+        return v.array.empty() && v.object.empty() && v.string.empty() && !v.boolean;
+    };
+    for (const char* name : {"tools", "functions", "audio", "logit_bias", "suffix", "echo",
+                             "logprobs", "prediction", "web_search_options"}) {
+        if (const Json* v = form.find(name); v != nullptr && !empty(*v)) not_supported(name);
+    }
+    for (const char* name : {"presence_penalty", "frequency_penalty", "top_logprobs"}) {
+        if (form.number(name, -1e9, 1e9, 0) != 0) not_supported(name);
+    }
+    for (const char* name : {"n", "best_of"}) {
+        if (form.whole(name, 1, 128, 1) != 1) not_supported(name);
+    }
+    if (const Json* format = form.find("response_format")) {
+        const Json* type = format->find("type");
+        if (type == nullptr || type->string != "text") not_supported("response_format");
+    }
+    if (const Json* modalities = form.find("modalities")) {
+        const auto text = [](const Json& v) { return v.string == "text"; };
+        if (!std::all_of(modalities->array.begin(), modalities->array.end(), text))
+            not_supported("modalities");
+    }
+}
+
+// ---- conversations
+
+// A calculator's call as it was shown, or as nanochat shows it, is what it was again: special tokens,
+// if the calculator agrees. Returns its length, 0 if there is none at the beginning of `text`.
+std::size_t read_call(std::string_view text, std::string_view& expression, std::string& result) {
+    const auto between = [&](std::string_view open, std::string_view middle,
+                             std::string_view close) -> std::size_t {
+        if (!text.starts_with(open)) return 0;
+        const std::size_t at = text.find(middle, open.size());
+        const std::size_t begin = at + middle.size(), end = text.find(close, begin);
+        if (at == text.npos || end == text.npos) return 0;
+        expression = text.substr(open.size(), at - open.size());
+        result = text.substr(begin, end - begin);
+        return calculate(expression) == result ? end + close.size() : 0;
+    };
+    const std::size_t literal =
+        between("<|python_start|>", "<|python_end|><|output_start|>", "<|output_end|>");
+    const std::size_t shown = literal > 0 ? literal : between("[", " = ", "]");
+    return shown + (literal == 0 && shown > 0 && text.substr(shown).starts_with(' ') ? 1 : 0);
+}
+std::vector<Token> encode_answer(const Tokenizer& tokenizer, std::string_view text) {
+    std::vector<Token> ids;
+    const auto add = [&](std::string_view part) {
+        const std::vector<Token> more = tokenizer.encode(part);
+        ids.insert(ids.end(), more.begin(), more.end());
+    };
+    std::size_t plain = 0;  // where text begins that is not yet in ids
+    for (std::size_t at = text.find_first_of("[<"); at != text.npos;
+         at = text.find_first_of("[<", at)) {
+        std::string_view expression;
+        std::string result;
+        const std::size_t length = read_call(text.substr(at), expression, result);
+        if (length == 0) {
+            at++;
+            continue;
+        }
+        add(text.substr(plain, at - plain));
+        ids.push_back(tokenizer.special("<|python_start|>"));
+        add(expression);
+        ids.push_back(tokenizer.special("<|python_end|>"));
+        ids.push_back(tokenizer.special("<|output_start|>"));
+        add(result);
+        ids.push_back(tokenizer.special("<|output_end|>"));
+        plain = at += length;
+    }
+    add(text.substr(plain));
+    return ids;
+}
+
+// As render_chat, but calculator calls in answers are read back, roles need not alternate (nanochat's
+// page repeats a message whose answer failed), and an answer at the end is gone on with.
+std::vector<Token> render(const Tokenizer& tokenizer, std::span<const Message> messages) {
+    std::vector<Token> ids = {tokenizer.special("<|bos|>")};
+    const auto add = [&](const char* before, const std::vector<Token>& text, const char* after) {
+        ids.push_back(tokenizer.special(before));
+        ids.insert(ids.end(), text.begin(), text.end());
+        if (*after != '\0') ids.push_back(tokenizer.special(after));
+    };
+    std::string system;
+    for (const Message& m : messages) {
+        const bool last = &m == &messages.back();
+        if (m.role == Role::system) {
+            system += m.content + "\n\n";
+        } else if (m.role == Role::user) {
+            add("<|user_start|>", tokenizer.encode(std::exchange(system, "") + m.content),
+                "<|user_end|>");
+        } else {
+            add("<|assistant_start|>", encode_answer(tokenizer, m.content),
+                last ? "" : "<|assistant_end|>");
+        }
+    }
+    if (messages.back().role != Role::assistant)
+        ids.push_back(tokenizer.special("<|assistant_start|>"));
+    return ids;
+}
+
+Role read_role(const Form& form, const Json& message, std::size_t i) {
+    const Json* role = message.find("role");
+    const std::string name = role == nullptr ? "" : role->string;
+    if (name == "user") return Role::user;
+    if (name == "assistant") return Role::assistant;
+    if (name == "system" || name == "developer") return Role::system;
+    const std::string param = cat("messages[", i, "].role");
+    if (role == nullptr || role->kind != Json::Kind::string) form.wrong(param, "a string");
+    throw HttpError(
+        400, "out_of_range",
+        cat("Message ", i, " has invalid role. Must be 'user', 'assistant', or 'system'"), param);
+}
+std::string read_content(const Form& form, const Json& message, std::size_t i) {
+    const Json* content = message.find("content");
+    const std::string param = cat("messages[", i, "].content");
+    if (content != nullptr && content->kind == Json::Kind::string) return content->string;
+    if (content == nullptr || content->kind != Json::Kind::array || form.wrong_form() == 422)
+        form.wrong(param, "a string");
+    std::string text;
+    for (const Json& part : content->array) {
+        const Json *type = part.find("type"), *words = part.find("text");
+        if (type == nullptr || type->string != "text") not_supported(param);
+        if (words == nullptr || words->kind != Json::Kind::string) form.wrong(param, "text parts");
+        text += words->string;
+    }
+    return text;
+}
+std::size_t characters(std::string_view text) {
+    return static_cast<std::size_t>(std::count_if(text.begin(), text.end(), [](char c) {
+        return (static_cast<unsigned char>(c) & 0xc0) != 0x80;
+    }));
+}
+// The texts of the errors are nanochat's (chat_web.py, validate_chat_request).
+std::vector<Message> read_messages(const Form& form, bool nanochat) {
+    const Json& list = form.need("messages");
+    if (list.kind != Json::Kind::array) form.wrong("messages", "an array");
+    const auto bad = [](const std::string& message) { Form::out_of_range("messages", message); };
+    if (list.array.empty()) bad("At least one message is required");
+    if (list.array.size() > 500) bad("Too many messages. Maximum 500 messages allowed per request");
+    std::vector<Message> messages;
+    std::size_t total = 0;
+    for (std::size_t i = 0; i < list.array.size(); i++) {
+        const Role role = read_role(form, list.array[i], i);
+        messages.push_back({role, read_content(form, list.array[i], i)});
+        if (!nanochat) continue;
+        const std::size_t n = characters(messages.back().content);
+        if (n == 0) bad(cat("Message ", i, " has empty content"));
+        if (n > 8000)
+            bad(cat("Message ", i, " is too long. Maximum 8000 characters allowed per message"));
+        total += n;
+    }
+    if (total > 32000) bad("Total conversation is too long. Maximum 32000 characters allowed");
+    const auto spoken = [](const Message& m) { return m.role != Role::system; };
+    if (std::none_of(messages.begin(), messages.end(), spoken) ||
+        messages.back().role == Role::system)
+        bad("the last message must be the user's or the assistant's");
+    return messages;
+}
+
+// Leaves out the oldest exchanges while less than a quarter of the context (or max_tokens, if fewer)
+// would remain for the answer, as Chat does. Returns how many messages went.
+int drop_oldest(const Tokenizer& tokenizer, std::vector<Message>& messages, std::vector<Token>& ids,
+                std::size_t S, std::size_t max_tokens) {
+    int dropped = 0;
+    while (ids.size() + std::min(max_tokens, S / 4) > S) {
+        const auto first = std::find_if(messages.begin(), messages.end(),
+                                        [](const Message& m) { return m.role != Role::system; });
+        const auto next = std::find_if(first + (first != messages.end()), messages.end(),
+                                       [](const Message& m) { return m.role == Role::user; });
+        if (next == messages.end()) break;
+        dropped += static_cast<int>(next - first);
+        messages.erase(first, next);
+        ids = render(tokenizer, messages);
+    }
+    return dropped;
+}
+
+// ---- the server
+
+enum class Style { nanochat, chat, completion, why };
+struct Exchange : Job {  // a job with how its answer is told
+    Style style = Style::chat;
+    bool streams = false, head_sent = false, include_usage = false;
+    std::string answer_id, text;
+    std::string owner;                 // whose limits it counts for
+    std::vector<Token> answer_tokens;  // why
+    int position = 0, dropped_messages = 0, last_number = -1;
+    std::int64_t created_unix = std::time(nullptr);
+    Clock::time_point last_event = Clock::now();
+};
+
+struct Catalog {  // the checkpoints as they were last seen
+    fs::path base;
+    std::vector<ModelInfo> models;
+    Tokens tokens;
+    fs::file_time_type tokenizer_time = {};
+    std::string default_id;
+    std::int64_t unix_time = std::time(nullptr);
+    Clock::time_point time = Clock::now();
+};
+
+class Server final : public HttpServer {
+public:
+    explicit Server(Options& o);
+    int run(int signals);
+
+private:
+    struct Route {
+        std::string_view method, path;
+        bool prefix, needs_key;
+        void (Server::*run)(Connection&);
+    };
+    static std::span<const Route> routes();
+
+    void check(Connection& c) override;
+    void answer(Connection& c) override;
+    void refuse(Connection& c, const std::exception& e) override;
+    void gone(Connection& c) override;
+    void answered(Connection& c) override;
+    void woken() override;
+    void pass(Connection& c, Clock::time_point now) override;
+    bool go_on() override;
+    void begin_drain(int exit_code, const char* why);
+    void other_event() override;
+    Fields common_fields(const Connection& c) override;
+
+    bool host_allowed(const Connection& c) const;
+    void check_origin(const Connection& c) const;
+    void check_key(const Request& r) const;
+    const Route* route_of(const Request& r) const;
+
+    void send_json(Connection& c, const Value& value, int status = 200) {
+        respond(c, status, kJson, value.text + "\n");
+    }
+    void page(Connection& c);
+    void icon(Connection& c);
+    void models(Connection& c);
+    void one_model(Connection& c);
+    void nanochat(Connection& c);
+    void health(Connection& c);
+    void stats(Connection& c);
+    void openai_models(Connection& c);
+    void openai_model(Connection& c);
+    void chat_completion(Connection& c);
+    void completion(Connection& c);
+    void tokenize(Connection& c);
+    void detokenize(Connection& c);
+    void why(Connection& c);
+    void metrics(Connection& c);
+    void slots(Connection& c);
+    void props(Connection& c);
+
+    bool refresh(double most_age);
+    void take_catalog();
+    void answer_models(Connection& c);
+    const ModelInfo& find_model(const std::string& id) const;
+    std::shared_ptr<const Tokenizer> tokenizer_of(const ModelInfo& info);
+    std::shared_ptr<const Offer> offer_of(const std::string& id);
+    std::shared_ptr<Exchange> new_exchange(const Connection& c, const Form& form, Style style);
+    void fit_prompt(Exchange& x, std::int64_t max_tokens);
+    void submit(Connection& c, std::shared_ptr<Exchange> x);
+
+    void begin_events(Connection& c, Exchange& x);
+    void tell_text(Connection& c, Exchange& x, const std::string& text);
+    void tell_end(Connection& c, Exchange& x);
+    void tell_failure(Connection& c, Exchange& x);
+    void send_whole(Connection& c, Exchange& x);
+    std::string chunk(const Exchange& x, const Value& choices, const Value& usage) const;
+    Value usage(const Exchange& x) const;
+
+    Options& options_;
+    std::vector<std::string> keys_, hosts_;
+    std::string nonce_, page_, etag_;
+    std::shared_ptr<const Catalog> catalog_, fresh_;
+    std::mutex fresh_mutex_;  // guards fresh_
+    bool scanning_ = false;
+    std::vector<std::uint64_t> parked_;  // connections that wait for a scan
+    std::vector<
+        std::pair<std::pair<fs::path, fs::file_time_type>, std::shared_ptr<const Tokenizer>>>
+        tokenizers_;
+    std::unordered_map<std::string, std::shared_ptr<const Offer>> offers_;
+    std::unordered_map<std::string, std::size_t> jobs_of_;  // by client
+    std::size_t live_jobs_ = 0;
+    std::uint64_t next_request_ = 0;
+    std::vector<std::pair<std::string, std::uint64_t>> counts_, rejected_;
+    Clock::time_point start_ = Clock::now(), drain_end_ = {};
+    bool draining_ = false;
+    int signals_ = -1, exit_code_ = 0;
+    std::size_t slots_ = 8;
+    std::unique_ptr<Scheduler> scheduler_;
+    Background scanner_;
+};
+
+// clang-format off
+std::span<const Server::Route> Server::routes() {
+    static constexpr Route kRoutes[] = {
+        {"GET", "/", false, false, &Server::page},
+        {"GET", "/inference", false, false, &Server::page},
+        {"GET", "/favicon.ico", false, false, &Server::icon},
+        {"GET", "/logo.svg", false, false, &Server::icon},
+        {"GET", "/health", false, false, &Server::health},
+        {"GET", "/stats", false, false, &Server::stats},
+        {"GET", "/metrics", false, true, &Server::metrics},
+        {"GET", "/slots", false, true, &Server::slots},
+        {"GET", "/props", false, true, &Server::props},
+        {"GET", "/api/v1/inference/models", false, true, &Server::models},
+        {"GET", "/api/v1/inference/models/", true, true, &Server::one_model},
+        {"GET", "/v1/models", false, true, &Server::openai_models},
+        {"GET", "/v1/models/", true, true, &Server::openai_model},
+        {"POST", "/chat/completions", false, true, &Server::nanochat},
+        {"POST", "/v1/chat/completions", false, true, &Server::chat_completion},
+        {"POST", "/v1/completions", false, true, &Server::completion},
+        {"POST", "/api/v1/inference/tokenize", false, true, &Server::tokenize},
+        {"POST", "/api/v1/inference/detokenize", false, true, &Server::detokenize},
+        {"POST", "/api/v1/inference/why", false, true, &Server::why},
+    };
+    return kRoutes;
+}
+// clang-format on
+
+std::string random_hex(std::size_t digits) {
+    std::string text;
+    while (text.size() < digits) {
+        std::uint32_t random = 0;
+        if (::getentropy(&random, sizeof random) != 0) fail_errno<std::runtime_error>("getentropy");
+        text += hex(random, 8);
+    }
+    return text.substr(0, digits);
+}
+
+// ---- who may ask
+
+// A name in Host that is not ours means a web page has pointed its own name here (DNS rebinding).
+bool Server::host_allowed(const Connection& c) const {
+    std::string name = lower(c.request().get("host"));
+    const std::size_t port = name.find_last_of(':');
+    if (port != name.npos && name.find(']', port) == name.npos) name.resize(port);
+    if (name.starts_with('[') && name.ends_with(']')) name = name.substr(1, name.size() - 2);
+    const bool loopback =
+        name == "localhost" || name == "::1" ||
+        (name.starts_with("127.") && name.find_first_not_of("0123456789.") == name.npos);
+    return loopback || name == c.local ||
+           std::find(hosts_.begin(), hosts_.end(), name) != hosts_.end();
+}
+void Server::check_origin(const Connection& c) const {
+    const Request& r = c.request();
+    const std::string* origin = r.find("origin");
+    const auto& allowed = options_.allow_origins;
+    if (origin != nullptr) {
+        const std::string host = lower(r.get("host"));
+        const bool own = *origin == "http://" + host || *origin == "https://" + host;
+        if (own || std::find(allowed.begin(), allowed.end(), *origin) != allowed.end()) return;
+    }
+    const bool link = r.method != "POST" && r.get("sec-fetch-mode") == "navigate";
+    if (origin == nullptr && (link || r.get("sec-fetch-site") != "cross-site")) return;
+    throw HttpError(403, "origin_not_allowed",
+                    "this web page may not use the server; --allow-origin names those that may");
+}
+void Server::check_key(const Request& r) const {
+    if (keys_.empty()) return;
+    const std::string field = r.get("authorization");
+    const std::string_view given =
+        lower(field.substr(0, 7)) == "bearer " ? trim(std::string_view(field).substr(7)) : "";
+    bool good = false;
+    for (const std::string& key : keys_) {  // in a time that tells nothing of the key
+        unsigned difference = key.size() != given.size();
+        for (std::size_t i = 0; i < key.size(); i++) {
+            const char other = given.empty() ? '\0' : given[i % given.size()];
+            difference |= static_cast<unsigned char>(key[i] ^ other);
+        }
+        good |= difference == 0;
+    }
+    if (!good)
+        throw HttpError(401, "invalid_api_key",
+                        "the server was started with a key; send it as "
+                        "Authorization: Bearer KEY");
+}
+
+const Server::Route* Server::route_of(const Request& r) const {
+    const std::string_view method = r.method == "HEAD" ? "GET" : std::string_view(r.method);
+    std::vector<std::string_view> others;
+    for (const Route& route : routes()) {
+        const bool fits = route.prefix ? r.path.starts_with(route.path) && r.path != route.path
+                                       : r.path == route.path;
+        if (fits && route.method == method) return &route;
+        if (fits) others.push_back(route.method == "GET" ? "GET, HEAD" : route.method);
+    }
+    if (others.empty())
+        throw HttpError(404, "no_such_route", cat("there is no ", detail::quote(r.path), " here"));
+    if (r.method == "OPTIONS") return nullptr;
+    throw HttpError(405, "method_not_allowed",
+                    cat(r.path, " takes ", join(others, ", "), ", not ", r.method),
+                    std::string(others[0]));
+}
+
+void Server::check(Connection& c) {
+    const Request& r = c.request();
+    c.request_id = cat("r-", hex(static_cast<std::uint32_t>(++next_request_), 4));
+    c.client = c.peer;
+    const bool proxied = options_.trust_proxy && (c.peer.starts_with("127.") || c.peer == "::1");
+    if (const std::string* forwarded = r.find("x-forwarded-for"); forwarded != nullptr && proxied)
+        c.client = trim(std::string_view(*forwarded).substr(forwarded->find_last_of(',') + 1));
+    if (!host_allowed(c))
+        throw HttpError(403, "host_not_allowed",
+                        "the server is not known by this name; --allow-host NAME makes it so");
+    check_origin(c);
+    const Route* route = route_of(r);
+    if (route == nullptr) return;  // a browser that asks before it posts
+    if (route->needs_key) check_key(r);
+    const std::string type = lower(r.get("content-type"));
+    if (r.method == "POST" && trim(type.substr(0, type.find(';'))) != kJson)
+        throw HttpError(415, "unsupported_media_type", "Content-Type must be application/json");
+}
+
+Fields Server::common_fields(const Connection& c) {
+    const std::string* origin = c.request().find("origin");
+    const auto& allowed = options_.allow_origins;
+    if (allowed.empty()) return {};
+    Fields fields = {{"Vary", "Origin"}};
+    if (origin != nullptr && std::find(allowed.begin(), allowed.end(), *origin) != allowed.end())
+        fields.push_back({"Access-Control-Allow-Origin", *origin});
+    return fields;
+}
+
+void Server::answer(Connection& c) {
+    const Route* route = route_of(c.request());
+    if (route != nullptr) return (this->*route->run)(c);
+    respond(c, 204, "", "",
+            {{"Access-Control-Allow-Methods", "GET, POST"},
+             {"Access-Control-Allow-Headers", "Content-Type, Authorization"},
+             {"Access-Control-Max-Age", "600"}});
+}
+
+std::string_view error_type(int status) {
+    switch (status) {
+        case 401:
+            return "authentication_error";
+        case 403:
+            return "permission_error";
+        case 404:
+            return "not_found_error";
+        case 409:
+            return "conflict_error";
+        case 429:
+            return "rate_limit_error";
+        case 500:
+            return "server_error";
+        case 501:
+            return "not_supported_error";
+        case 503:
+            return "overloaded_error";
+        default:
+            return "invalid_request_error";
+    }
+}
+Members error_members(int status, std::string_view code, std::string_view message,
+                      std::string_view param = "") {
+    const std::string shown = to_utf8(message.substr(0, 400));
+    return {{"error", object({{"message", shown},
+                              {"type", error_type(status)},
+                              {"param", or_null(param)},
+                              {"code", code}})},
+            {"detail", shown}};
+}
+HttpError as_http(const std::exception& e) {
+    if (const auto* http = dynamic_cast<const HttpError*>(&e)) return *http;
+    if (const auto* error = dynamic_cast<const Error*>(&e)) {
+        if (error->kind == ErrorKind::usage) return {400, "out_of_range", e.what()};
+        if (error->kind == ErrorKind::not_found) return {404, "model_not_found", e.what()};
+        if (error->kind != ErrorKind::device && error->kind != ErrorKind::out_of_memory)
+            return {409, "model_not_ready", e.what()};
+    }
+    if (dynamic_cast<const std::bad_alloc*>(&e) != nullptr ||
+        dynamic_cast<const Error*>(&e) != nullptr)
+        return {503, "out_of_memory", "not enough memory for this request now"};
+    return {500, "internal", "the server made a mistake; its log says which"};
+}
+void Server::refuse(Connection& c, const std::exception& e) {
+    const HttpError error = as_http(e);
+    if (error.status == 500) say(cat("error: ", e.what()), kRed);
+    if (c.request_id.empty())
+        c.request_id = cat("r-", hex(static_cast<std::uint32_t>(++next_request_), 4));
+    Fields more;
+    std::string param = error.param;
+    if (error.status == 405) more.push_back({"Allow", std::exchange(param, "")});
+    if (error.status == 401) more.push_back({"WWW-Authenticate", "Bearer"});
+    if (error.status == 429 || error.status == 503) more.push_back({"Retry-After", "5"});
+    Members members = error_members(error.status, error.code, error.what(), param);
+    members.emplace_back("request_id", c.request_id);
+    respond(c, error.status, kJson, object(members).text + "\n", more);
+}
+
+// ---- the page
+
+void Server::page(Connection& c) {
+    if (c.request().get("if-none-match") == etag_)
+        return respond(c, 304, "", "", {{"ETag", etag_}});
+    const std::string nonce = cat("'nonce-", nonce_, "'");
+    respond(c, 200, "text/html; charset=utf-8", page_,
+            {{"ETag", etag_},
+             {"Cache-Control", "no-cache"},
+             {"Content-Security-Policy",
+              cat("default-src 'none'; script-src ", nonce, "; style-src ", nonce,
+                  "; connect-src 'self'; img-src 'self' data: blob:; base-uri 'none'; "
+                  "form-action 'none'; frame-ancestors 'none'")},
+             {"X-Content-Type-Options", "nosniff"},
+             {"Referrer-Policy", "no-referrer"},
+             {"Cross-Origin-Opener-Policy", "same-origin"},
+             {"Cross-Origin-Resource-Policy", "same-origin"}});
+}
+void Server::icon(Connection& c) {
+    respond(c, 200, "image/svg+xml",
+            "<svg xmlns=\"http://www.w3.org/2000/svg\" viewBox=\"0 0 32 32\"><rect width=\"32\" "
+            "height=\"32\" rx=\"8\" fill=\"#0f766e\"/><path d=\"M9 23V9l14 14V9\" fill=\"none\" "
+            "stroke=\"#fff\" stroke-width=\"3\" stroke-linejoin=\"round\"/></svg>\n",
+            {{"Cache-Control", "max-age=86400"}, {"X-Content-Type-Options", "nosniff"}});
+}
+
+// ---- checkpoints
+
+// The bundled sample stands in as long as nothing else is found and nothing else was asked for.
+std::shared_ptr<const Catalog> look_around(const Options& o, const Catalog* before) {
+    auto c = std::make_shared<Catalog>();
+    c->base = base_dir(o.base_dir);
+    if (is_path(o.model)) {
+        c->models = {inspect_model(o.model, o.step, o.overrides)};
+        c->base = c->models[0].model_file.parent_path();
+        c->tokens.vocab_size = c->models[0].config.vocab_size;
+        c->default_id = c->models[0].id;
+        return c;
+    }
+    const auto read_tokens = [&] {
+        std::error_code error;
+        c->tokenizer_time = fs::last_write_time(c->base / "tokenizer" / "tokenizer.pkl", error);
+        const bool same = before != nullptr && before->base == c->base &&
+                          before->tokenizer_time == c->tokenizer_time;
+        c->tokens = same ? before->tokens : base_tokenizer(c->base);
+    };
+    read_tokens();
+    c->models = models_in(c->base, o, &c->tokens);
+    const Wanted w = wanted(o);
+    const bool asked = !o.base_dir.empty() || !w.tag.empty() || w.step >= 0;
+    if (const fs::path sample = bundled_sample(); c->models.empty() && !asked && !sample.empty()) {
+        if (before == nullptr) tell_sample(c->base);
+        c->base = sample;
+        read_tokens();
+        c->models = models_in(c->base, o, &c->tokens);
+    }
+    if (before != nullptr && c->models.empty()) return c;
+    if (c->models.empty()) no_checkpoints(c->base);
+    try {
+        c->default_id = choose(c->models, w, "sft").id;
+    } catch (const Error&) {
+        if (before == nullptr && asked) throw;
+        c->default_id = default_of(c->models);
+    }
+    return c;
+}
+
+// Looks again if the last look is older than so many seconds; true if a look is under way.
+bool Server::refresh(double most_age) {
+    if (scanning_ || seconds_since(catalog_->time) < most_age) return scanning_;
+    scanning_ = true;
+    scanner_.post([this, before = catalog_] {
+        std::shared_ptr<const Catalog> fresh = before;
+        try {
+            fresh = look_around(options_, before.get());
+        } catch (const std::exception&) {  // as it was
+        }
+        const std::lock_guard lock(fresh_mutex_);
+        fresh_ = std::move(fresh);
+        wake();
+    });
+    return true;
+}
+void Server::take_catalog() {
+    {
+        const std::lock_guard lock(fresh_mutex_);
+        if (fresh_ == nullptr) return;
+        catalog_ = std::exchange(fresh_, nullptr);
+    }
+    scanning_ = false;
+    offers_.clear();
+    for (const std::uint64_t id : std::exchange(parked_, {})) {
+        Connection* c = find(id);
+        if (c == nullptr) continue;
+        answer_models(*c);
+        move_on(*c);
+    }
+}
+void Server::models(Connection& c) {
+    if (!refresh(c.request().query.find("refresh=1") != std::string::npos ? 0 : 2))
+        return answer_models(c);
+    parked_.push_back(c.id);
+}
+void Server::answer_models(Connection& c) {
+    const Snapshot now = scheduler_->snapshot();
+    std::string type = c.request().query;
+    const std::size_t at = type.find("type=");
+    type = at == type.npos ? "" : lower(type.substr(at + 5, type.find('&', at) - at - 5));
+    std::vector<ModelInfo const*> shown;
+    for (const ModelInfo& m : catalog_->models) {
+        if (type.empty() || m.source == type) shown.push_back(&m);
+    }
+    const auto loaded = [&](const std::string& id) {
+        return std::any_of(now.models.begin(), now.models.end(),
+                           [&](const auto& m) { return m.id == id; });
+    };
+    send_json(c, models_json(options_, shown, catalog_->models, catalog_->base, catalog_->tokens,
+                             catalog_->default_id, catalog_->unix_time, loaded));
+}
+void Server::one_model(Connection& c) {
+    const ModelInfo& m = find_model(c.request().path.substr(25));
+    send_json(c, object(detail_members(m, catalog_->base)));
+}
+
+const ModelInfo& Server::find_model(const std::string& id) const {
+    Wanted w;
+    try {
+        w = parse_id(id.empty() ? "default" : id);
+    } catch (const Error&) {
+        w.tag = id;  // which is then not found
+        w.any_source = true;
+    }
+    const bool any = w.source.empty() && w.tag.empty() && w.step < 0;
+    if (any && catalog_->default_id.empty())
+        throw HttpError(404, "model_not_found", "there is no checkpoint that is ready");
+    if (any) w = parse_id(catalog_->default_id);
+    return choose(catalog_->models, w, "sft");
+}
+std::shared_ptr<const Tokenizer> Server::tokenizer_of(const ModelInfo& info) {
+    const fs::path path =
+        options_.tokenizer.empty() ? find_tokenizer(info) : fs::path(options_.tokenizer);
+    std::error_code error;
+    const std::pair key(path, fs::last_write_time(path, error));
+    for (const auto& [known, tokenizer] : tokenizers_) {
+        if (known == key) return tokenizer;
+    }
+    auto tokenizer = std::make_shared<const Tokenizer>(load_tokenizer(path));
+    if (tokenizers_.size() >= 8) tokenizers_.erase(tokenizers_.begin());
+    tokenizers_.emplace_back(key, tokenizer);
+    return tokenizer;
+}
+std::shared_ptr<const Offer> Server::offer_of(const std::string& id) {
+    const ModelInfo& info = find_model(id);
+    std::shared_ptr<const Offer>& offer = offers_[info.id];
+    if (offer != nullptr) return offer;
+    const auto tokenizer = tokenizer_of(info);
+    if (tokenizer->vocab_size() != info.config.vocab_size)
+        throw HttpError(409, "model_not_ready", cat(info.id, ": its tokenizer does not fit"));
+    return offer = std::make_shared<const Offer>(Offer{info, tokenizer});
+}
+
+// ---- requests for answers
+
+std::uint64_t random_seed() {
+    Options o;
+    set_seed(o, {"seed", "-1"});
+    return o.sampling.seed;
+}
+std::vector<std::string> read_stop(const Form& form) {
+    const Json* stop = form.find("stop");
+    if (stop == nullptr) return {};
+    std::vector<std::string> texts;
+    const auto add = [&](const Json& text) {
+        if (text.kind != Json::Kind::string) form.wrong("stop", "a string or strings");
+        if (text.string.empty() || text.string.size() > 64)
+            Form::out_of_range("stop", "a stop text must have 1 to 64 bytes");
+        texts.push_back(text.string);
+    };
+    if (stop->kind == Json::Kind::string) {
+        add(*stop);
+    } else if (stop->kind == Json::Kind::array) {
+        if (stop->array.size() > 4) Form::out_of_range("stop", "at most 4 stop texts");
+        for (const Json& text : stop->array) add(text);
+    } else {
+        form.wrong("stop", "a string or strings");
+    }
+    return texts;
+}
+
+std::shared_ptr<Exchange> Server::new_exchange(const Connection& c, const Form& form, Style style) {
+    const bool nanochat = style == Style::nanochat;
+    auto x = std::make_shared<Exchange>();
+    x->style = style;
+    x->connection = c.id;
+    x->id = next_request_;
+    const std::string tab = c.request().get("x-client-id").substr(0, 64);  // the page's, per tab
+    x->client = tab.empty() ? c.client : cat(c.client, " ", tab);
+    x->offer = offer_of(form.text("model"));
+    x->literal_tools = nanochat;
+    x->chat = style != Style::completion;
+    SamplingParams& s = x->params.sampling;
+    const SamplingParams& d = options_.sampling;
+    s.temperature = static_cast<float>(
+        form.number("temperature", 0, 2, double{d.temperature},
+                    nanochat ? "Temperature must be between 0.0 and 2.0" : nullptr));
+    s.top_k = static_cast<int>(
+        form.whole("top_k", 0, nanochat ? 200 : x->offer->info.config.vocab_size, d.top_k,
+                   nanochat ? "top_k must be between 0 and 200" : nullptr));
+    s.top_p = static_cast<float>(form.number("top_p", 1e-6, 1, double{d.top_p}));
+    const std::int64_t seed = form.whole("seed", -1, std::numeric_limits<std::int64_t>::max(), -1);
+    s.seed = seed < 0 ? random_seed() : static_cast<std::uint64_t>(seed);
+    x->stop_texts = read_stop(form);
+    x->params.stop = chat_stop_tokens(*x->offer->tokenizer);
+    return x;
+}
+
+// Prompt and answer share the context.
+void Server::fit_prompt(Exchange& x, std::int64_t max_tokens) {
+    const auto S = static_cast<std::size_t>(x.offer->info.config.sequence_len);
+    if (x.prompt.size() >= S)
+        throw HttpError(400, "context_length_exceeded",
+                        cat("the prompt has ", x.prompt.size(), " tokens, the context of ", S,
+                            " has to hold an answer too"),
+                        "messages");
+    const auto room = static_cast<std::int64_t>(S - x.prompt.size());
+    x.params.max_tokens = static_cast<int>(std::min(max_tokens, room));
+    x.clipped = room < max_tokens;
+}
+std::int64_t read_max_tokens(const Form& form, int otherwise, bool nanochat) {
+    const char* sentence = nanochat ? "max_tokens must be between 1 and 4096" : nullptr;
+    const char* name =
+        form.find("max_completion_tokens") != nullptr ? "max_completion_tokens" : "max_tokens";
+    return form.whole(name, 1, 4096, otherwise, sentence);
+}
+Json read_body(const Connection& c, int wrong_form = 400) {
+    try {
+        return parse_json(c.request().body);
+    } catch (const Error& e) {
+        throw HttpError(wrong_form, "invalid_json", e.what());
+    }
+}
+
+void Server::submit(Connection& c, std::shared_ptr<Exchange> x) {
+    const auto reject = [&](int status, const char* code, const char* message) {
+        const auto at = std::find_if(rejected_.begin(), rejected_.end(),
+                                     [&](const auto& r) { return r.first == code; });
+        (at == rejected_.end() ? rejected_.emplace_back(code, 0) : *at).second++;
+        throw HttpError(status, code, message);
+    };
+    if (draining_) reject(503, "draining", "the server is stopping");
+    std::size_t& of_client = jobs_of_[c.client];
+    constexpr int kMost = Scheduler::kRunningPerClient + Scheduler::kWaitingPerClient;
+    if (of_client >= kMost)
+        reject(429, "too_many_requests", "16 answers and 32 waiting are the most for one client");
+    if (live_jobs_ >= slots_ + static_cast<std::size_t>(options_.queue))
+        reject(503, "queue_full", "too many are waiting already");
+    of_client++, live_jobs_++;
+    x->owner = c.client;
+    if (options_.log_content)
+        say(cat(c.request_id, " prompt: ", to_utf8(x->offer->tokenizer->decode(x->prompt))));
+    c.job = x;
+    scheduler_->submit(std::move(x));
+}
+
+void Server::nanochat(Connection& c) {
+    const Json json = read_body(c, 422);
+    const Form form(json, 422);
+    std::vector<Message> messages = read_messages(form, true);
+    auto x = new_exchange(c, form, Style::nanochat);
+    const std::int64_t most = read_max_tokens(form, options_.max_tokens, true);
+    x->streams = true;
+    x->prompt = render(*x->offer->tokenizer, messages);
+    x->dropped_messages = drop_oldest(*x->offer->tokenizer, messages, x->prompt,
+                                      static_cast<std::size_t>(x->offer->info.config.sequence_len),
+                                      static_cast<std::size_t>(most));
+    fit_prompt(*x, most);
+    submit(c, std::move(x));
+}
+void read_stream(const Form& form, Exchange& x) {
+    x.streams = form.flag("stream");
+    if (const Json* options = form.find("stream_options"))
+        x.include_usage = Form(*options, 400).flag("include_usage");
+}
+void Server::chat_completion(Connection& c) {
+    const Json json = read_body(c);
+    const Form form(json, 400);
+    refuse_unsupported(form);
+    const std::vector<Message> messages = read_messages(form, false);
+    auto x = new_exchange(c, form, Style::chat);
+    read_stream(form, *x);
+    x->answer_id = "chatcmpl-" + random_hex(24);
+    x->prompt = render(*x->offer->tokenizer, messages);
+    fit_prompt(*x, read_max_tokens(form, options_.max_tokens, false));
+    submit(c, std::move(x));
+}
+void Server::completion(Connection& c) {
+    const Json json = read_body(c);
+    const Form form(json, 400);
+    refuse_unsupported(form);
+    const Json& prompt = form.need("prompt");
+    auto x = new_exchange(c, form, Style::completion);
+    const Tokenizer& tokenizer = *x->offer->tokenizer;
+    read_stream(form, *x);
+    x->answer_id = "cmpl-" + random_hex(24);
+    std::vector<Token> ids;
+    if (prompt.kind == Json::Kind::string) {
+        ids = tokenizer.encode(prompt.string);
+    } else {
+        ids = parse_ids("prompt", &prompt, tokenizer.vocab_size());
+    }
+    x->prompt = {tokenizer.special("<|bos|>")};
+    x->prompt.insert(x->prompt.end(), ids.begin(), ids.end());
+    for (Token id = 0; id < tokenizer.vocab_size(); id++) {
+        if (tokenizer.is_special(id)) x->params.stop.push_back(id);
+    }
+    fit_prompt(*x, read_max_tokens(form, options_.max_tokens, false));
+    submit(c, std::move(x));
+}
+// What else could have stood at one place of an answer.
+void Server::why(Connection& c) {
+    const Json json = read_body(c);
+    const Form form(json, 400);
+    std::vector<Message> messages = read_messages(form, false);
+    if (messages.back().role != Role::assistant)
+        Form::out_of_range("messages", "the last message must be the assistant's");
+    auto x = new_exchange(c, form, Style::why);
+    const Tokenizer& tokenizer = *x->offer->tokenizer;
+    x->answer_tokens = encode_answer(tokenizer, messages.back().content);
+    x->prompt = render(tokenizer, messages);
+    x->answer_tokens.push_back(tokenizer.special("<|assistant_end|>"));
+    const std::int64_t n = std::ssize(x->answer_tokens);
+    x->position = static_cast<int>(form.whole("position", 0, n - 1, -1));
+    if (x->position < 0) return tell_end(c, *x);
+    x->prompt.resize(x->prompt.size() - static_cast<std::size_t>(n - 1 - x->position));
+    x->chosen.token = x->answer_tokens[static_cast<std::size_t>(x->position)];
+    x->candidates_only = true;
+    fit_prompt(*x, 1);
+    submit(c, std::move(x));
+}
+
+// ---- answers
+
+Value token_json(const Tokenizer& tokenizer, Token id) {
+    const std::string piece(tokenizer.piece(id));
+    return object({{"id", id},
+                   {"text", detail::is_utf8(piece) ? Value(piece) : Value(nullptr)},
+                   {"bytes", array(bytes_of(piece))}});
+}
+Value with_probability(const Tokenizer& tokenizer, const Candidate& candidate) {
+    const std::string token = token_json(tokenizer, candidate.token).text;
+    return raw(cat(token.substr(0, token.size() - 1),
+                   ",\"probability\":", Value(candidate.probability).text, "}"));
+}
+
+void Server::woken() {
+    take_catalog();
+    std::vector<Connection*> touched;
+    for (Event& event : scheduler_->take_events()) {
+        auto& x = static_cast<Exchange&>(*event.job);
+        Connection* c = find(x.connection);
+        if (c != nullptr && c->job != event.job) c = nullptr;  // it went on without the answer
+        if (event.kind == Event::Kind::done) {
+            if (--jobs_of_[x.owner] == 0) jobs_of_.erase(x.owner);
+            live_jobs_--;
+        }
+        if (c == nullptr) continue;
+        if (event.kind == Event::Kind::text) {
+            tell_text(*c, x, event.text);
+        } else if (event.kind == Event::Kind::done) {
+            x.failure ? tell_failure(*c, x) : tell_end(*c, x);
+        } else if (x.streams && x.last_number != event.number) {
+            begin_events(*c, x);
+            x.last_number = event.number;
+            stream(*c, cat(event.kind == Event::Kind::queued ? ": queued " : ": loading ",
+                           event.number, "\n\n"));
+        }
+        if (std::find(touched.begin(), touched.end(), c) == touched.end()) touched.push_back(c);
+    }
+    std::vector<std::uint64_t> ids;
+    for (const Connection* c : touched) ids.push_back(c->id);
+    for (const std::uint64_t id : ids) {
+        Connection* c = find(id);
+        if (c == nullptr) continue;
+        if (c->job != nullptr && c->out.size() > Limits::kBuffered) c->job->paused = true;
+        move_on(*c);
+    }
+}
+
+// Some 4 times a second for every answer that is being made.
+void Server::pass(Connection& c, Clock::time_point now) {
+    if (c.job == nullptr) return;
+    auto& x = static_cast<Exchange&>(*c.job);
+    if (x.paused && c.out.size() < Limits::kBuffered / 2) {
+        x.paused = false;
+        scheduler_->poke();
+    }
+    if (x.streams && std::chrono::duration<double>(now - x.last_event).count() > Limits::kPing) {
+        begin_events(c, x);
+        stream(c, ": ping\n\n");
+        move_on(c);
+    }
+}
+
+Value Server::usage(const Exchange& x) const {
+    const Answer& a = x.answer;
+    const std::string text = usage_json(a.prompt_tokens, a.completion_tokens).text;
+    return raw(cat(text.substr(0, text.size() - 1), ",\"prompt_tokens_details\":",
+                   object({{"cached_tokens", x.reused_tokens}}).text, "}"));
+}
+std::string Server::chunk(const Exchange& x, const Value& choices, const Value& usage) const {
+    Members members = {
+        {"id", x.answer_id},
+        {"object", x.style == Style::chat ? "chat.completion.chunk" : "text_completion"},
+        {"created", x.created_unix},
+        {"model", x.offer->info.id},
+        {"system_fingerprint", cat("nanogpt-", version())},
+        {"choices", choices}};
+    if (x.include_usage) members.emplace_back("usage", usage);
+    return cat("data: ", object(members).text, "\n\n");
+}
+Value choice_json(const Exchange& x, const char* role, const std::string* text,
+                  const Value& finish) {
+    Members delta;
+    if (role != nullptr) delta.emplace_back("role", role);
+    if (text != nullptr) delta.emplace_back("content", *text);
+    const bool chat = x.style == Style::chat;
+    return raw(cat("[",
+                   object({{"index", 0},
+                           {chat ? "delta" : "text",
+                            chat ? object(delta) : Value(text == nullptr ? "" : *text)},
+                           {"logprobs", nullptr},
+                           {"finish_reason", finish}})
+                       .text,
+                   "]"));
+}
+
+void Server::begin_events(Connection& c, Exchange& x) {
+    x.last_event = Clock::now();
+    if (std::exchange(x.head_sent, true)) return;
+    begin_stream(c, kEvents, {{"Cache-Control", "no-store"}, {"X-Accel-Buffering", "no"}});
+    const std::string empty;
+    if (x.style == Style::chat)
+        stream(c, chunk(x, choice_json(x, "assistant", &empty, nullptr), nullptr));
+}
+void Server::tell_text(Connection& c, Exchange& x, const std::string& text) {
+    if (!x.streams || options_.log_content) x.text += text;
+    if (!x.streams) return;
+    begin_events(c, x);
+    if (x.style == Style::nanochat) {
+        stream(c, cat("data: {\"token\": ", Value(text).text, ", \"gpu\": 0}\n\n"));
+    } else {
+        stream(c, chunk(x, choice_json(x, nullptr, &text, nullptr), nullptr));
+    }
+}
+void Server::tell_end(Connection& c, Exchange& x) {
+    if (options_.log_content) say(cat(c.request_id, " answer: ", x.text));
+    if (!x.streams) return send_whole(c, x);
+    begin_events(c, x);
+    const std::string_view finish = finish_word(x.answer.reason);
+    if (x.style == Style::nanochat) {
+        Members members = {{"finish_reason", finish},
+                           {"seed", x.params.sampling.seed},
+                           {"model", x.offer->info.id},
+                           {"usage", usage(x)}};
+        if (x.dropped_messages > 0) members.emplace_back("dropped_messages", x.dropped_messages);
+        stream(c, cat("data: {\"done\": true, ", object(members).text.substr(1), "\n\n"));
+    } else {
+        stream(c, chunk(x, choice_json(x, nullptr, nullptr, finish), nullptr));
+        if (x.include_usage) stream(c, chunk(x, raw("[]"), usage(x)));
+        stream(c, "data: [DONE]\n\n");
+    }
+    end_stream(c, true);
+}
+void Server::tell_failure(Connection& c, Exchange& x) {
+    const Failure& f = *x.failure;
+    if (!x.head_sent) return refuse(c, HttpError(f.status, f.code, f.message));
+    stream(c, cat("data: ", object(error_members(f.status, f.code, f.message)).text, "\n\n"));
+    end_stream(c, false);
+}
+void Server::send_whole(Connection& c, Exchange& x) {
+    const Tokenizer& tokenizer = *x.offer->tokenizer;
+    if (x.style == Style::why) {
+        const bool asked = x.position >= 0;
+        return send_json(
+            c, object({{"model", x.offer->info.id},
+                       {"tokens", array(x.answer_tokens,
+                                        [&](Token id) { return token_json(tokenizer, id); })},
+                       {"position", asked ? Value(x.position) : Value(nullptr)},
+                       {"chosen", asked ? with_probability(tokenizer, x.chosen) : Value(nullptr)},
+                       {"candidates", array(x.candidates, [&](const Candidate& other) {
+                            return with_probability(tokenizer, other);
+                        })}}));
+    }
+    const bool chat = x.style == Style::chat;
+    const Answer& a = x.answer;
+    const Value message =
+        object({{"role", "assistant"}, {"content", x.text}, {"refusal", nullptr}});
+    const Value choice = object({{"index", 0},
+                                 {chat ? "message" : "text", chat ? message : Value(x.text)},
+                                 {"logprobs", nullptr},
+                                 {"finish_reason", finish_word(a.reason)}});
+    send_json(
+        c, object({{"id", x.answer_id},
+                   {"object", chat ? "chat.completion" : "text_completion"},
+                   {"created", x.created_unix},
+                   {"model", x.offer->info.id},
+                   {"system_fingerprint", cat("nanogpt-", version())},
+                   {"choices", raw(cat("[", choice.text, "]"))},
+                   {"usage", usage(x)},
+                   {"seed", x.params.sampling.seed},
+                   {"timings",
+                    object({{"queue_ms", milliseconds(x.queue_seconds)},
+                            {"prefill_ms", milliseconds(a.prefill_seconds)},
+                            {"decode_ms", milliseconds(a.decode_seconds)},
+                            {"ttft_ms", milliseconds(a.first_seconds)},
+                            {"tokens_per_second", std::round(10 * tokens_per_second(a)) / 10}})}}));
+}
+
+void Server::gone(Connection& c) {
+    if (c.job == nullptr) return;
+    c.job->cancelled = true;
+    scheduler_->poke();
+    c.status = 499;  // nginx's word for it
+    answered(c);
+}
+
+void Server::answered(Connection& c) {
+    const std::string code = std::to_string(c.status);
+    const Request& r = c.request();
+    const std::string path(r.path.substr(0, 200));
+    std::string route = "other";
+    for (const Route& known : routes()) {
+        if (r.path == known.path || (known.prefix && r.path.starts_with(known.path)))
+            route = known.path;
+    }
+    const std::string key = cat("{route=\"", route, "\",code=\"", code, "\"}");
+    const auto at = std::find_if(counts_.begin(), counts_.end(),
+                                 [&](const auto& entry) { return entry.first == key; });
+    (at == counts_.end() ? counts_.emplace_back(key, 0) : *at).second++;
+    const auto* x = static_cast<const Exchange*>(c.job.get());
+    const int prompt = x == nullptr ? 0 : static_cast<int>(x->prompt.size());
+    const bool over = x != nullptr && c.status != 499;
+    std::string_view finish = c.status == 499 ? "cancelled" : "";
+    if (over)
+        finish = x->failure ? std::string_view(x->failure->code) : finish_word(x->answer.reason);
+    const int written = over ? x->answer.completion_tokens : 0;
+    const double ms = milliseconds(seconds_since(c.request_start));
+    const std::string when = iso_date(std::time(nullptr));
+    c.job = nullptr;
+    if (terminal.quiet) return;
+    if (options_.json) {
+        write_err(object({{"time", when},
+                          {"id", c.request_id},
+                          {"client", c.client},
+                          {"method", r.method},
+                          {"path", path},
+                          {"code", c.status},
+                          {"ms", ms},
+                          {"prompt_tokens", prompt},
+                          {"new_tokens", written},
+                          {"finish", or_null(finish)}})
+                      .text +
+                  "\n");
+    } else {
+        say(cat(when, " ", c.request_id, " ", c.client, " ", r.method, " ", path, " ", code, " ",
+                decimals(ms, 1), " ms ", prompt, " ", written, " ", finish));
+    }
+}
+
+// ---- small routes
+
+void Server::health(Connection& c) {
+    const Snapshot s = scheduler_->snapshot();
+    const char* status = draining_                       ? "draining"
+                         : !s.broken.empty()             ? "degraded"
+                         : s.models.empty() && s.loading ? "loading"
+                                                         : "ok";
+    const bool ready = std::string_view(status) == "ok";
+    send_json(c,
+              object({{"status", status},
+                      {"ready", ready},
+                      {"num_gpus", 1},
+                      {"available_workers", slots_ - std::min(slots_, s.active)},
+                      {"active", s.active},
+                      {"queued", s.queued},
+                      {"device", place_for(options_).cuda ? "cuda" : "cpu"},
+                      {"uptime_s", static_cast<std::int64_t>(seconds_since(start_))}}),
+              ready ? 200 : 503);
+}
+void Server::stats(Connection& c) {
+    const Snapshot s = scheduler_->snapshot();
+    const Value worker =
+        object({{"gpu_id", 0}, {"device", place_for(options_).cuda ? "cuda:0" : "cpu"}});
+    send_json(c, object({{"total_workers", slots_},
+                         {"available_workers", slots_ - std::min(slots_, s.active)},
+                         {"busy_workers", s.active},
+                         {"workers", raw(cat("[", worker.text, "]"))},
+                         {"queued", s.queued},
+                         {"models", array(s.models, [](const Snapshot::OfModel& m) {
+                              return object({{"id", m.id},
+                                             {"device", m.device},
+                                             {"running", m.running},
+                                             {"cached_conversations", m.idle},
+                                             {"prompt_tokens", m.prompt_tokens},
+                                             {"generated_tokens", m.generated}});
+                          })}}));
+}
+void Server::slots(Connection& c) {
+    send_json(c, array(scheduler_->snapshot().slots, [](const Snapshot::Slot& s) {
+                  return object({{"id", s.id},
+                                 {"model", s.model},
+                                 {"state", s.state},
+                                 {"prompt_tokens", s.prompt_tokens},
+                                 {"generated", s.generated},
+                                 {"seconds", s.seconds}});
+              }));
+}
+void Server::props(Connection& c) {
+    const SamplingParams& d = options_.sampling;
+    send_json(c, object({{"version", version()},
+                         {"cpu", cpu_features()},
+                         {"cuda", or_null(cuda_versions())},
+                         {"default_model", or_null(catalog_->default_id)},
+                         {"defaults", object({{"temperature", d.temperature},
+                                              {"top_k", d.top_k},
+                                              {"top_p", d.top_p},
+                                              {"max_tokens", options_.max_tokens}})},
+                         {"limits", object({{"slots", slots_},
+                                            {"queue", options_.queue},
+                                            {"max_models", options_.max_models},
+                                            {"body_bytes", Limits::kBody},
+                                            {"running_per_client", Scheduler::kRunningPerClient},
+                                            {"waiting_per_client", Scheduler::kWaitingPerClient}})},
+                         {"features",
+                          array(std::array{"nanochat", "openai", "stream", "why", "tokenize"})}}));
+}
+void Server::openai_models(Connection& c) {
+    std::vector<const ModelInfo*> ready;
+    for (const ModelInfo& m : catalog_->models) {
+        if (m.status == Status::ready)
+            ready.insert(m.id == catalog_->default_id ? ready.begin() : ready.end(), &m);
+    }
+    refresh(2);
+    send_json(c, object({{"object", "list"}, {"data", array(ready, [](const ModelInfo* m) {
+                                                  return openai_model_json(*m);
+                                              })}}));
+}
+void Server::openai_model(Connection& c) {
+    send_json(c, openai_model_json(find_model(c.request().path.substr(11))));
+}
+
+void Server::tokenize(Connection& c) {
+    const Json json = read_body(c);
+    const Form form(json, 400);
+    form.need("text");
+    const auto offer = offer_of(form.text("model"));
+    const std::vector<Token> ids = offer->tokenizer->encode(form.text("text"));
+    send_json(
+        c,
+        object({{"tokens", array(ids, [&](Token id) { return token_json(*offer->tokenizer, id); })},
+                {"ids", array(ids)},
+                {"count", ids.size()}}));
+}
+void Server::detokenize(Connection& c) {
+    const Json json = read_body(c);
+    const Form form(json, 400);
+    const auto offer = offer_of(form.text("model"));
+    const char* name = form.find("tokens") != nullptr ? "tokens" : "ids";
+    const std::vector<Token> ids =
+        parse_ids(name, &form.need(name), offer->tokenizer->vocab_size());
+    send_json(c, object({{"text", to_utf8(offer->tokenizer->decode(ids))}, {"count", ids.size()}}));
+}
+
+void Server::metrics(Connection& c) {
+    const Snapshot s = scheduler_->snapshot();
+    std::string text;
+    const auto head = [&](std::string_view name, std::string_view type) {
+        text += cat("# TYPE nanogpt_", name, " ", type, "\n");
+    };
+    const auto line = [&](std::string_view name, std::string_view labels,
+                          const std::string& value) {
+        text += cat("nanogpt_", name, labels, " ", value, "\n");
+    };
+    const auto gauge = [&](std::string_view name, std::uint64_t value, const char* type = "gauge") {
+        head(name, type), line(name, "", std::to_string(value));
+    };
+    head("requests_total", "counter");
+    for (const auto& [labels, n] : counts_) line("requests_total", labels, std::to_string(n));
+    gauge("active_sequences", s.active);
+    gauge("queued", s.queued);
+    std::uint64_t prompt_tokens = 0, held = 0;
+    for (const auto& m : s.models) prompt_tokens += m.prompt_tokens, held += m.kv_tokens;
+    gauge("prompt_tokens_total", prompt_tokens, "counter");
+    head("generated_tokens_total", "counter");
+    for (const auto& m : s.models)
+        line("generated_tokens_total", cat("{model=\"", m.id, "\"}"), std::to_string(m.generated));
+    head("cancelled_total", "counter");
+    line("cancelled_total", "{why=\"client\"}", std::to_string(s.cancelled));
+    head("rejected_total", "counter");
+    for (const auto& [why, n] : rejected_)
+        line("rejected_total", cat("{why=\"", why, "\"}"), std::to_string(n));
+    const auto histogram = [&](const std::string& name, const Histogram& h) {
+        head(name, "histogram");
+        std::uint64_t total = 0;
+        for (std::size_t i = 0; i < h.counts.size(); i++) {
+            total += h.counts[i];
+            const std::string bound = i < h.kBounds.size() ? Value(h.kBounds[i]).text : "+Inf";
+            line(name + "_bucket", cat("{le=\"", bound, "\"}"), std::to_string(total));
+        }
+        line(name + "_sum", "", Value(h.sum).text);
+        line(name + "_count", "", std::to_string(total));
+    };
+    histogram("time_to_first_token_seconds", s.first_token);
+    histogram("inter_token_seconds", s.between_tokens);
+    gauge("kv_tokens_used", held);
+    gauge("memory_available_bytes", s.memory_available);
+    gauge("connections", connection_count());
+    respond(c, 200, "text/plain; version=0.0.4; charset=utf-8", text);
+}
+
+// ---- start and end
+
+Server::Server(Options& o) : options_(o), nonce_(random_hex(32)) {
+    page_ =
+        cat("<!doctype html>\n<html lang=\"en\">\n<head>\n<meta charset=\"utf-8\">\n<meta "
+            "name=\"viewport\" content=\"width=device-width, initial-scale=1, "
+            "viewport-fit=cover, interactive-widget=resizes-content\">\n<title>nanogpt</title>\n"
+            "<link rel=\"icon\" href=\"/logo.svg\">\n<style nonce=\"",
+            nonce_, "\">", kPageStyle, "</style>\n</head>\n<body>", kPageBody, "<script nonce=\"",
+            nonce_, "\">", kPageScript, "</script>\n</body>\n</html>\n");
+    etag_ = cat("\"", nonce_.substr(0, 16), "\"");  // the page is the same as long as the process
+    const bool local = o.host == "localhost" || o.host == "::1" || o.host.starts_with("127.");
+    keys_ = o.api_keys;
+    if (keys_.empty() && !local && !o.open) keys_.push_back(random_hex(32));
+    hosts_ = o.allow_hosts;
+    char name[256] = "";
+    ::gethostname(name, sizeof name - 1);
+    for (const std::string& host : {o.host, std::string(name), cat(name, ".local")})
+        hosts_.push_back(lower(host));
+    const bool cuda = place_for(o).cuda;
+    slots_ = o.slots > 0 ? static_cast<std::size_t>(o.slots) : cuda ? 256 : 8;
+    catalog_ = look_around(o, nullptr);
+    open(o.host, o.port);
+}
+
+int Server::run(int signals) {
+    signals_ = signals;
+    watch(signals_, kOther, EPOLLIN);
+    Scheduler::Settings settings;
+    settings.slots = slots_;
+    settings.max_models = static_cast<std::size_t>(options_.max_models);
+    settings.reserve = options_.mem_reserve.value_or(default_reserve(place_for(options_).cuda));
+    scheduler_ = std::make_unique<Scheduler>(settings, options_, [this] { wake(); });
+    try {
+        scheduler_->preload(offer_of(""));
+    } catch (const std::exception& e) {
+        note(e.what());
+    }
+    std::string host = options_.host;
+    if (host == "0.0.0.0" || host == "::") {
+        char name[256] = "";
+        host = ::gethostname(name, sizeof name - 1) == 0 ? name : "localhost";
+    }
+    if (host.find(':') != host.npos) host = cat("[", host, "]");
+    const bool made_key = options_.api_keys.empty() && !keys_.empty();
+    write_out(cat("nanogpt serve: http://", host, ":", port(), "/",
+                  made_key ? cat("#key=", keys_[0]) : "", "\n"));
+    flush_out();
+    loop();
+    return exit_code_;
+}
+
+void Server::begin_drain(int exit_code, const char* why) {
+    draining_ = true;
+    exit_code_ = exit_code;
+    drain_end_ = Clock::now() + std::chrono::seconds(options_.drain_seconds);
+    stop_listening();
+    scheduler_->drain();
+    if (!terminal.quiet) say(cat(why, ": running answers have ", options_.drain_seconds, " s"));
+}
+void Server::other_event() {
+    signalfd_siginfo info;
+    while (::read(signals_, &info, sizeof info) == sizeof info) {
+        if (info.ssi_signo == SIGHUP) {
+            refresh(0);
+        } else if (draining_) {
+            drain_end_ = Clock::now();
+        } else {
+            begin_drain(0, "stopping");
+        }
+    }
+}
+bool Server::go_on() {
+    if (const int code = scheduler_->stop_code(); code != 0 && !draining_)
+        begin_drain(code, code == 5 ? "memory is used up" : "the device failed");
+    if (!draining_) return true;
+    const bool late = Clock::now() >= drain_end_;
+    bool unfinished = false;
+    for (const std::uint64_t id : ids()) {
+        Connection& c = *find(id);
+        unfinished |= c.busy || !c.out.empty();
+        if (!late || c.job == nullptr) continue;
+        auto& x = static_cast<Exchange&>(*c.job);
+        x.cancelled = true;
+        const HttpError stopped(503, "draining", "the server is stopping");
+        if (x.head_sent) {
+            stream(c, cat("data: ", object(error_members(503, stopped.code, stopped.what())).text,
+                          "\n\n"));
+            end_stream(c, false);
+        } else {
+            refuse(c, stopped);
+        }
+        move_on(c);
+    }
+    return unfinished && !late;
+}
+
+int run_serve(Options& o) {
+    ::signal(SIGPIPE, SIG_IGN);
+    sigset_t set;  // before there are threads: all of them leave signals to the sockets' one
+    ::sigemptyset(&set);
+    for (const int signal : {SIGINT, SIGTERM, SIGHUP}) ::sigaddset(&set, signal);
+    ::pthread_sigmask(SIG_BLOCK, &set, nullptr);
+    rlimit files{};
+    if (::getrlimit(RLIMIT_NOFILE, &files) == 0 && files.rlim_cur < files.rlim_max) {
+        files.rlim_cur = std::min<rlim_t>(files.rlim_max, 4096);
+        ::setrlimit(RLIMIT_NOFILE, &files);
+    }
+    if (o.num_gpus != 1) bad_usage("--num-gpus: only 1 is supported; one device serves all");
+    Server server(o);
+    const int signals = ::signalfd(-1, &set, SFD_NONBLOCK | SFD_CLOEXEC);
+    return server.run(signals);
+}
+
+// ==== 10. main ===================================================================================
 // Help, and the one place where an exception becomes an exit code.
 
 // `text` broken at blanks into lines of the terminal's width, all but the first indented.
@@ -2987,7 +6003,7 @@ int run_help(Options& o) {
             "COMMAND\n\n";
         text += std::string(kExamples) +
                 "\nExit codes: 0 done, 1 failed, 2 wrong usage, 3 not found, 4 file refused,\n"
-                "5 not enough memory, 6 device missing, 130 Ctrl-C, 143 SIGTERM\n";
+                "5 not enough memory, 6 device missing, 7 cannot listen, 130 Ctrl-C, 143 SIGTERM\n";
     }
     if (o.json) return write_json(object({{"help", text}})), 0;
     write_out(text);
@@ -3042,6 +6058,8 @@ int report(const Options& o, const std::exception& e) {
     } else if (const auto* error = dynamic_cast<const Error*>(&e)) {
         fault = kFaults[static_cast<std::size_t>(error->kind)];
         if (error->kind == ErrorKind::refused) message = "refused " + message;
+    } else if (dynamic_cast<const CannotListen*>(&e) != nullptr) {
+        fault.exit = 7;
     }
     std::fflush(stdout);
     const std::string line = paint(terminal.err, kRed, "nanogpt:") + " " + safe(message) + "\n";
@@ -3083,3 +6101,14 @@ int run(std::span<const std::string> args) {
 int main(int argc, char** argv) {
     return nanogpt::demo::run(std::vector<std::string>(argv + std::min(argc, 1), argv + argc));
 }
+
+// ==== 11. page ===================================================================================
+// What people see at /: style, body and script of one document, without any other origin.
+
+namespace nanogpt::demo {
+namespace {
+
+const std::string_view kPageStyle = "", kPageBody = "<h1>nanogpt</h1>", kPageScript = "";
+
+}  // namespace
+}  // namespace nanogpt::demo
