@@ -1213,7 +1213,6 @@ bool is_path(std::string_view model) {
 // `or_bundled`: chat and sample work without any checkpoint of one's own; o.base_dir then becomes the
 // bundled one.
 ModelInfo pick_model(Options& o, const std::string& preferred, bool or_bundled) {
-    std::error_code error;
     if (is_path(o.model)) {
         if (!o.source.empty() || !o.tag.empty())
             bad_usage("--model names a path: leave out -i and -g beside it");
@@ -6103,12 +6102,2119 @@ int main(int argc, char** argv) {
 }
 
 // ==== 11. page ===================================================================================
-// What people see at /: style, body and script of one document, without any other origin.
+// What people see at /: style, body and script of one document, of this origin only and without any
+// library. A policy allows this one style and this one script, by a number, and nothing written into
+// elements: no style="", no onclick="".
 
 namespace nanogpt::demo {
 namespace {
 
-const std::string_view kPageStyle = "", kPageBody = "<h1>nanogpt</h1>", kPageScript = "";
+const std::string_view kPageStyle = R"page(
+/* Every colour once: light first, dark second. */
+:root {
+  color-scheme: light dark;
+  --paper: light-dark(#fdfdfb, #1c1d1f);
+  --side: light-dark(#f5f5f1, #161719);
+  --raised: light-dark(#ffffff, #242629);
+  --bubble: light-dark(#edeee9, #2b2d31);
+  --line: light-dark(#e1e2dc, #34373b);
+  --edge: light-dark(#85877f, #7d8187);
+  --ink: light-dark(#1f211e, #ecedea);
+  --soft: light-dark(#5c5f58, #a9aca6);
+  --accent: light-dark(#0b6b5d, #6ed2bf);
+  --on-accent: light-dark(#ffffff, #06231d);
+  --tint: light-dark(#e4f1ee, #1f3632);
+  --warn: light-dark(#a02c1f, #ffa494);
+  --warn-tint: light-dark(#fcecea, #3a2320);
+  --shade: light-dark(#20221f14, #00000066);
+  --mono: ui-monospace, "SF Mono", "Cascadia Mono", Menlo, Consolas, "DejaVu Sans Mono", monospace;
+  --column: 46rem;
+}
+:root[data-theme="light"] { color-scheme: light; }
+:root[data-theme="dark"] { color-scheme: dark; }
+
+/* ---- all elements */
+*, *::before, *::after { box-sizing: border-box; }
+[hidden] { display: none !important; }
+html { height: 100%; -webkit-text-size-adjust: 100%; }
+body {
+  margin: 0; height: 100%; height: 100dvh; display: flex; overflow: hidden;
+  background: var(--paper); color: var(--ink);
+  font: 1rem/1.6 system-ui, -apple-system, "Segoe UI", Roboto, "Noto Sans", sans-serif;
+  padding-bottom: var(--keyboard, 0);
+}
+button, input, select, textarea { font: inherit; color: inherit; }
+button { cursor: pointer; background: none; border: 0; border-radius: .6rem; padding: .45rem .7rem; }
+button:disabled { cursor: default; opacity: .45; }
+:focus-visible { outline: 2px solid var(--accent); outline-offset: 2px; }
+main :focus-visible, aside :focus-visible { scroll-margin: 1rem; }
+svg {
+  width: 1.25rem; height: 1.25rem; flex: none; fill: none; stroke: currentColor;
+  stroke-width: 1.6; stroke-linecap: round; stroke-linejoin: round;
+}
+h2, h3, h4, p, ul, ol, dl, pre { margin: 0; }
+h2 { font-size: 1.25rem; line-height: 1.3; font-weight: 620; }
+h3 { font-size: .875rem; font-weight: 620; }
+code, pre, kbd { font-family: var(--mono); font-size: .875em; }
+kbd {
+  padding: .05rem .35rem; border: 1px solid var(--line); border-radius: .3rem; color: var(--soft);
+  font-size: .75rem; white-space: nowrap;
+}
+.sr {
+  position: absolute; width: 1px; height: 1px; margin: -1px; overflow: hidden; white-space: nowrap;
+  clip-path: inset(50%);
+}
+.skip {
+  position: fixed; z-index: 9; left: .75rem; top: -4rem; padding: .6rem 1rem; border-radius: .6rem;
+  background: var(--accent); color: var(--on-accent);
+}
+.skip:focus { top: .75rem; }
+.noscript { position: fixed; inset: 0; padding: 3rem 1.5rem; background: var(--paper); z-index: 9; }
+.icon { display: inline-grid; place-items: center; width: 2.5rem; height: 2.5rem; padding: 0; }
+.icon:hover:enabled, .wide:hover { background: var(--shade); }
+.wide {
+  display: flex; align-items: center; justify-content: center; gap: .5rem; width: 100%;
+  padding: .5rem .8rem; border: 1px solid var(--line);
+}
+.note, .small { font-size: .8125rem; color: var(--soft); font-weight: 400; }
+
+/* ---- the two sides: conversations, and model and settings */
+aside {
+  flex: none; display: flex; flex-direction: column; gap: .75rem; padding: .75rem 1rem 1rem;
+  background: var(--side); color: var(--ink); border: 0 solid var(--line); overflow: auto;
+  overscroll-behavior: contain; outline: none;
+}
+#chats { width: 16.5rem; border-right-width: 1px; }
+#panel { width: 22rem; border-left-width: 1px; }
+aside[popover] {
+  position: fixed; inset: 0 auto 0 0; margin: 0; height: auto; max-width: 88vw;
+  padding-top: max(.75rem, env(safe-area-inset-top));
+  padding-bottom: max(1rem, env(safe-area-inset-bottom));
+}
+aside[popover]:not(:popover-open) { display: none; }
+aside[popover]::backdrop, dialog::backdrop { background: #0007; }
+#panel[popover] { inset: 0 0 0 auto; }
+.side-head { display: flex; align-items: center; justify-content: space-between; min-height: 2.5rem; }
+.brand { display: flex; align-items: center; gap: .55rem; font-weight: 650; letter-spacing: -.01em; }
+.brand svg { color: var(--accent); stroke-width: 2.4; }
+#new { justify-content: flex-start; background: var(--raised); }
+#new kbd { margin-left: auto; }
+#list { list-style: none; padding: 0; margin: 0 -.5rem; overflow: auto; flex: 1; min-height: 3rem; }
+#list li { display: flex; align-items: center; border-radius: .6rem; }
+#list li:hover, #list li:focus-within { background: var(--shade); }
+#list li.current { background: var(--bubble); }
+#list .open {
+  flex: 1; min-width: 0; text-align: left; overflow: hidden; text-overflow: ellipsis;
+  white-space: nowrap; font-size: .9375rem; padding: .4rem .5rem;
+}
+#list .current .open { font-weight: 560; }
+#list .icon { width: 2rem; height: 2rem; color: var(--soft); opacity: 0; }
+#list .icon svg { width: 1.05rem; height: 1.05rem; }
+#list li:hover .icon, #list .icon:focus-visible, #list .current .icon { opacity: 1; }
+.menu summary { cursor: pointer; font-size: .875rem; padding: .25rem 0; border-radius: .4rem; }
+.menu button { display: block; width: 100%; text-align: left; font-size: .875rem; padding: .4rem .5rem; }
+.menu button:hover, .side-foot button:hover { background: var(--shade); }
+.side-foot {
+  display: flex; justify-content: space-between; font-size: .875rem; border-top: 1px solid var(--line);
+  padding-top: .5rem; margin: 0 -.5rem;
+}
+
+/* ---- header */
+main { flex: 1; min-width: 0; display: flex; flex-direction: column; position: relative; }
+header {
+  display: flex; align-items: center; gap: .35rem; padding: .6rem .75rem; flex: none;
+  padding-top: max(.6rem, env(safe-area-inset-top));
+}
+.picker {
+  position: relative; display: flex; align-items: center; gap: .4rem; min-width: 0;
+  padding: .3rem .6rem; border-radius: .7rem; margin-right: auto;
+}
+.picker:hover { background: var(--shade); }
+.picker:focus-within { outline: 2px solid var(--accent); outline-offset: 1px; }
+.picker select { position: absolute; inset: 0; width: 100%; opacity: 0; cursor: pointer; font-size: 1rem; }
+.picker option, .picker optgroup { background: var(--raised); color: var(--ink); }
+.picker > svg { width: 1rem; height: 1rem; color: var(--soft); }
+.picked { display: block; min-width: 0; line-height: 1.25; }
+.picked b, .picked small { display: block; overflow: hidden; text-overflow: ellipsis; white-space: nowrap; }
+.picked b { font-weight: 620; }
+.picked small { font-size: .8125rem; color: var(--soft); }
+.badge {
+  display: inline-block; padding: .02rem .4rem; border-radius: .35rem; background: var(--tint);
+  color: var(--accent); font-size: .75rem; font-weight: 650; letter-spacing: .03em;
+  vertical-align: .08em;
+}
+.best { color: var(--accent); font-weight: 600; white-space: nowrap; }
+#device { font-size: .8125rem; color: var(--soft); padding: .4rem .6rem; white-space: nowrap; }
+#device:hover { background: var(--shade); }
+#device::before {
+  content: ""; display: inline-block; width: .5rem; height: .5rem; border-radius: 50%;
+  background: var(--accent); margin-right: .45rem; vertical-align: .06em;
+}
+#device.fallback::before { background: none; border: 2px solid var(--soft); }
+#banner {
+  margin: 0 .75rem; padding: .6rem 1rem; border-radius: .7rem; background: var(--warn-tint);
+  color: var(--warn); font-size: .9375rem;
+}
+#banner.good { background: var(--tint); color: var(--accent); }
+#key-form { display: flex; flex-wrap: wrap; align-items: center; gap: .5rem; margin-top: .4rem; }
+#key-form input { min-width: 0; flex: 1 1 9rem; }
+#key-form button, .solid { background: var(--accent); color: var(--on-accent); }
+
+/* ---- conversation */
+#scroll { flex: 1; overflow: auto; overscroll-behavior: contain; outline: none; padding: 0 1.25rem; }
+#log { max-width: var(--column); margin: 0 auto; padding: 1rem 0 2.5rem; }
+.turn { margin-top: 2rem; }
+.turn:first-child { margin-top: .5rem; }
+.turn.user { display: flex; flex-direction: column; align-items: flex-end; }
+.bubble {
+  max-width: 85%; padding: .65rem 1.05rem; border-radius: 1.25rem 1.25rem .35rem 1.25rem;
+  background: var(--bubble); white-space: pre-wrap; overflow-wrap: anywhere;
+}
+.editing { width: 100%; }
+.editing textarea { width: 100%; }
+.editing .row { justify-content: flex-end; margin-top: .5rem; }
+.who { display: flex; align-items: center; gap: .45rem; font-size: .8125rem; color: var(--soft); }
+.who svg { width: 1rem; height: 1rem; color: var(--accent); stroke-width: 2.4; }
+.body { margin-top: .35rem; overflow-wrap: anywhere; line-height: 1.68; }
+.body > * + * { margin-top: .8rem; }
+.body p, .plain { white-space: pre-wrap; }
+.body h3, .body h4 { font-size: 1.0625rem; margin-top: 1.25rem; white-space: pre-wrap; }
+.body ul, .body ol { padding-left: 1.6rem; }
+.body li + li { margin-top: .3rem; }
+.body li > ul, .body li > ol { margin-top: .3rem; }
+.body li > span { white-space: pre-wrap; }
+.body code { background: var(--bubble); padding: .1rem .35rem; border-radius: .3rem; }
+.code { position: relative; }
+.code pre {
+  padding: .85rem 1rem; padding-right: 3rem; border-radius: .7rem; overflow: auto;
+  background: var(--side); border: 1px solid var(--line); line-height: 1.55; tab-size: 4;
+}
+aside .code pre { background: var(--raised); font-size: .78rem; white-space: pre-wrap; overflow-wrap: anywhere; }
+.code pre code { background: none; padding: 0; font-size: inherit; }
+.code .icon { position: absolute; top: .3rem; right: .3rem; width: 2.2rem; height: 2.2rem; color: var(--soft); }
+.code .icon svg { width: 1.1rem; height: 1.1rem; }
+.calc {
+  display: inline-block; padding: 0 .5rem; border-radius: .45rem; background: var(--tint);
+  border: 1px solid color-mix(in srgb, var(--accent) 35%, transparent);
+  font-family: var(--mono); font-size: .8125rem; line-height: 1.6; overflow-wrap: anywhere;
+  margin-right: .3rem;
+}
+.calc b { font: 600 .75rem/1 system-ui, sans-serif; color: var(--accent); margin-right: .15rem; }
+.prompt { color: var(--soft); }
+.live::after {
+  content: ""; display: inline-block; width: .5rem; height: 1.05em; margin-left: .15rem;
+  vertical-align: -.18em; border-radius: 1px; background: var(--accent);
+  animation: blink 1.1s steps(2, jump-none) infinite;
+}
+@keyframes blink { from { opacity: 1; } to { opacity: .15; } }
+.waiting { display: flex; align-items: center; gap: .7rem; margin-top: .5rem; color: var(--soft); }
+.waiting progress { width: 8rem; accent-color: var(--accent); }
+.dots { display: inline-flex; gap: .25rem; }
+.dots i { width: .4rem; height: .4rem; border-radius: 50%; background: var(--accent); animation: blink 1.2s infinite; }
+.dots i:nth-child(2) { animation-delay: .2s; }
+.dots i:nth-child(3) { animation-delay: .4s; }
+.trouble {
+  display: flex; flex-wrap: wrap; align-items: center; gap: .3rem .6rem; margin-top: .7rem;
+  padding: .5rem .9rem; border-radius: .7rem; background: var(--warn-tint); color: var(--warn);
+  font-size: .9375rem; overflow-wrap: anywhere;
+}
+.trouble.calm { background: var(--side); color: var(--soft); }
+.trouble button { font-weight: 600; text-decoration: underline; text-underline-offset: .2em; }
+.notice { text-align: center; font-size: .8125rem; color: var(--soft); margin-top: 1.5rem; }
+.acts { display: flex; flex-wrap: wrap; align-items: center; gap: .1rem; margin: .3rem 0 0 -.5rem; color: var(--soft); }
+.acts button { height: 2.1rem; padding: 0 .5rem; font-size: .8125rem; display: inline-flex; align-items: center; gap: .35rem; }
+.acts button:hover { background: var(--shade); color: var(--ink); }
+.acts button[aria-pressed="true"] { background: var(--tint); color: var(--accent); }
+.acts svg { width: 1.05rem; height: 1.05rem; }
+.user .acts { margin: .15rem 0 0; }
+.stats { font-size: .8125rem; margin-left: auto; }
+.stats summary { cursor: pointer; padding: .3rem .5rem; border-radius: .5rem; font-variant-numeric: tabular-nums; }
+.stats summary:hover { background: var(--shade); }
+.stats[open] { flex-basis: 100%; }
+.stats dl { padding: .4rem .5rem; max-width: 26rem; }
+.facts-list { display: grid; grid-template-columns: auto 1fr; gap: .2rem 1.25rem; font-size: .875rem; }
+.facts-list dt { color: var(--soft); }
+.facts-list dd { margin: 0; text-align: right; overflow-wrap: anywhere; font-variant-numeric: tabular-nums; }
+
+/* ---- why these words? */
+.tokens { white-space: pre-wrap; margin-top: .35rem; line-height: 2; overflow-wrap: anywhere; }
+.tokens button {
+  display: inline; padding: .12rem 0; border-radius: .25rem; white-space: pre-wrap; text-align: left;
+  background: var(--bubble); box-shadow: inset 0 -2px 0 var(--line);
+}
+.tokens button:nth-of-type(even) { background: var(--tint); }
+.tokens button:hover { box-shadow: inset 0 -2px 0 var(--accent); }
+.tokens button[aria-pressed="true"] { background: var(--accent); color: var(--on-accent); }
+.tokens .mark { opacity: .7; }
+.why {
+  margin-top: .8rem; padding: 1rem 1.1rem; border: 1px solid var(--line); border-radius: .9rem;
+  background: var(--raised);
+}
+.why table { width: 100%; border-collapse: collapse; margin: .6rem 0; font-size: .9375rem; }
+.why th { text-align: left; font-weight: 400; padding: .16rem .8rem .16rem 0; width: 1%; white-space: nowrap; }
+.why td:last-child { text-align: right; width: 4rem; font-variant-numeric: tabular-nums; }
+.why code { background: var(--bubble); padding: .1rem .4rem; border-radius: .3rem; white-space: pre; }
+.why .chosen th, .why .chosen td { font-weight: 650; color: var(--accent); }
+.why .bar { height: .55rem; border-radius: .3rem; background: var(--edge); min-width: 2px; }
+.why .chosen .bar { background: var(--accent); }
+
+/* ---- before the first message */
+#empty { max-width: var(--column); margin: 0 auto; padding: 13vh 0 2rem; }
+#empty .mark { width: 2.75rem; height: 2.75rem; color: var(--accent); stroke-width: 2.4; margin-left: -.4rem; }
+#empty h2 { font-size: clamp(1.5rem, 1.1rem + 2vw, 2.1rem); letter-spacing: -.02em; margin: .6rem 0 .5rem; }
+#empty p { color: var(--soft); max-width: 36rem; }
+#empty .facts { color: var(--ink); font-size: .9375rem; margin-bottom: .6rem; }
+#empty code { overflow-wrap: anywhere; }
+#examples { display: grid; grid-template-columns: repeat(auto-fit, minmax(12.5rem, 1fr)); gap: .75rem; margin-top: 1.75rem; }
+#examples button {
+  text-align: left; padding: .85rem 1rem; border: 1px solid var(--line); border-radius: .9rem;
+  background: var(--raised); line-height: 1.4; transition: border-color .15s, transform .15s;
+}
+#examples button:hover { border-color: var(--accent); transform: translateY(-1px); }
+#examples small { display: block; color: var(--soft); margin-top: .2rem; }
+
+/* ---- message box */
+footer {
+  flex: none; position: relative; width: 100%; max-width: calc(var(--column) + 2.5rem); margin: 0 auto;
+  padding: 0 1.25rem max(.6rem, env(safe-area-inset-bottom));
+}
+.composer {
+  display: flex; align-items: flex-end; gap: .4rem; padding: .4rem .4rem .4rem 1.1rem;
+  border: 1px solid var(--edge); border-radius: 1.5rem; background: var(--raised);
+  box-shadow: 0 4px 20px var(--shade);
+}
+.composer:focus-within { border-color: var(--accent); box-shadow: 0 0 0 .2rem var(--tint); }
+.composer textarea {
+  flex: 1; min-width: 0; border: 0; outline: 0; background: none; resize: none; padding: .42rem 0;
+  line-height: 1.5; max-height: 12.9rem; overflow: auto;
+}
+textarea::placeholder, input::placeholder { color: var(--soft); opacity: 1; }
+#send { border-radius: 50%; background: var(--accent); color: var(--on-accent); }
+#send:hover:enabled { background: color-mix(in srgb, var(--accent) 85%, var(--ink)); }
+#send:disabled { background: var(--bubble); color: var(--soft); opacity: 1; }
+.below {
+  display: flex; justify-content: space-between; gap: .2rem 1rem; flex-wrap: wrap; min-height: 1.4rem;
+  padding: .35rem .6rem 0; font-size: .78rem; color: var(--soft);
+}
+.meter { display: flex; align-items: center; gap: .5rem; margin-left: auto; }
+#meter { width: 4.5rem; height: .3rem; border-radius: .3rem; background: var(--line); overflow: hidden; }
+#meter i { display: block; height: 100%; background: var(--accent); }
+#newest {
+  position: absolute; left: 50%; bottom: calc(100% + .6rem); transform: translateX(-50%);
+  display: flex; align-items: center; gap: .3rem; padding: .35rem .9rem .35rem .6rem; border-radius: 2rem;
+  background: var(--raised); border: 1px solid var(--line); box-shadow: 0 2px 12px var(--shade);
+  font-size: .875rem; min-height: 2.5rem;
+}
+
+/* ---- model and settings */
+[role="tablist"] { display: flex; gap: .2rem; padding: .2rem; border-radius: .8rem; background: var(--bubble); }
+[role="tab"] { padding: .3rem .95rem; font-size: .9375rem; color: var(--soft); }
+[role="tab"][aria-selected="true"] { background: var(--raised); color: var(--ink); font-weight: 560; box-shadow: 0 1px 3px var(--shade); }
+[role="tabpanel"] { display: flex; flex-direction: column; gap: .8rem; outline-offset: .4rem; }
+#about h2 { margin-bottom: .15rem; }
+.loss { margin: .9rem 0; padding: .9rem 1rem; border: 1px solid var(--line); border-radius: .9rem; background: var(--raised); }
+.loss b { font-size: 1.6rem; font-weight: 620; letter-spacing: -.02em; line-height: 1.2; font-variant-numeric: tabular-nums; }
+.loss p { font-size: .8125rem; color: var(--soft); line-height: 1.5; margin-top: .35rem; }
+.control { display: flex; flex-direction: column; gap: .35rem; padding-bottom: .3rem; }
+.row { display: flex; align-items: center; gap: .4rem; }
+.row label { font-weight: 560; font-size: .9375rem; }
+.row .hint {
+  width: 1.5rem; height: 1.5rem; padding: 0; border-radius: 50%; color: var(--soft); font-size: .8125rem;
+  border: 1px solid var(--line); line-height: 1; margin-right: auto;
+}
+.row .hint[aria-expanded="true"] { background: var(--tint); color: var(--accent); }
+.control p { font-size: .8125rem; color: var(--soft); line-height: 1.5; }
+#top_k-off { font-size: .8125rem; color: var(--soft); }
+input[type="number"], input[type="password"], .control textarea, .editing textarea {
+  border: 1px solid var(--edge); border-radius: .55rem; background: var(--raised); padding: .35rem .6rem;
+}
+input[type="number"] { width: 6.5rem; text-align: right; font-variant-numeric: tabular-nums; }
+.control textarea { width: 100%; resize: vertical; }
+input[type="range"] { width: 100%; margin: .2rem 0; accent-color: var(--accent); }
+:user-invalid { border-color: var(--warn) !important; }
+
+/* ---- dialogs and the line that comes up at the bottom */
+dialog {
+  border: 1px solid var(--line); border-radius: 1.1rem; padding: 1.25rem 1.5rem 1.5rem; color: var(--ink);
+  background: var(--paper); width: min(36rem, calc(100vw - 1.5rem)); max-height: calc(100dvh - 2rem);
+}
+#all { width: min(60rem, calc(100vw - 1.5rem)); }
+.dialog-head { display: flex; align-items: center; justify-content: space-between; margin: -.4rem -.6rem .5rem 0; }
+dialog h3 { margin: 1.25rem 0 .5rem; }
+.keys { display: grid; grid-template-columns: auto 1fr; gap: .4rem 1.2rem; font-size: .9375rem; }
+.keys dd { margin: 0; }
+.table { overflow: auto; margin-top: 1rem; border-radius: .5rem; }
+#all table { border-collapse: collapse; width: 100%; font-size: .875rem; }
+#all th, #all td { text-align: left; padding: .45rem .8rem .45rem 0; border-bottom: 1px solid var(--line); white-space: nowrap; font-variant-numeric: tabular-nums; }
+#all th { color: var(--soft); font-weight: 560; }
+#all td.reason { white-space: normal; min-width: 10rem; color: var(--soft); }
+#all td button { padding: .1rem .4rem; margin-left: -.4rem; color: var(--accent); font-weight: 600; text-decoration: underline; text-underline-offset: .2em; }
+#all tr.current { background: var(--tint); }
+#toast {
+  position: fixed; z-index: 5; left: 50%; bottom: 7.5rem; transform: translateX(-50%); max-width: calc(100vw - 2rem);
+  padding: .55rem 1.1rem; border-radius: .8rem; background: var(--ink); color: var(--paper);
+  font-size: .9375rem; box-shadow: 0 6px 24px var(--shade);
+}
+#toast button { font-weight: 650; text-decoration: underline; padding: .1rem .4rem; }
+
+/* ---- small windows, fingers, and people who want less movement */
+@media (max-width: 700px) {
+  header { padding-inline: .4rem; }
+  #device { display: none; }
+  #scroll, footer { padding-inline: 1rem; }
+  .picker { flex: 1; justify-content: space-between; margin-right: 0; }
+  #empty { padding-top: 5vh; }
+  #examples { gap: .5rem; margin-top: 1.25rem; }
+  .bubble { max-width: 92%; }
+  #hint, .acts button span { display: none; }
+  .why th { max-width: 9rem; overflow: hidden; text-overflow: ellipsis; }
+  .why .chosen th span { display: none; }
+  #panel[popover] {
+    inset: auto 0 0 0; width: 100%; max-width: none; max-height: 85dvh; border-width: 1px 0 0;
+    border-radius: 1.2rem 1.2rem 0 0;
+  }
+}
+@media (pointer: coarse) {
+  .icon, .acts button, #list .icon, .code .icon { min-width: 2.75rem; min-height: 2.75rem; justify-content: center; }
+  button:not(.hint), summary, input, .picker, select { min-height: 2.75rem; }
+  .hint { position: relative; }
+  .hint::after { content: ""; position: absolute; inset: -.625rem; }
+  .tokens button { min-height: 0; padding: .3rem .1rem; }
+  #list .icon { opacity: 1; }
+  .stats summary { display: flex; align-items: center; }
+}
+@media (hover: hover) {
+  .user { position: relative; }
+  .user .acts { position: absolute; top: 100%; right: 0; opacity: 0; transition: opacity .12s; }
+  .user:hover .acts, .user .acts:focus-within { opacity: 1; }
+}
+@media (prefers-reduced-motion: no-preference) {
+  aside[popover]:popover-open { animation: slide .18s ease-out; }
+  @keyframes slide { from { opacity: 0; translate: 0 .8rem; } }
+}
+@media (prefers-reduced-motion: reduce) {
+  *, *::before, *::after { animation: none !important; transition: none !important; }
+}
+)page";
+
+const std::string_view kPageBody = R"page(
+<svg hidden>
+  <symbol id="i-logo" viewBox="0 0 24 24"><path d="M4 5.5h16M4 10h11M4 14.5h7M4 19h3.5"/></symbol>
+  <symbol id="i-side" viewBox="0 0 24 24"><path d="M4 5h16v14H4zM9.5 5v14"/></symbol>
+  <symbol id="i-new" viewBox="0 0 24 24"><path d="M12 5v14M5 12h14"/></symbol>
+  <symbol id="i-down" viewBox="0 0 24 24"><path d="m6 9.5 6 6 6-6"/></symbol>
+  <symbol id="i-tune" viewBox="0 0 24 24">
+    <path d="M4 8h8m6 0h2M4 16h2m6 0h8"/><circle cx="15" cy="8" r="2.6"/><circle cx="9" cy="16" r="2.6"/>
+  </symbol>
+  <symbol id="i-copy" viewBox="0 0 24 24">
+    <path d="M9 9h10.5v10.5H9zM5.5 15H4.5V4.5H15v1"/>
+  </symbol>
+  <symbol id="i-done" viewBox="0 0 24 24"><path d="m5 12.5 5 5 9.5-11"/></symbol>
+  <symbol id="i-again" viewBox="0 0 24 24"><path d="M19.5 12A7.5 7.5 0 1 1 17 6.4L19.5 9M19.5 4v5h-5"/></symbol>
+  <symbol id="i-edit" viewBox="0 0 24 24"><path d="M5 19v-3.5L15.5 5 19 8.5 8.5 19zM13 7.5l3.5 3.5"/></symbol>
+  <symbol id="i-why" viewBox="0 0 24 24"><path d="M5 6h14M5 12h8.5M5 18h4.5"/></symbol>
+  <symbol id="i-send" viewBox="0 0 24 24"><path d="M12 19V5.5M6 11l6-6 6 6"/></symbol>
+  <symbol id="i-stop" viewBox="0 0 24 24"><path fill="currentColor" d="M7.5 7.5h9v9h-9z"/></symbol>
+  <symbol id="i-close" viewBox="0 0 24 24"><path d="m6 6 12 12M18 6 6 18"/></symbol>
+  <symbol id="i-bin" viewBox="0 0 24 24"><path d="M5 7h14M9.5 7V4.5h5V7M7 7l.8 12.5h8.4L17 7"/></symbol>
+  <symbol id="i-more" viewBox="0 0 24 24"><path d="M6 12h.01M12 12h.01M18 12h.01"/></symbol>
+</svg>
+
+<noscript>
+  <p class="noscript">This page needs JavaScript. Without it, chat in a terminal:
+  <code>nanogpt chat</code></p>
+</noscript>
+
+<a class="skip" href="#text">Skip to the message box</a>
+
+<aside id="chats" aria-label="Conversations" tabindex="-1">
+  <div class="side-head">
+    <span class="brand"><svg><use href="#i-logo"/></svg>nanogpt</span>
+    <button class="icon" id="chats-close" aria-label="Close conversations">
+      <svg><use href="#i-close"/></svg></button>
+  </div>
+  <button class="wide" id="new"><svg><use href="#i-new"/></svg>New chat <kbd>Alt N</kbd></button>
+  <h2 class="small">Conversations</h2>
+  <p id="list-none" class="note">None yet.</p>
+  <ul id="list"></ul>
+  <p id="list-note" class="note">Kept in this browser only. Nobody else sees them here.</p>
+  <details id="keep" class="menu">
+    <summary>Save, load, delete</summary>
+    <button id="save-md">Save this chat as Markdown</button>
+    <button id="save-json">Save all chats as JSON</button>
+    <button id="load-json">Load chats from JSON</button>
+    <button id="delete-all">Delete all chats</button>
+    <input type="file" id="file" accept=".json,application/json" hidden aria-label="JSON file">
+  </details>
+  <div class="side-foot">
+    <button id="theme">Theme: automatic</button>
+    <button id="help-open">Help</button>
+  </div>
+</aside>
+
+<main id="main">
+  <h1 class="sr">nanogpt: chat with nanochat models</h1>
+  <header>
+    <button class="icon" id="chats-open" aria-label="Conversations" aria-controls="chats">
+      <svg><use href="#i-side"/></svg></button>
+    <div class="picker">
+      <span class="picked" aria-hidden="true">
+        <b id="picked-name">Looking for models</b><small id="picked-loss"></small>
+      </span>
+      <svg><use href="#i-down"/></svg>
+      <select id="model" aria-label="Model"></select>
+    </div>
+    <button id="device" hidden aria-haspopup="dialog"></button>
+    <button class="icon" id="panel-open" aria-label="Model and settings" aria-controls="panel">
+      <svg><use href="#i-tune"/></svg></button>
+  </header>
+
+  <div id="banner" role="alert" hidden>
+    <span id="banner-text"></span>
+    <form id="key-form" hidden>
+      <label for="key">Access key</label>
+      <input id="key" type="password" autocomplete="off" required>
+      <button>Use it</button>
+    </form>
+  </div>
+
+  <div id="scroll" tabindex="-1">
+    <section id="empty" aria-labelledby="empty-title" hidden>
+      <svg class="mark"><use href="#i-logo"/></svg>
+      <h2 id="empty-title"></h2>
+      <p id="empty-facts" class="facts"></p>
+      <p id="empty-text"></p>
+      <div id="examples" role="group" aria-label="Examples to start with"></div>
+    </section>
+    <div id="log" role="log" aria-live="off" aria-label="Conversation"></div>
+  </div>
+
+  <footer>
+    <button id="newest" hidden><svg><use href="#i-down"/></svg>Newest</button>
+    <div class="composer">
+      <label class="sr" for="text" id="text-label">Message</label>
+      <textarea id="text" rows="1" enterkeyhint="send" autocomplete="off"></textarea>
+      <button id="send" class="icon" aria-label="Send" disabled>
+        <svg><use href="#i-send"/></svg></button>
+    </div>
+    <p class="below"><span id="hint"></span>
+      <span class="meter"><i id="meter" aria-hidden="true" hidden><i></i></i>
+      <span id="meter-text"></span></span></p>
+  </footer>
+</main>
+
+<aside id="panel" aria-label="Model and settings" tabindex="-1">
+  <div class="side-head">
+    <div role="tablist" aria-label="What to show">
+      <button role="tab" id="tab-model" aria-controls="pane-model" aria-selected="true">Model</button>
+      <button role="tab" id="tab-settings" aria-controls="pane-settings" aria-selected="false"
+        tabindex="-1">Settings</button>
+    </div>
+    <button class="icon" id="panel-close" aria-label="Close model and settings">
+      <svg><use href="#i-close"/></svg></button>
+  </div>
+
+  <div role="tabpanel" id="pane-model" aria-labelledby="tab-model" tabindex="0">
+    <div id="about"></div>
+    <button class="wide" id="all-open" aria-haspopup="dialog">Compare all checkpoints</button>
+    <h3>From the terminal</h3>
+    <div class="code"><pre id="cli" tabindex="0"></pre></div>
+    <h3>From a program</h3>
+    <div class="code"><pre id="curl" tabindex="0"></pre></div>
+  </div>
+
+  <div role="tabpanel" id="pane-settings" aria-labelledby="tab-settings" tabindex="0" hidden>
+    <div class="control">
+      <div class="row"><label for="temperature">Temperature</label>
+        <input type="number" id="temperature" min="0" max="2" step="0.05"></div>
+      <input type="range" id="temperature-slider" min="0" max="2" step="0.05"
+        aria-label="Temperature, slider">
+      <p data-for="temperature">How daring the choice of words is. At 0 the model always takes the
+        likeliest token; the higher, the more often an unlikely one.</p>
+    </div>
+    <div class="control">
+      <div class="row"><label for="top_k">Top-k</label>
+        <span id="top_k-off">off</span>
+        <input type="number" id="top_k" min="0" max="200" step="1"></div>
+      <input type="range" id="top_k-slider" min="0" max="200" step="1" aria-label="Top-k, slider">
+      <p data-for="top_k">Only the k likeliest tokens can be chosen at each step. 0 is off: every
+        token can.</p>
+    </div>
+    <div class="control">
+      <div class="row"><label for="max_tokens">Max tokens</label>
+        <input type="number" id="max_tokens" min="1" max="4096" step="1"></div>
+      <p data-for="max_tokens">The answer is cut after this many tokens. A token is a piece of a
+        word, about four letters of English.</p>
+    </div>
+    <div class="control">
+      <div class="row"><label for="seed">Seed</label>
+        <input type="number" id="seed" min="0" step="1" placeholder="random"></div>
+      <p data-for="seed">Where the dice start. The same seed, question and settings give the same
+        answer again; empty means new dice each time.</p>
+    </div>
+    <div class="control">
+      <div class="row"><label for="system">System text</label></div>
+      <textarea id="system" rows="3" placeholder="None"></textarea>
+      <p data-for="system">Put in front of your first message. Small models follow it only
+        loosely.</p>
+    </div>
+    <button class="wide" id="reset">Reset to defaults</button>
+  </div>
+</aside>
+
+<dialog id="all" aria-labelledby="all-title">
+  <div class="dialog-head"><h2 id="all-title">All checkpoints</h2>
+    <button class="icon" data-close aria-label="Close"><svg><use href="#i-close"/></svg></button>
+  </div>
+  <p class="note">★ marks the lowest loss among checkpoints of the same type whose loss has the same
+    unit. Losses with different units cannot be compared: nats per token depend on the tokenizer,
+    bits per byte do not.</p>
+  <div class="table" tabindex="0" role="region" aria-labelledby="all-title">
+    <table><thead><tr><th>Type</th><th>Model</th><th>Step</th><th>Validation loss</th>
+      <th>Architecture</th><th>Parameters</th><th>Status</th></tr></thead>
+      <tbody id="all-rows"></tbody></table>
+  </div>
+</dialog>
+
+<dialog id="why-device" aria-labelledby="why-device-title">
+  <div class="dialog-head"><h2 id="why-device-title">What computes here</h2>
+    <button class="icon" data-close aria-label="Close"><svg><use href="#i-close"/></svg></button>
+  </div>
+  <div id="why-device-text"></div>
+</dialog>
+
+<dialog id="help" aria-labelledby="help-title">
+  <div class="dialog-head"><h2 id="help-title">Help</h2>
+    <button class="icon" data-close aria-label="Close"><svg><use href="#i-close"/></svg></button>
+  </div>
+  <p>You are talking to a small language model trained with nanochat. It runs on the computer this
+    page comes from; nothing is sent anywhere else. It writes what sounds likely, and that is often
+    wrong.</p>
+  <h3>Keys</h3>
+  <dl class="keys">
+    <dt><kbd>Enter</kbd></dt><dd>send</dd>
+    <dt><kbd>Shift Enter</kbd></dt><dd>new line</dd>
+    <dt><kbd>Esc</kbd></dt><dd>stop the answer</dd>
+    <dt><kbd>↑</kbd></dt><dd>in an empty box: edit your last message</dd>
+    <dt><kbd>Alt N</kbd></dt><dd>new chat</dd>
+    <dt><kbd>Alt M</kbd></dt><dd>choose a model</dd>
+    <dt><kbd>Alt S</kbd></dt><dd>settings</dd>
+    <dt><kbd>?</kbd></dt><dd>this help</dd>
+  </dl>
+  <h3>Commands in the message box</h3>
+  <dl class="keys">
+    <dt><code>/temperature 0.6</code></dt><dd>0 to 2</dd>
+    <dt><code>/topk 50</code></dt><dd>0 to 200</dd>
+    <dt><code>/max 256</code></dt><dd>longest answer in tokens</dd>
+    <dt><code>/seed 42</code></dt><dd>same dice each time; without a number: random</dd>
+    <dt><code>/model d12</code></dt><dd>choose a model by name</dd>
+    <dt><code>/stats</code></dt><dd>how busy the server is</dd>
+    <dt><code>/clear</code></dt><dd>new chat</dd>
+    <dt><code>/help</code></dt><dd>this help</dd>
+  </dl>
+  <h3>Why these words?</h3>
+  <p>Below each answer is a button with this name. It cuts the answer into tokens; choose one to see
+    the ten tokens the model thought likeliest there.</p>
+</dialog>
+
+<div id="toast" role="status" hidden><span id="toast-text"></span><button id="toast-do"></button></div>
+<p id="status" class="sr" role="status"></p>
+)page";
+
+const std::string_view kPageScript = R"page(
+'use strict';
+// What people and models write gets into the document as text nodes only; nothing here makes HTML
+// of it. Everything is asked of the server the page came from.
+
+// ---- small helpers
+const $ = (id) => document.getElementById(id);
+const count = (n) => n.toLocaleString('en');
+const fresh = () => Date.now().toString(36) + Math.random().toString(36).slice(2, 8);
+const plural = (n, word) => `${count(n)} ${word}${n === 1 ? '' : 's'}`;
+
+// An element with attributes (those named on... are listeners) and children; text is never markup.
+function make(tag, attributes, ...children) {
+  const node = document.createElement(tag);
+  for (const [name, value] of Object.entries(attributes || {})) {
+    if (name.startsWith('on')) node.addEventListener(name.slice(2), value);
+    else if (value !== false && value != null) node.setAttribute(name, value === true ? '' : value);
+  }
+  node.append(...children.filter((child) => child != null && child !== ''));
+  return node;
+}
+
+function icon(name) {
+  const svg = document.createElementNS('http://www.w3.org/2000/svg', 'svg');
+  const use = document.createElementNS('http://www.w3.org/2000/svg', 'use');
+  use.setAttribute('href', '#i-' + name);
+  svg.append(use);
+  svg.setAttribute('aria-hidden', 'true');
+  return svg;
+}
+
+function iconButton(name, label, onclick, kind = 'icon') {
+  return make('button', {class: kind, 'aria-label': label, title: label, onclick}, icon(name));
+}
+
+// For screen readers. Emptied first, so that the same sentence twice is said twice.
+function say(text) {
+  $('status').textContent = '';
+  setTimeout(() => { $('status').textContent = text; }, 50);
+}
+
+let toastTimer = 0;
+function toast(text, label, action) {
+  $('toast-text').textContent = text;
+  $('toast-do').hidden = !action;
+  $('toast-do').textContent = label || '';
+  $('toast-do').onclick = () => { $('toast').hidden = true; action(); };
+  $('toast').hidden = false;
+  clearTimeout(toastTimer);
+  toastTimer = setTimeout(() => { $('toast').hidden = true; }, action ? 10000 : 5000);
+}
+
+// navigator.clipboard is missing where the page comes over plain http from another computer.
+async function copy(text, button) {
+  try {
+    await navigator.clipboard.writeText(text);
+  } catch {
+    const area = make('textarea', {class: 'sr', 'aria-hidden': 'true'});
+    area.value = text;
+    document.body.append(area);
+    area.select();
+    document.execCommand('copy');
+    area.remove();
+    button.focus();
+  }
+  say('Copied');
+  const old = button.querySelector('use');
+  old.setAttribute('href', '#i-done');
+  setTimeout(() => old.setAttribute('href', '#i-copy'), 1500);
+}
+
+// ---- what the browser keeps: settings, and conversations, each under a name of its own
+const kMaxChats = 50;
+function read(name) {
+  try { return JSON.parse(localStorage.getItem('nanogpt.' + name)); } catch { return null; }
+}
+
+function write(name, value) {
+  try {
+    localStorage.setItem('nanogpt.' + name, JSON.stringify(value));
+    return true;
+  } catch {
+    return false;
+  }
+}
+
+function forget(name) {
+  try { localStorage.removeItem('nanogpt.' + name); } catch { /* then nothing is kept anyway */ }
+}
+
+function storedChats() {
+  let names = [];
+  try { names = Object.keys(localStorage); } catch { /* as above */ }
+  return names.filter((name) => name.startsWith('nanogpt.chat.')).map((name) => read(name.slice(8)))
+    .filter((one) => Array.isArray(one?.messages) && one.messages.length)
+    .sort((a, b) => b.updated - a.updated);
+}
+
+// Keeps a conversation; if there is no room, up to ten of the oldest ones make it.
+function keep(one) {
+  if (!one.messages.length) return;
+  const first = one.messages[0].content.trim().replace(/\s+/g, ' ');
+  one.title = first.length > 60 ? first.slice(0, 59) + '…' : first;
+  one.updated = Date.now();
+  const others = storedChats().filter((other) => other.id !== one.id);
+  while (others.length >= kMaxChats) forget('chat.' + others.pop().id);
+  let kept = write('chat.' + one.id, one);
+  for (let tries = 0; !kept && tries < 10 && others.length; ++tries) {
+    forget('chat.' + others.pop().id);
+    kept = write('chat.' + one.id, one);
+  }
+  $('list-note').textContent = kept ? 'Kept in this browser only. Nobody else sees them here.'
+    : 'The browser keeps nothing more: this chat ends with the page. Save it to keep it.';
+  drawList();
+}
+
+// ---- the server
+let key = '';
+try {
+  key = sessionStorage.getItem('nanogpt.key') || '';
+} catch { /* then it has to be given again after a reload */ }
+
+function useKey(value) {
+  key = value;
+  try { sessionStorage.setItem('nanogpt.key', key); } catch { /* as above */ }
+}
+if (location.hash.startsWith('#key=')) {
+  try { useKey(decodeURIComponent(location.hash.slice(5))); } catch { /* not a key */ }
+  history.replaceState(null, '', location.pathname + location.search);
+}
+
+// An answer of the server that is not what was asked for, with the server's own sentence.
+class Refusal extends Error {
+  constructor(message, status, code, wait) {
+    super(message);
+    Object.assign(this, {status, code, wait});
+  }
+}
+
+async function api(path, body, signal) {
+  const options = {cache: 'no-store', headers: {}, signal};
+  if (key) options.headers.Authorization = 'Bearer ' + key;
+  if (body) {
+    options.method = 'POST';
+    options.headers['Content-Type'] = 'application/json';
+    options.body = JSON.stringify(body);
+  }
+  const response = await fetch(path, options);
+  if (response.ok) return response;
+  let error = {};
+  try {
+    const reply = await response.json();
+    error = reply.error || {message: reply.detail};
+  } catch { /* not JSON: a proxy's page, perhaps */ }
+  if (response.status === 401) askForKey();
+  const message = typeof error.message === 'string' ? error.message
+    : `the server answered ${response.status} ${response.statusText}`;
+  throw new Refusal(message, response.status, error.code,
+    Number(response.headers.get('Retry-After')) || 0);
+}
+
+// Reads a stream of events. One decoder for the whole of it, and only whole lines are looked at:
+// the network cuts wherever it likes, also within a letter.
+async function readEvents(response, onData, onComment) {
+  const reader = response.body.getReader();
+  const decoder = new TextDecoder();
+  let rest = '', data = '';
+  for (;;) {
+    const {value, done} = await reader.read();
+    rest += done ? decoder.decode() : decoder.decode(value, {stream: true});
+    let start = 0;
+    for (let end; (end = rest.indexOf('\n', start)) >= 0; start = end + 1) {
+      const line = rest.slice(start, rest[end - 1] === '\r' ? end - 1 : end);
+      if (line.startsWith(':')) onComment(line.slice(1).trim());
+      else if (line.startsWith('data:')) data += (data && '\n') + line.slice(5).trim();
+      else if (line === '' && data) {
+        const event = data;
+        data = '';
+        onData(event);
+      }
+    }
+    rest = rest.slice(start);
+    if (done) return;
+  }
+}
+
+function banner(text, good) {
+  $('banner').hidden = !text;
+  $('banner').className = good ? 'good' : '';
+  if ($('banner-text').textContent !== text) $('banner-text').textContent = text;
+  if (!text) $('key-form').hidden = true;
+}
+
+function askForKey() {
+  banner('This server asks for its access key. It is printed where the server was started.');
+  $('key-form').hidden = false;
+}
+
+// Asks for the checkpoints every ten seconds, for they appear while a model is being trained. It
+// also shows whether the server is there: if not, it is asked after 1, 2, 4 ... 30 seconds.
+let pause = 0, pollTimer = 0, seen = '';
+async function poll() {
+  clearTimeout(pollTimer);
+  try {
+    const list = await (await api('api/v1/inference/models')).json();
+    if (pause) {
+      banner('The server is back.', true);
+      setTimeout(() => { if ($('banner').className === 'good') banner(''); }, 4000);
+    } else if ($('banner').className !== 'good') {
+      banner('');
+    }
+    pause = 0;
+    const text = JSON.stringify([list.models, list.device]), before = seen;
+    seen = text;
+    if (text !== before) takeModels(list);
+  } catch (error) {
+    if (!(error instanceof Refusal)) {
+      banner('The server cannot be reached. What you wrote is still here; the page keeps trying.');
+    } else if (error.status !== 401) {
+      banner(error.message);
+    }
+    pause = Math.min(pause * 2 || 1, 30);
+  }
+  pollTimer = setTimeout(() => { if (!document.hidden) poll(); }, (pause || 10) * 1000);
+}
+
+// ---- models
+const kTypes = [['SFT', 'chats'], ['RL', 'chats, trained on with rewards'],
+  ['MID', 'between base and chat'], ['BASE', 'continues text']];
+let models = [], model = null, device = null;
+const continues = (m) => !!m && (m.type === 'BASE' || m.can_chat === false);
+const nameOf = (m) => `${m.tag} · step ${count(m.step)}`;
+const lossOf = (m) => m.loss ? `${m.loss.value.toFixed(3)} ${m.loss.unit}` : 'loss not known';
+const shapeOf = (m) => m.architecture
+  ? `${m.architecture.n_layer} layers × ${count(m.architecture.n_embd)}` : '';
+const bestOf = (m) => `★ best ${m.type} in ${m.loss.unit}`;
+
+function big(n) {
+  if (n >= 1e9) return (n / 1e9).toFixed(2) + ' billion';
+  return n >= 1e6 ? (n / 1e6).toFixed(n < 1e7 ? 1 : 0) + ' million' : count(n);
+}
+const bytes = (n) => n >= 1e9 ? (n / 1e9).toFixed(2) + ' GB' : (n / 1e6).toFixed(0) + ' MB';
+
+function takeModels(list) {
+  models = list.models;
+  device = list.device;
+  const groups = kTypes.map(([type, what]) => make('optgroup', {label: `${type} · ${what}`},
+    ...models.filter((m) => m.type === type).map((m) => {
+      const usable = m.status === 'ready';
+      const parts = usable ? [nameOf(m), lossOf(m), shapeOf(m)]
+        : [nameOf(m), `cannot be used: ${m.reason || m.status}`];
+      const label = parts.filter(Boolean).join(' · ') + (m.best && usable ? ' · ★ best' : '');
+      return make('option', {value: m.id, disabled: !usable}, label);
+    })));
+  $('model').replaceChildren(...groups.filter((group) => group.children.length));
+  const wanted = (id) => models.find((m) => m.id === id && m.status === 'ready');
+  choose(wanted(model && model.id) || wanted(read('model')) || wanted(list.default) ||
+    models.find((m) => m.status === 'ready') || null);
+  drawDevice();
+  drawAll();
+}
+
+function choose(m) {
+  model = m;
+  $('model').disabled = !m;
+  if (m) $('model').value = m.id;
+  $('picked-name').replaceChildren(
+    ...(m ? [make('span', {class: 'badge'}, m.type), ' ' + nameOf(m)] : ['No model']));
+  $('picked-loss').textContent = m ? lossOf(m) + (m.best ? ' · ★ best' : '') : '';
+  const label = !m ? 'No model to write to'
+    : continues(m) ? 'Write the beginning of a text' : `Message ${m.tag}`;
+  $('text').placeholder = label;
+  $('text-label').textContent = label;
+  drawAbout();
+  drawEmpty();
+  drawMeter();
+  drawSend();
+}
+
+function drawDevice() {
+  const d = device || {};
+  const gpu = d.type === 'cuda';
+  const parts = gpu
+    ? [d.name, d.compute_capability && 'sm_' + d.compute_capability.replace('.', ''), d.dtype]
+    : [d.name || 'CPU', d.dtype];
+  const text = parts.filter(Boolean).join(' · ');
+  $('device').hidden = false;
+  $('device').className = gpu ? '' : 'fallback';
+  $('device').textContent = text + (d.fallback_reason ? ' — why?' : '');
+  $('why-device-text').replaceChildren(make('p', {}, gpu
+    ? `The models run on the graphics card: ${text}.` : `The models run on the processor: ${text}.`),
+    make('p', {class: 'note'}, d.fallback_reason
+      ? `The graphics card is not used: ${d.fallback_reason}`
+      : 'Answers come from this computer only; nothing leaves it.'));
+}
+
+function lossSentence({value, unit}) {
+  if (unit.startsWith('nats')) {
+    return `On text it was not trained on, the model is as unsure about the next token as if it had
+      to guess among ${Math.exp(value).toFixed(1)} equally likely ones. Lower is better.`;
+  }
+  return `On text it was not trained on, the model needs ${value.toFixed(3)} bits for each byte, and
+    a letter of English is one byte. Lower is better.`;
+}
+
+function factsList(pairs) {
+  return make('dl', {class: 'facts-list'}, ...pairs.filter(([, value]) => value != null &&
+    value !== '').flatMap(([name, value]) => [make('dt', {}, name), make('dd', {}, String(value))]));
+}
+
+function drawAbout() {
+  const m = model;
+  if (!m) {
+    $('about').replaceChildren(make('p', {class: 'note'}, 'No checkpoint can be used yet.'));
+    return;
+  }
+  const a = m.architecture || {};
+  const saved = Date.parse(m.modified) ? new Date(m.modified) : null;
+  const metrics = Object.entries(m.metrics || {}).filter(([, value]) => typeof value === 'number');
+  $('about').replaceChildren(
+    make('h2', {}, make('span', {class: 'badge'}, m.type), ' ' + nameOf(m)),
+    make('p', {class: 'note'}, continues(m)
+      ? 'This model continues text; it was not trained to chat.' : 'This model was trained to chat.'),
+    make('div', {class: 'loss'},
+      make('b', {}, m.loss ? m.loss.value.toFixed(3) : '—'), ' ' + (m.loss ? m.loss.unit : ''),
+      m.best ? make('div', {class: 'best note'}, bestOf(m)) : null,
+      make('p', {}, m.loss ? lossSentence(m.loss)
+        : 'No validation loss was saved with this checkpoint.')),
+    factsList([
+      ['Parameters', m.parameters && big(m.parameters)],
+      ['Layers × width', a.n_layer && `${a.n_layer} × ${count(a.n_embd)}`],
+      ['Heads × size', a.n_head && `${a.n_head} × ${a.head_dim}`],
+      ['Key-value heads', a.n_kv_head],
+      ['Context', a.sequence_len && plural(a.sequence_len, 'token')],
+      ['Vocabulary', a.vocab_size && plural(a.vocab_size, 'token')],
+      ['Window pattern', a.window_pattern],
+      ['Format', a.generation && `${a.generation} (${a.saved_by})`],
+      ...metrics.map(([name, value]) => [name.replaceAll('_', ' '), +value.toFixed(4)]),
+      ['Saved', saved ? saved.toLocaleString('en-GB', {dateStyle: 'medium', timeStyle: 'short'}) : ''],
+      ['File size', bytes(m.size_bytes)],
+      ['In memory', m.memory_bytes && bytes(m.memory_bytes)],
+      ['Status', m.status + (m.loaded ? ', loaded' : '')],
+      // A line of a long path may end after a slash.
+      ['File', m.file.replaceAll('/', '/\u200b')],
+    ]));
+  const flags = `-i ${m.source} -g ${m.tag} -s ${m.step}`;
+  $('cli').textContent = continues(m) ? `nanogpt sample ${flags} -p "Once upon a time"`
+    : `nanogpt chat ${flags}`;
+  const example = continues(m) ? {model: m.id, prompt: 'Once upon a time'}
+    : {model: m.id, messages: [{role: 'user', content: 'Why is the sky blue?'}]};
+  const where = location.origin + (continues(m) ? '/v1/completions' : '/v1/chat/completions');
+  $('curl').textContent = `curl ${where} ${key ? '-H "Authorization: Bearer $KEY" ' : ''}` +
+    `-H 'Content-Type: application/json' -d '${JSON.stringify(example)}'`;
+}
+
+function drawAll() {
+  $('all-rows').replaceChildren(...models.map((m) => make('tr', {class: m === model && 'current'},
+    make('td', {}, make('span', {class: 'badge'}, m.type)),
+    make('td', {}, m.status !== 'ready' ? m.tag : make('button', {
+      'aria-label': `Use ${m.type} ${nameOf(m)}`,
+      onclick: () => { choose(m); write('model', m.id); $('all').close(); },
+    }, m.tag)),
+    make('td', {}, count(m.step)),
+    make('td', {}, lossOf(m), m.best ? make('span', {class: 'best'}, ' ★ best') : null),
+    make('td', {}, shapeOf(m)),
+    make('td', {}, m.parameters ? big(m.parameters) : ''),
+    make('td', {class: 'reason'}, m.status === 'ready' ? (m.loaded ? 'ready, loaded' : 'ready')
+      : `${m.status}: ${m.reason || ''}`))));
+}
+
+// ---- settings
+const kDefaults = {temperature: 0.8, top_k: 50, max_tokens: 512, seed: null, system: ''};
+const settings = {...kDefaults, ...read('settings')};
+
+// The value of a number field as it may be used: within its limits; the seed may be empty.
+function clean(name, value) {
+  const field = $(name);
+  if (name === 'system') return String(value);
+  if (value === '' || value == null || !Number.isFinite(Number(value))) return kDefaults[name];
+  const most = name === 'seed' ? Number.MAX_SAFE_INTEGER : Number(field.max);
+  const number = Math.min(Math.max(Number(value), Number(field.min)), most);
+  return name === 'temperature' ? Math.round(number * 100) / 100 : Math.round(number);
+}
+
+function set(name, value, from) {
+  settings[name] = clean(name, value);
+  write('settings', settings);
+  const slider = $(name + '-slider');
+  if (slider && from !== slider) slider.value = settings[name];
+  if (from !== $(name)) $(name).value = settings[name] ?? '';
+  $('top_k-off').hidden = settings.top_k !== 0;
+}
+
+function openSettings() {
+  for (const name of Object.keys(kDefaults)) {
+    set(name, settings[name]);
+    for (const field of [$(name), $(name + '-slider')].filter(Boolean)) {
+      field.addEventListener('input', () => set(name, field.value, field));
+      field.addEventListener('change', () => set(name, field.value));
+    }
+    // The sentence of explanation comes on demand, next to the label.
+    const text = document.querySelector(`[data-for="${name}"]`);
+    text.id = name + '-hint';
+    text.hidden = true;
+    const label = document.querySelector(`label[for="${name}"]`);
+    label.after(make('button', {class: 'hint', 'aria-expanded': 'false',
+      'aria-label': `What is ${label.textContent.toLowerCase()}?`, 'aria-controls': text.id,
+      onclick: (event) => {
+        text.hidden = !text.hidden;
+        event.target.setAttribute('aria-expanded', String(!text.hidden));
+      }}, '?'));
+    $(name).setAttribute('aria-describedby', text.id);
+  }
+  $('reset').onclick = () => {
+    for (const name of Object.keys(kDefaults)) set(name, kDefaults[name]);
+    say('Settings are the defaults again');
+  };
+}
+
+// ---- a small part of Markdown, made node by node
+const kCall =
+  /<\|python_start\|>([^<]{0,400})(<\|python_end\|>)?(?:<\|output_start\|>([^<]{0,200})(?:<\|output_end\|>)?)?/g;
+
+// Calculator calls as a person reads them; whole and unfinished ones.
+const callText = (sum, end, result) =>
+  result !== undefined ? `${sum} = ${result}` : `${sum} ${end ? '= ?' : '…'}`;
+const readable = (text) => text.replace(kCall,
+  (all, sum, end, result) => `[${callText(sum, end, result)}]`);
+
+function inline(text, into) {
+  let at = 0;
+  for (const call of text.matchAll(kCall)) {
+    emphasis(text.slice(at, call.index), into, 0);
+    into.append(make('span', {class: 'calc'}, make('b', {}, 'calculator:'), ' ' +
+      callText(call[1], call[2], call[3])));
+    at = call.index + call[0].length;
+  }
+  emphasis(text.slice(at), into, 0);
+  return into;
+}
+
+// `code`, **bold**, *italics*. A mark without its partner is an ordinary letter. Looking for a
+// partner that is not there happens once for each mark, so the time stays linear.
+function emphasis(text, into, depth) {
+  const mark = /(`+)|(\*\*|__)(?=\S)|([*_])(?=\S)/g;
+  const missing = new Set();
+  let at = 0;
+  for (let found; (found = mark.exec(text));) {
+    const [open, code] = found, begin = found.index + open.length;
+    if (missing.has(open) || (!code && depth > 3)) continue;
+    if (!code && /\w/.test(text[found.index - 1] || '')) continue;  // snake_case, 3*4
+    let end = text.indexOf(open, begin);
+    if (code) {
+      while (end >= 0 && (text[end + open.length] === '`' || text[end - 1] === '`')) {
+        end = text.indexOf(open, end + 1);
+      }
+    } else {
+      while (end >= 0 && (end === begin || /\s/.test(text[end - 1]) ||
+          /[\w*]/.test(text[end + open.length] || ''))) {
+        end = text.indexOf(open, end + 1);
+      }
+    }
+    if (end < 0) {
+      missing.add(open);
+      continue;
+    }
+    into.append(text.slice(at, found.index));
+    const inner = text.slice(begin, end);
+    const node = make(code ? 'code' : open.length === 2 ? 'strong' : 'em');
+    if (code) node.append(inner);
+    else emphasis(inner, node, depth + 1);
+    into.append(node);
+    at = mark.lastIndex = end + open.length;
+  }
+  into.append(text.slice(at));
+}
+
+// The text cut into blocks: [kind, source, more]. The source tells whether a block has changed.
+function blocks(text) {
+  if (text.length > 100000) return [['text', text]];
+  const out = [], lines = text.split('\n');
+  const item = /^( {0,12})(?:[-*+]|(\d{1,9})[.)]) +(.*)$/;
+  for (let i = 0; i < lines.length;) {
+    const line = lines[i], begin = i;
+    const fence = /^ {0,3}(`{3,}|~{3,}) *([\w+#.-]*)[^`]*$/.exec(line);
+    const heading = /^(#{1,6}) +(.+)$/.exec(line);
+    if (line.trim() === '') {
+      ++i;
+    } else if (fence) {
+      do ++i; while (i < lines.length && !lines[i].trim().startsWith(fence[1]));
+      const inside = lines.slice(begin + 1, i).join('\n');
+      ++i;
+      out.push(['code', inside, fence[2]]);
+    } else if (heading) {
+      ++i;
+      out.push([heading[1].length < 3 ? 'h3' : 'h4', heading[2]]);
+    } else if (item.test(line)) {
+      const items = [];
+      for (; i < lines.length && lines[i].trim() !== ''; ++i) {
+        const found = item.exec(lines[i]);
+        if (found) items.push({depth: found[1].length, number: found[2], text: found[3]});
+        else if (/^\s/.test(lines[i])) items.at(-1).text += '\n' + lines[i].trim();
+        else break;
+      }
+      out.push(['list', lines.slice(begin, i).join('\n'), items]);
+    } else {
+      do ++i; while (i < lines.length && lines[i].trim() !== '' && !item.test(lines[i]) &&
+        !/^ {0,3}(```|~~~)|^#{1,6} /.test(lines[i]));
+      out.push(['p', lines.slice(begin, i).join('\n')]);
+    }
+  }
+  return out;
+}
+
+function listNode(items) {
+  const open = [];  // the lists an item of this depth is in, outermost first
+  for (const {depth, number, text} of items) {
+    while (open.length > 1 && open.at(-1).depth > depth) open.pop();
+    if (!open.length || open.at(-1).depth + 1 < depth) {
+      const node = make(number ? 'ol' : 'ul', {start: number !== '1' && number});
+      const last = open.length && open.at(-1).node.lastChild;
+      if (last) last.append(node);
+      open.push({depth, node});
+    }
+    open.at(-1).node.append(make('li', {}, inline(text, make('span'))));
+  }
+  return open[0].node;
+}
+
+function codeNode(text, language) {
+  const box = make('div', {class: 'code'}, make('pre', {tabindex: '0',
+    'aria-label': `Code ${language || ''}`}, make('code', {}, text)));
+  const button = iconButton('copy', 'Copy this code', () => copy(text, button));
+  box.append(button);
+  return box;
+}
+
+// Shows text in a node, and leaves the blocks alone that have not changed: a selection stays.
+function showMarkdown(text, into) {
+  const wanted = blocks(text);
+  wanted.forEach((block, i) => {
+    const [kind, source, more] = block, old = into.children[i];
+    const same = kind + ' ' + source + (kind === 'code' ? more : '');
+    if (old && old.source === same) return;
+    const node = kind === 'code' ? codeNode(source, more) : kind === 'list' ? listNode(more)
+      : kind === 'text' ? make('p', {}, source) : inline(source, make(kind));
+    node.source = same;
+    if (old) old.replaceWith(node);
+    else into.append(node);
+  });
+  while (into.children.length > wanted.length) into.lastChild.remove();
+}
+
+// ---- the conversation
+// chat.messages: {role, content}, and at an answer `about`: model, seed, usage and so on. `text` is
+// set where a base model continued a text.
+let chat = {id: fresh(), messages: []};
+let run = null;              // the answer being written: {message, controller, ...}
+const views = new Map();     // message -> its nodes
+const whys = new WeakMap();  // message -> its tokens, once they were asked for
+
+function answerButtons(message) {
+  const about = message.about || {};
+  const copyButton = iconButton('copy', 'Copy', () => copy(
+    (message.text ? promptOf(message) : '') + readable(message.content), copyButton), '');
+  const whyButton = make('button', {'aria-pressed': String(whys.has(message)),
+    'aria-label': 'Why these words?',
+    onclick: () => toggleWhy(message)}, icon('why'), 'Why', make('span', {}, 'these words?'));
+  const usage = about.usage || {};
+  const speed = about.speed ? ` · ${about.speed.toFixed(about.speed < 10 ? 1 : 0)} tok/s` : '';
+  const seed = about.seed == null ? null : make('button', {onclick: () => {
+    set('seed', about.seed);
+    toast(`The next answers use the seed ${about.seed}.`);
+  }}, 'Use this seed again');
+  return [
+    copyButton,
+    iconButton('again', 'Regenerate', () => regenerate(message), ''),
+    message.text ? iconButton('edit', 'Edit the beginning', () => edit(message), '') : null,
+    message.text || !message.content ? null : whyButton,
+    about.tokens ? make('details', {class: 'stats'},
+      make('summary', {}, plural(about.tokens, 'token') + speed),
+      factsList([
+        ['Model', about.model], ['Seed', about.seed], ['Ended', ending(about)],
+        ['Prompt', usage.prompt_tokens && plural(usage.prompt_tokens, 'token')],
+        ['Answer', plural(about.tokens, 'token')],
+        ['First token after', about.first && count(Math.round(about.first)) + ' ms'],
+        ['Speed', about.speed && about.speed.toFixed(1) + ' tokens/s'],
+      ]), seed) : null,
+  ].filter(Boolean);
+}
+
+function ending({finish, error}) {
+  if (error) return 'by an error';
+  return {stop: 'by the model', length: 'at the limit', stopped: 'by you'}[finish] || finish;
+}
+
+function promptOf(message) {
+  return chat.messages[chat.messages.indexOf(message) - 1]?.content || '';
+}
+
+function drawTurn(message) {
+  if (message.role === 'user') {
+    if (message.text && chat.messages[chat.messages.indexOf(message) + 1]) return;
+    const copyButton = iconButton('copy', 'Copy', () => copy(message.content, copyButton), '');
+    const node = make('article', {class: 'turn user', 'aria-label': 'You'},
+      make('div', {class: 'bubble', dir: 'auto'}, message.content),
+      make('div', {class: 'acts'},
+        iconButton('edit', 'Edit this message', () => edit(message), ''), copyButton));
+    views.set(message, {node});
+    $('log').append(node);
+    return;
+  }
+  const found = models.find((m) => m.id === message.about?.model);
+  const view = {
+    name: make('span', {}, found ? `${found.type} ${nameOf(found)}` : message.about?.model || ''),
+    body: make('div', {class: 'body', dir: 'auto'}),
+    wait: make('div', {class: 'waiting', hidden: true}),
+    trouble: make('div', {hidden: true}),
+    why: make('div', {hidden: true}),
+    acts: make('div', {class: 'acts'}),
+  };
+  view.node = make('article', {class: 'turn', 'aria-label': 'Answer'},
+    make('div', {class: 'who'}, icon('logo'), view.name),
+    view.body, view.why, view.wait, view.trouble, view.acts);
+  views.set(message, view);
+  $('log').append(view.node);
+  drawBody(message);
+  drawFoot(message);
+}
+
+function drawBody(message) {
+  const view = views.get(message);
+  if (!view) return;
+  const live = run?.message === message;
+  // Half of a mark such as <|python_start|> is not shown while the other half may still come.
+  const text = live ? message.content.replace(/<(\|\w{0,14}\|?)?$/, '') : message.content;
+  if (message.text) {
+    if (!view.body.firstChild) {
+      view.body.append(make('p', {class: 'plain'}, make('span', {class: 'prompt'}), make('span')));
+    }
+    const [prompt, rest] = view.body.firstChild.children;
+    prompt.textContent = promptOf(message);
+    rest.textContent = text;
+  } else {
+    showMarkdown(text, view.body);
+  }
+  for (const old of view.body.querySelectorAll('.live')) old.classList.remove('live');
+  if (live && text) {
+    let end = view.body;
+    while (end.lastElementChild && /^(P|UL|OL|LI|SPAN|H3|H4|DIV|PRE|CODE)$/
+      .test(end.lastElementChild.tagName) && !end.lastElementChild.matches('.calc')) {
+      end = end.lastElementChild;
+    }
+    if (end !== view.body) end.classList.add('live');
+  }
+  view.wait.hidden = !live || !!run.shown;
+}
+
+function drawFoot(message) {
+  const view = views.get(message);
+  if (!view) return;
+  const live = run?.message === message, about = message.about || {};
+  view.acts.hidden = live;
+  view.acts.replaceChildren(...(live ? [] : answerButtons(message)));
+  const part = message.content !== '';
+  const note = live ? '' : about.error || (about.finish === 'stopped' ? 'Stopped.'
+    : about.finish === 'length' ? `Cut off after ${plural(about.tokens || 0, 'token')}.`
+    : part ? '' : 'The model had nothing to say.');
+  view.trouble.hidden = !note;
+  view.trouble.className = about.error ? 'trouble' : 'trouble calm';
+  view.trouble.replaceChildren(note, ...(note && part
+    ? [make('button', {onclick: () => proceed(message)}, 'Continue')] : []),
+    ...(note && (about.error || !part)
+      ? [make('button', {onclick: () => regenerate(message)}, 'Try again')] : []));
+  drawWhy(message);
+}
+
+function drawChat() {
+  views.clear();
+  $('log').replaceChildren();
+  chat.messages.forEach(drawTurn);
+  drawDropped();
+  drawEmpty();
+  drawMeter();
+  toEnd();
+}
+
+// The server leaves out the oldest messages if the context is full, and says how many.
+function drawDropped() {
+  $('log').querySelector('.notice')?.remove();
+  const dropped = chat.messages.at(-1)?.about?.dropped;
+  const first = dropped && views.get(chat.messages[dropped]);
+  first?.node.before(make('p', {class: 'notice'},
+    'What stands above no longer fits into the context: the model does not see it.'));
+}
+
+function drawEmpty() {
+  const m = model;
+  $('log').hidden = chat.messages.length === 0;
+  $('empty').hidden = !$('log').hidden || !seen;  // nothing is said before the list is known
+  if (!m) {
+    $('empty-title').textContent = models.length ? 'No checkpoint can be used yet'
+      : 'There is no checkpoint yet';
+    $('empty-facts').textContent = models.map((one) => `${one.id}: ${one.reason || one.status}`)
+      .join(' · ');
+    $('empty-text').replaceChildren('The server looks in the folder given with ',
+      make('code', {}, '--base-dir'), ', else in ', make('code', {}, '$NANOCHAT_BASE_DIR'),
+      ', else in ', make('code', {}, '~/.cache/nanochat'), ', for ',
+      make('code', {}, 'chatsft_checkpoints/<tag>/model_<step>.pt'), ' with ',
+      make('code', {}, 'meta_<step>.json'), ' beside it (also base_, mid_ and chatrl_checkpoints)',
+      ' and for ', make('code', {}, 'tokenizer/tokenizer.pkl'),
+      '. A new checkpoint appears here by itself.');
+    $('examples').replaceChildren();
+    return;
+  }
+  const chats = !continues(m);
+  $('empty-title').textContent = chats ? `Ask ${m.tag} something` : `Let ${m.tag} continue a text`;
+  $('empty-facts').replaceChildren(make('span', {class: 'badge'}, m.type),
+    ' ' + ['step ' + count(m.step), m.parameters && big(m.parameters) + ' parameters', lossOf(m)]
+      .filter(Boolean).join(' · '), ...(m.best ? [' ', make('span', {class: 'best'}, '★ best')] : []));
+  $('empty-text').textContent = chats
+    ? `A small language model, trained with nanochat and running on this computer. It writes what
+      sounds likely, which is often wrong. Ask twice, and look at why it chose its words.`
+    : `This model continues text; it was not trained to chat. Give it a beginning, not a question.`;
+  const examples = chats
+    ? [['Why is the sky blue?', 'Something it should know'],
+      ['What is 37 times 41?', 'It may use its calculator'],
+      ['Write a short poem about the sea.', 'Try a higher temperature']]
+    : [['The capital of France is', 'A fact to complete'],
+      ['Once upon a time, there was a small robot who', 'A story to go on with'],
+      ['Ingredients:\n- 2 eggs\n- 200 g flour\n-', 'A list to fill']];
+  $('examples').replaceChildren(...examples.map(([text, why]) => make('button', {
+    onclick: () => send(text)}, text, make('small', {}, why))));
+}
+
+// Tokens of the context in use: as the last answer's count says, and those coming in now.
+function drawMeter() {
+  const size = model?.architecture?.sequence_len;
+  const last = chat.messages.findLast((m) => m.about?.usage);
+  const used = (last?.about.usage.total_tokens || 0) + (run?.tokens || 0);
+  $('meter').hidden = !size || !used;
+  $('meter').firstChild.style.width = `${size ? Math.min(used / size, 1) * 100 : 0}%`;
+  $('meter-text').textContent = !size ? '' : used
+    ? `${run ? 'about ' : ''}${count(used)} of ${plural(size, 'token')}`
+    : `context: ${plural(size, 'token')}`;
+  $('hint').textContent = continues(model) ? 'The model goes on where you stop.'
+    : 'It is often wrong. Check what matters.';
+}
+
+function drawSend() {
+  const busy = !!run;
+  const use = $('send').querySelector('use');
+  use.setAttribute('href', busy ? '#i-stop' : '#i-send');
+  $('send').setAttribute('aria-label', busy ? 'Stop' : 'Send');
+  $('send').title = busy ? 'Stop (Esc)' : 'Send';
+  $('send').disabled = !busy && (!model || $('text').value.trim() === '');
+  $('log').setAttribute('aria-busy', String(busy));
+}
+
+// ---- scrolling: along with the answer, unless the reader went elsewhere
+let following = true;
+const atEnd = () => $('scroll').scrollHeight - $('scroll').scrollTop - $('scroll').clientHeight < 40;
+function toEnd() {
+  following = true;
+  $('scroll').scrollTop = $('scroll').scrollHeight;
+  $('newest').hidden = true;
+}
+function stay() {
+  if (following) $('scroll').scrollTop = $('scroll').scrollHeight;
+  $('newest').hidden = following || atEnd();
+}
+
+// ---- asking
+// What the model is to see: no continued texts, no system line twice, no question without answer.
+function seenBy(messages) {
+  const out = [];
+  messages.forEach((m, i) => {
+    const answer = m.role === 'user' ? messages[i + 1] : m;
+    if (!m.text && (!answer || answer.content !== '')) out.push({role: m.role, content: m.content});
+  });
+  return out;
+}
+
+function requestFor(message) {
+  const at = chat.messages.indexOf(message);
+  const {temperature, top_k, max_tokens, seed} = settings;
+  const body = {model: message.about.model, temperature, top_k, max_tokens};
+  if (seed !== null) body.seed = seed;
+  if (message.text) {
+    // The answer to this request does not tell the seed, so that the page throws the dice.
+    message.about.seed = body.seed ??= Math.floor(Math.random() * 2 ** 32);
+    Object.assign(body, {prompt: promptOf(message) + message.content, stream: true,
+      stream_options: {include_usage: true}});
+    return ['v1/completions', body];
+  }
+  body.messages = seenBy(chat.messages.slice(0, at));
+  if (message.about.system) {
+    body.messages.unshift({role: 'system', content: message.about.system});
+  }
+  if (message.content) body.messages.push({role: 'assistant', content: message.content});
+  return ['chat/completions', body];
+}
+
+function waitLine(text, percent) {
+  const view = views.get(run.message);
+  if (!view) return;
+  view.wait.hidden = false;
+  view.wait.replaceChildren(
+    percent === undefined ? make('span', {class: 'dots'}, make('i'), make('i'), make('i'))
+      : make('progress', {max: '100', value: String(percent), 'aria-label': 'Loading the model'}),
+    text);
+  stay();
+}
+
+function onComment(text) {
+  const [word, n] = text.split(' ');
+  if (word === 'queued') waitLine(Number(n) > 0 ? `waiting, ${n} before you` : 'next in the queue');
+  else if (word === 'loading') waitLine(`loading the model… ${n}%`, n);
+  else if (word === 'ping' || run.shown) return;
+  else waitLine('reading your prompt');
+}
+
+// Draws at most once per frame, and in long answers less often than drawing takes.
+function drawSoon() {
+  if (run.frame) return;
+  const job = run;
+  job.frame = setTimeout(() => requestAnimationFrame(() => {
+    job.frame = 0;
+    if (run !== job) return;
+    const begin = performance.now();
+    drawBody(job.message);
+    drawMeter();
+    stay();
+    job.rest = Math.min((performance.now() - begin) * 4, 1000);
+  }), job.rest || 0);
+}
+
+// One request, read to its end. Throws if it was refused or broke off.
+async function stream(job) {
+  const {message, controller} = job;
+  const about = message.about;
+  const begin = performance.now();
+  let last = begin, ended = false, events = 0;
+  const response = await api(...requestFor(message), controller.signal);
+  onComment('reading');
+  await readEvents(response, (text) => {
+    if (text === '[DONE]') {
+      ended = true;
+      return;
+    }
+    const event = JSON.parse(text);
+    if (event.error) throw new Refusal(event.error.message || 'the server gave up', 0, event.error.code);
+    const choice = event.choices?.[0];
+    const piece = event.token ?? choice?.text ?? '';
+    if (piece !== '') {
+      last = performance.now();
+      if (!events++) about.first = last - begin;
+      if (!job.shown) say('Answer started');
+      job.shown = true;
+      message.content += piece;
+      about.tokens = (job.before || 0) + events;
+      job.tokens = events;
+      if (events > 4) about.speed = (events - 1) / (last - begin - about.first) * 1000;
+      drawSoon();
+    }
+    if (choice?.finish_reason) about.finish = event.choices[0].finish_reason;
+    if (event.done) {
+      ended = true;
+      about.finish = event.finish_reason || 'stop';
+      about.dropped = event.dropped_messages;
+    }
+    if (event.seed != null) about.seed = event.seed;
+    if (event.model) about.model = event.model;
+    if (event.usage) {
+      about.usage = event.usage;
+      about.tokens = (job.before || 0) + event.usage.completion_tokens;
+    }
+    if (event.timings?.tokens_per_second) about.speed = event.timings.tokens_per_second;
+  }, onComment);
+  if (!ended) throw new Refusal(`Connection lost after ${plural(job.tokens || 0, 'token')}.`, 0, 'broken');
+}
+
+function rest(seconds, signal) {
+  return new Promise((resolve, reject) => {
+    const timer = setTimeout(resolve, seconds * 1000);
+    signal.addEventListener('abort', () => { clearTimeout(timer); reject(signal.reason); });
+  });
+}
+
+// Gets an answer into `message`, the last of the chat. A server that is busy is asked again when it
+// says, up to five times.
+async function answer(message) {
+  const job = run = {message, controller: new AbortController(), tokens: 0,
+    before: message.about.tokens || 0};
+  const about = message.about;
+  delete about.error;
+  delete about.finish;
+  drawSend();
+  drawFoot(message);
+  waitLine('waiting for the server');
+  toEnd();
+  for (let tries = 0; run === job;) {
+    try {
+      await stream(job);
+      break;
+    } catch (error) {
+      if (job.controller.signal.aborted) {
+        about.finish = 'stopped';
+        break;
+      }
+      const busy = (error.status === 503 || error.status === 429) && error.wait && tries < 5;
+      if (busy) {
+        ++tries;
+        try {
+          for (let left = Math.min(error.wait, 60); left > 0; --left) {
+            waitLine(`${error.message}. Trying again in ${left} s (${tries} of 5)`);
+            await rest(1, job.controller.signal);
+          }
+          continue;
+        } catch {
+          about.finish = 'stopped';
+          break;
+        }
+      }
+      about.error = error instanceof Refusal ? error.message
+        : job.tokens ? `Connection lost after ${plural(job.tokens, 'token')}.`
+        : 'The server cannot be reached.';
+      if (!(error instanceof Refusal)) poll();
+      break;
+    }
+  }
+  if (run === job) finish(job);
+}
+
+function finish(job) {
+  clearTimeout(job.frame);
+  run = null;
+  const {message} = job, {about} = message;
+  drawBody(message);
+  drawFoot(message);
+  drawDropped();
+  drawMeter();
+  drawSend();
+  stay();
+  keep(chat);
+  const words = message.content.split(/\s+/).filter(Boolean).length;
+  say(about.error ? `Error: ${about.error}` : about.finish === 'stopped' ? 'Stopped'
+    : `Answer complete, ${plural(words, 'word')}`);
+}
+
+function stop() {
+  if (!run) return;
+  run.message.about.finish = 'stopped';
+  run.controller.abort();
+  finish(run);
+}
+
+// Puts a question and an empty answer at the end, and asks.
+function ask(content) {
+  stop();
+  const text = continues(model) || undefined;
+  const message = {role: 'assistant', content: '', text, about: {model: model.id}};
+  if (settings.system.trim() && !text) message.about.system = settings.system.trim();
+  chat.messages.push({role: 'user', content, text}, message);
+  keep(chat);
+  drawChat();
+  answer(message);
+}
+
+function send(content) {
+  if (!model || content.trim() === '') return;
+  if (run) {
+    toast('The model is still writing. Esc stops it.');
+    return;
+  }
+  if ($('text').value.trim() === content.trim()) {
+    $('text').value = '';
+    grow();
+  }
+  ask(content.trimEnd());
+}
+
+// Everything from `at` on goes; what else is lost than the answer itself can be brought back.
+function cut(at, lost) {
+  stop();
+  const before = [...chat.messages], id = chat.id;
+  chat.messages.length = at;
+  if (before.length - at > lost) {
+    toast('The messages after it were removed.', 'Undo', () => {
+      if (chat.id !== id) return;
+      stop();
+      chat.messages = before;
+      keep(chat);
+      drawChat();
+    });
+  }
+}
+
+function regenerate(message) {
+  if (!model) return;
+  const at = chat.messages.indexOf(message);
+  const question = chat.messages[at - 1].content;
+  cut(at - 1, 2);
+  ask(question);
+  $('text').focus({preventScroll: true});
+}
+
+function proceed(message) {
+  const at = chat.messages.indexOf(message);
+  cut(at + 1, 0);
+  whys.delete(message);
+  drawChat();
+  answer(message);
+}
+
+// A user message becomes a box to write in; sending it asks anew from there.
+function edit(message) {
+  const at = chat.messages.indexOf(message) - (message.role === 'user' ? 0 : 1);
+  const question = chat.messages[at];
+  const view = views.get(message);
+  const area = make('textarea', {'aria-label': 'Your message', rows: '3', dir: 'auto'});
+  area.value = question.content;
+  const back = () => { box.replaceWith(...old); view.node.querySelector('.acts button')?.focus(); };
+  const again = () => {
+    if (area.value.trim() === '' || !model) return;
+    const content = area.value.trimEnd();
+    cut(at, 2);
+    ask(content);
+    $('text').focus({preventScroll: true});
+  };
+  const box = make('div', {class: 'editing', onkeydown: (event) => {
+    if (event.key === 'Escape') {
+      event.stopPropagation();
+      back();
+    } else if (entersText(event)) {
+      event.preventDefault();
+      again();
+    }
+  }}, area, make('div', {class: 'row'}, make('button', {onclick: back}, 'Cancel'),
+    make('button', {class: 'solid', onclick: again}, 'Send')));
+  const old = [...view.node.children];
+  old[0].before(box);
+  for (const node of old) node.remove();
+  area.style.height = Math.min(area.scrollHeight + 4, 400) + 'px';
+  area.focus();
+  area.setSelectionRange(area.value.length, area.value.length);
+}
+
+// ---- why these words?
+function visible(token) {
+  if (token.text == null) {
+    return token.bytes.map((b) => b.toString(16).padStart(2, '0')).join(' ') + ' (bytes)';
+  }
+  return token.text.replaceAll(' ', '␣').replaceAll('\n', '↵').replaceAll('\t', '⇥')
+    .replace(/[\u0000-\u001f\u007f-\u009f\u200b-\u200f\u202a-\u202e\u2066-\u2069]/g,
+      (c) => '\\u' + c.charCodeAt(0).toString(16).padStart(4, '0'));
+}
+const percent = (p) => p >= 0.0995 ? (p * 100).toFixed(0) + '%'
+  : p >= 0.001 ? (p * 100).toFixed(1) + '%' : '< 0.1%';
+
+async function askWhy(message, position) {
+  const at = chat.messages.indexOf(message);
+  const messages = seenBy(chat.messages.slice(0, at + 1)).slice(message.about.dropped || 0);
+  if (message.about.system) messages.unshift({role: 'system', content: message.about.system});
+  const body = {model: message.about.model, messages, position};
+  return (await api('api/v1/inference/why', body)).json();
+}
+
+async function toggleWhy(message) {
+  if (whys.has(message)) {
+    whys.delete(message);
+    drawFoot(message);
+    return;
+  }
+  try {
+    const {tokens} = await askWhy(message, null);
+    if (message.about.finish !== 'stop') tokens.pop();  // it was cut off: nobody chose the end
+    whys.set(message, {tokens, position: null});
+    say('Choose a token to see what else was likely');
+  } catch (error) {
+    toast(error.message);
+  }
+  drawFoot(message);
+}
+
+async function showToken(message, position) {
+  const why = whys.get(message);
+  why.wanted = position;
+  try {
+    const reply = await askWhy(message, position);
+    if (why.wanted !== position) return;
+    Object.assign(why, {position, chosen: reply.chosen, candidates: reply.candidates});
+    drawWhy(message);
+    say(`${visible(reply.chosen)} had ${percent(reply.chosen.probability)}`);
+  } catch (error) {
+    toast(error.message);
+  }
+}
+
+function drawWhy(message) {
+  const view = views.get(message), why = whys.get(message);
+  view.body.hidden = !!why;
+  view.why.hidden = !why;
+  if (!why) {
+    view.why.replaceChildren();
+    return;
+  }
+  const focused = view.why.contains(document.activeElement);
+  const buttons = why.tokens.map((token, i) => make('button', {
+    'aria-pressed': String(i === why.position), tabindex: i === (why.position || 0) ? '0' : '-1',
+    onclick: () => showToken(message, i)},
+    token.text == null ? make('span', {class: 'mark'}, visible(token))
+      : token.text.replaceAll('\n', '↵\n')));
+  const strip = make('div', {class: 'tokens', dir: 'auto', role: 'group',
+    'aria-label': 'Tokens of the answer', onkeydown: (event) => {
+      const now = buttons.indexOf(document.activeElement);
+      const to = {ArrowRight: now + 1, ArrowLeft: now - 1, Home: 0, End: buttons.length - 1}[event.key];
+      if (to === undefined || !buttons[to]) return;
+      event.preventDefault();
+      buttons[now].tabIndex = -1;
+      buttons[to].tabIndex = 0;
+      buttons[to].focus();
+    }}, ...buttons);
+  view.why.replaceChildren(strip, why.position == null
+    ? make('p', {class: 'note'}, 'Each box is a token. Choose one to see the ten likeliest there.')
+    : whyCard(why));
+  if (focused) buttons[why.position || 0]?.focus();
+}
+
+function whyCard({tokens, position, chosen, candidates}) {
+  const most = Math.max(...candidates.map((c) => c.probability));
+  const row = (c) => {
+    const bar = make('div', {class: 'bar'});
+    bar.style.width = `${c.probability / most * 100}%`;
+    const mine = c.id === chosen.id;
+    return make('tr', {class: mine && 'chosen'},
+      make('th', {scope: 'row'}, make('code', {}, visible(c)), mine ? ' ✓' : null,
+        mine ? make('span', {}, ' chosen') : null),
+      make('td', {}, bar), make('td', {}, percent(c.probability)));
+  };
+  const rows = candidates.map(row);
+  if (!candidates.some((c) => c.id === chosen.id)) rows.push(row(chosen));
+  const others = 1 - candidates.reduce((sum, c) => sum + c.probability, 0);
+  return make('div', {class: 'why'},
+    make('h3', {}, `Token ${position + 1} of ${tokens.length}: `, make('code', {}, visible(chosen))),
+    make('table', {}, make('tbody', {}, ...rows)),
+    make('p', {class: 'note'}, `All other tokens together: ${percent(Math.max(others, 0))}. These are
+      the model's own probabilities, before temperature and top-k. ␣ is a space, ↵ a new line.`));
+}
+
+// ---- the list of conversations
+function drawList() {
+  const all = storedChats();
+  $('list').replaceChildren(...all.map((one) => make('li',
+    {class: one.id === chat.id && 'current'},
+    make('button', {class: 'open', 'aria-current': one.id === chat.id && 'true',
+      onclick: () => openChat(one)}, one.title || 'Untitled'),
+    iconButton('bin', `Delete ${one.title}`, () => {
+      forget('chat.' + one.id);
+      if (one.id === chat.id) newChat();
+      drawList();
+      toast('Chat deleted.', 'Undo', () => { write('chat.' + one.id, one); drawList(); });
+    }))));
+  $('delete-all').textContent = `Delete all chats (${all.length})`;
+  $('list-none').hidden = all.length > 0;
+}
+
+function openChat(one) {
+  stop();
+  chat = one;
+  drawChat();
+  drawList();
+  show($('chats'), false, true);
+}
+
+function newChat() {
+  stop();
+  chat = {id: fresh(), messages: []};
+  drawChat();
+  drawList();
+  show($('chats'), false, true);
+  $('text').focus();
+}
+
+function saveFile(name, type, text) {
+  const link = make('a', {href: URL.createObjectURL(new Blob([text], {type})), download: name});
+  link.click();
+  setTimeout(() => URL.revokeObjectURL(link.href), 10000);
+}
+
+function asMarkdown(one) {
+  const turns = one.messages.map((m) => `**${m.role === 'user' ? 'You'
+    : m.about?.model || 'Model'}:**\n\n${readable(m.content)}\n`);
+  return `# ${one.title || 'Chat'}\n\n${turns.join('\n')}`;
+}
+
+// Takes only what it knows from a file: roles, texts, and numbers or names about an answer.
+function fromFile(text) {
+  const list = JSON.parse(text).chats;
+  if (!Array.isArray(list)) throw new Error('it has no list named chats');
+  const taken = [];
+  for (const one of list.slice(0, kMaxChats)) {
+    const good = (Array.isArray(one?.messages) ? one.messages : []).filter((m) =>
+      (m?.role === 'user' || m?.role === 'assistant') && typeof m.content === 'string');
+    // Question and answer take turns everywhere else, so they must here.
+    if (!good.length || good.some((m, i) => (m.role === 'user') !== (i % 2 === 0))) continue;
+    const messages = good.map((m) => {
+      const about = {};
+      for (const [name, value] of Object.entries(m.about || {})) {
+        if (typeof value === 'number' || typeof value === 'string') about[name] = value;
+      }
+      return {role: m.role, content: m.content, text: m.text === true || undefined,
+        ...(m.role === 'assistant' ? {about} : {})};
+    });
+    taken.push({id: fresh(), messages});
+  }
+  if (!taken.length) throw new Error('there is no conversation in it');
+  return taken;
+}
+
+function openKeeping() {
+  const day = () => new Date().toISOString().slice(0, 10);
+  $('save-md').onclick = () => saveFile(`chat-${day()}.md`, 'text/markdown', asMarkdown(chat));
+  $('save-json').onclick = () => saveFile(`chats-${day()}.json`, 'application/json',
+    JSON.stringify({format: 'nanogpt chats', version: 1, chats: storedChats()}, null, 1));
+  $('load-json').onclick = () => $('file').click();
+  $('file').onchange = async () => {
+    const [file] = $('file').files;
+    if (!file) return;
+    try {
+      const taken = fromFile(await file.text());
+      for (const one of taken) keep(one);
+      toast(`${plural(taken.length, 'chat')} loaded.`);
+    } catch (error) {
+      toast(`This file cannot be loaded: ${error.message}`);
+    }
+    $('file').value = '';
+  };
+  let sure = false;
+  $('delete-all').onclick = () => {
+    if (!sure) {
+      sure = true;
+      $('delete-all').textContent = `Really delete all ${storedChats().length}?`;
+      setTimeout(() => { sure = false; drawList(); }, 5000);
+      return;
+    }
+    sure = false;
+    for (const one of storedChats()) forget('chat.' + one.id);
+    newChat();
+    toast('All chats are deleted.');
+  };
+}
+
+// ---- the two sides: beside the conversation where there is room, else over it
+const kSides = [['chats', '(min-width: 900px)'], ['panel', '(min-width: 1200px)']];
+const docked = (side) => !side.hasAttribute('popover');
+
+function show(side, open, onlyOver) {
+  if (docked(side)) {
+    if (onlyOver) return;
+    side.hidden = !open;
+    write('side.' + side.id, open);
+  } else {
+    side.togglePopover(open);
+  }
+  markSide(side);
+}
+
+function isOpen(side) {
+  return docked(side) ? !side.hidden : side.matches(':popover-open');
+}
+
+function markSide(side) {
+  const open = isOpen(side);
+  $(side.id + '-open').setAttribute('aria-expanded', String(open));
+  $(side.id + '-open').hidden = open && docked(side);
+  // While one is over the page, nothing else can be reached.
+  $('main').inert = kSides.some(([id]) => !docked($(id)) && isOpen($(id)));
+}
+
+function openSides() {
+  for (const [id, room] of kSides) {
+    const side = $(id), media = matchMedia(room);
+    const settle = () => {
+      if (media.matches) side.removeAttribute('popover');
+      else side.setAttribute('popover', 'auto');
+      side.hidden = media.matches && read('side.' + id) === false;
+      markSide(side);
+    };
+    media.addEventListener('change', settle);
+    settle();
+    side.addEventListener('toggle', () => {
+      markSide(side);
+      if (isOpen(side) && !side.contains(document.activeElement)) side.focus();
+      else if (!isOpen(side) && document.activeElement === document.body) $(id + '-open').focus();
+    });
+    $(id + '-open').onclick = () => { show(side, true); if (docked(side)) side.focus(); };
+    $(id + '-close').onclick = () => { show(side, false); $(id + '-open').focus(); };
+  }
+}
+
+function showTab(name, focus) {
+  for (const one of ['model', 'settings']) {
+    $('tab-' + one).setAttribute('aria-selected', String(one === name));
+    $('tab-' + one).tabIndex = one === name ? 0 : -1;
+    $('pane-' + one).hidden = one !== name;
+  }
+  if (focus) $('tab-' + name).focus();
+}
+
+// ---- keys and commands
+const touch = matchMedia('(hover: none) and (pointer: coarse)');
+
+// Enter that means "send". Not while an input method is composing: there it chooses a word.
+function entersText(event) {
+  return event.key === 'Enter' && !event.shiftKey && !event.isComposing && event.keyCode !== 229 &&
+    !touch.matches;
+}
+
+const kNumbers = {temperature: 'temperature', topk: 'top_k', max: 'max_tokens', seed: 'seed'};
+
+// Each says whether it is done: then the box is emptied.
+const kCommands = {
+  clear: () => { newChat(); return true; },
+  help: () => { $('help').showModal(); return true; },
+  stats: () => {
+    api('stats').then((reply) => reply.json()).then((s) => toast(`${s.busy_workers} of
+      ${s.total_workers} places are busy on the server.`)).catch((error) => toast(error.message));
+    return true;
+  },
+  model: (text) => {
+    const found = models.find((m) => m.status === 'ready' && [m.id, m.name, m.tag,
+      `${m.source}/${m.tag}`, m.source].includes(text.toLowerCase()));
+    if (!found) {
+      toast(text ? `No model that can be used is named ${text}.` : `The model is ${model?.id}.`);
+      return !text;
+    }
+    choose(found);
+    write('model', found.id);
+    toast(`The model is now ${found.type} ${nameOf(found)}.`);
+    return true;
+  },
+};
+
+// /temperature, /temperature 0.6 and so on: tells the value, or sets it if it is one.
+function numberCommand(name, text) {
+  const field = $(name), value = Number(text);
+  const good = value >= Number(field.min) && value <= Number(field.max || Number.MAX_SAFE_INTEGER);
+  if (text && !good) {
+    toast(`${name} is a number from ${field.min}${field.max ? ` to ${field.max}` : ' up'}.`);
+    return false;
+  }
+  if (text || name === 'seed') set(name, text);
+  toast(`${name} is ${settings[name] ?? 'random'}.`);
+  return true;
+}
+
+// Whether the text was a command. One that is wrong stays in the box.
+function command(text) {
+  const found = /^\/([a-z]+)(?: +(.*))?$/.exec(text.trim());
+  if (!found) return false;
+  const [, name, rest = ''] = found;
+  let done = false;
+  if (Object.hasOwn(kNumbers, name)) done = numberCommand(kNumbers[name], rest.trim());
+  else if (Object.hasOwn(kCommands, name)) done = kCommands[name](rest.trim());
+  else toast(`There is no command /${name}. /help shows them.`);
+  if (done) {
+    $('text').value = '';
+    grow();
+  }
+  return true;
+}
+
+function grow() {
+  const area = $('text');
+  area.style.height = 'auto';
+  area.style.height = area.scrollHeight + 'px';
+  drawSend();
+}
+
+function submit() {
+  if (!command($('text').value)) send($('text').value);
+}
+
+function onKey(event) {
+  const writing = /^(INPUT|TEXTAREA|SELECT)$/.test(event.target.tagName);
+  const dialog = document.querySelector('dialog[open]');
+  if (event.altKey && !event.ctrlKey && !event.metaKey && !dialog) {
+    const act = {
+      KeyN: newChat,
+      KeyM: () => {
+        $('model').focus();
+        try { $('model').showPicker(); } catch { /* then it is only focused */ }
+      },
+      KeyS: () => { showTab('settings'); show($('panel'), true); $('temperature').focus(); },
+    }[event.code];
+    if (act) {
+      event.preventDefault();
+      act();
+    }
+  } else if (event.key === 'Escape' && run && !dialog) {
+    stop();
+  } else if (event.key === '?' && !writing && !dialog) {
+    $('help').showModal();
+  }
+}
+
+function openKeys() {
+  document.addEventListener('keydown', onKey);
+  $('text').addEventListener('input', grow);
+  $('text').addEventListener('keydown', (event) => {
+    if (entersText(event)) {
+      event.preventDefault();
+      submit();
+    } else if (event.key === 'ArrowUp' && $('text').value === '' && !run) {
+      const last = chat.messages.findLast((m) => m.role === (m.text ? 'assistant' : 'user'));
+      if (last) {
+        event.preventDefault();
+        edit(last);
+      }
+    }
+  });
+  $('send').onclick = () => { if (run) stop(); else submit(); $('text').focus(); };
+  if (touch.matches) $('text').enterKeyHint = 'enter';
+}
+
+// ---- start
+const kThemes = ['automatic', 'light', 'dark'];
+function theme(name) {
+  if (name === 'automatic') delete document.documentElement.dataset.theme;
+  else document.documentElement.dataset.theme = name;
+  $('theme').textContent = `Theme: ${name}`;
+  write('theme', name);
+}
+
+function start() {
+  theme(kThemes.includes(read('theme')) ? read('theme') : 'automatic');
+  $('theme').onclick = () => theme(kThemes[(kThemes.indexOf(read('theme')) + 1) % 3]);
+  openSettings();
+  openKeeping();
+  openSides();
+  openKeys();
+  for (const name of ['model', 'settings']) {
+    $('tab-' + name).onclick = () => showTab(name);
+    $('tab-' + name).onkeydown = (event) => {
+      if (/^Arrow(Left|Right)$/.test(event.key)) showTab(name === 'model' ? 'settings' : 'model', true);
+    };
+  }
+  for (const id of ['cli', 'curl']) {
+    const button = iconButton('copy', 'Copy', () => copy($(id).textContent, button));
+    $(id).after(button);
+  }
+  for (const button of document.querySelectorAll('[data-close]')) {
+    button.onclick = () => button.closest('dialog').close();
+  }
+  for (const dialog of document.querySelectorAll('dialog')) {
+    dialog.addEventListener('click', (event) => { if (event.target === dialog) dialog.close(); });
+  }
+  $('model').onchange = () => {
+    choose(models.find((m) => m.id === $('model').value));
+    write('model', model.id);
+    drawAll();
+  };
+  $('all-open').onclick = () => { drawAll(); $('all').showModal(); };
+  $('device').onclick = () => $('why-device').showModal();
+  $('help-open').onclick = () => $('help').showModal();
+  $('new').onclick = newChat;
+  $('newest').onclick = toEnd;
+  $('scroll').addEventListener('scroll', () => {
+    following = atEnd();
+    $('newest').hidden = following;
+  });
+  $('key-form').onsubmit = (event) => {
+    event.preventDefault();
+    useKey($('key').value.trim());
+    $('key').value = '';
+    poll();
+  };
+  // On iOS the keyboard covers the page instead of making it smaller.
+  const viewport = window.visualViewport;
+  viewport?.addEventListener('resize', () => {
+    const covered = viewport.scale === 1 ? Math.max(innerHeight - viewport.height, 0) : 0;
+    document.documentElement.style.setProperty('--keyboard', `${covered}px`);
+  });
+  document.addEventListener('visibilitychange', () => { if (!document.hidden) poll(); });
+  addEventListener('storage', drawList);
+  addEventListener('pagehide', stop);
+  drawList();
+  drawChat();
+  poll();
+  if (!touch.matches) $('text').focus();
+}
+start();
+)page";
 
 }  // namespace
 }  // namespace nanogpt::demo
