@@ -234,9 +234,8 @@ public:
         for (;;) {
             rest_.erase(0, r.take(rest_));
             if (r.complete || !r.broken.empty() || r.body.size() >= enough) return r;
-            const double left = ms - ms_since(start);
-            if (left <= 0 || !fill(left)) {
-                if (left > 0 && ended_) r.end();
+            if (!fill(ms - ms_since(start))) {
+                if (ended_) r.end();
                 return r;
             }
         }
@@ -244,16 +243,23 @@ public:
     // Whether the other side ends the connection within `ms`, with nothing more to say.
     bool ends(double ms = 5'000) {
         const auto start = Clock::now();
-        while (rest_.empty() && !ended_ && ms_since(start) < ms) fill(ms - ms_since(start));
+        while (rest_.empty() && !ended_ && fill(ms - ms_since(start))) {
+        }
         return rest_.empty() && ended_;
+    }
+    // Whether it does, whatever it has to say.
+    bool drains(double ms) {
+        const auto start = Clock::now();
+        while (!ended_ && fill(ms - ms_since(start))) rest_.clear();
+        return ended_;
     }
     const std::string& rest() const { return rest_; }  // came after the last response
 
 private:
-    bool fill(double ms) {
-        if (fd_ < 0) return !(ended_ = true);
+    bool fill(double ms) {  // false: nothing came, or nothing more will
+        if (fd_ < 0 || ended_) return !(ended_ = true);
         pollfd wait = {fd_, POLLIN, 0};
-        if (::poll(&wait, 1, static_cast<int>(std::max(ms, 0.0)) + 1) <= 0) return false;
+        if (::poll(&wait, 1, static_cast<int>(std::ceil(std::max(ms, 0.0)))) <= 0) return false;
         char bytes[65536];
         const ssize_t n = ::recv(fd_, bytes, sizeof bytes, 0);
         if (n <= 0) return !(ended_ = true);
