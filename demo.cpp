@@ -6262,7 +6262,7 @@ header {
 
 /* ---- conversation */
 #scroll { flex: 1; overflow: auto; overscroll-behavior: contain; outline: none; padding: 0 1.25rem; }
-#log { max-width: var(--column); margin: 0 auto; padding: 1rem 0 2.5rem; }
+#log { max-width: var(--column); margin: 0 auto; padding: 1rem 0 3rem; }
 .turn { margin-top: 2rem; }
 .turn:first-child { margin-top: .5rem; }
 .turn.user { display: flex; flex-direction: column; align-items: flex-end; }
@@ -6378,6 +6378,10 @@ footer {
   flex: none; position: relative; width: 100%; max-width: calc(var(--column) + 2.5rem); margin: 0 auto;
   padding: 0 1.25rem max(.6rem, env(safe-area-inset-bottom));
 }
+footer::before {
+  content: ""; position: absolute; inset: -1.5rem 0 100%; pointer-events: none;
+  background: linear-gradient(transparent, var(--paper));
+}
 .composer {
   display: flex; align-items: flex-end; gap: .4rem; padding: .4rem .4rem .4rem 1.1rem;
   border: 1px solid var(--edge); border-radius: 1.5rem; background: var(--raised);
@@ -6477,6 +6481,7 @@ dialog h3 { margin: 1.25rem 0 .5rem; }
 @media (pointer: coarse) {
   .icon, .acts button, #list .icon, .code .icon { min-width: 2.75rem; min-height: 2.75rem; justify-content: center; }
   button:not(.hint), summary, input, .picker, select { min-height: 2.75rem; }
+  .composer textarea { padding: .65rem 0; }
   .hint { position: relative; }
   .hint::after { content: ""; position: absolute; inset: -.625rem; }
   .tokens button { min-height: 0; padding: .3rem .1rem; }
@@ -7447,8 +7452,8 @@ function drawEmpty() {
     : `This model continues text; it was not trained to chat. Give it a beginning, not a question.`;
   const examples = chats
     ? [['Why is the sky blue?', 'Something it should know'],
-      ['What is 37 times 41?', 'It may use its calculator'],
-      ['Write a short poem about the sea.', 'Try a higher temperature']]
+      ['How many r are in strawberry?', 'It may use its calculator'],
+      ['Tell me a short story about a robot.', 'Another one each time']]
     : [['The capital of France is', 'A fact to complete'],
       ['Once upon a time, there was a small robot who', 'A story to go on with'],
       ['Ingredients:\n- 2 eggs\n- 200 g flour\n-', 'A list to fill']];
@@ -7778,8 +7783,7 @@ function visible(token) {
     .replace(/[\u0000-\u001f\u007f-\u009f\u200b-\u200f\u202a-\u202e\u2066-\u2069]/g,
       (c) => '\\u' + c.charCodeAt(0).toString(16).padStart(4, '0'));
 }
-const percent = (p) => p >= 0.0995 ? (p * 100).toFixed(0) + '%'
-  : p >= 0.001 ? (p * 100).toFixed(1) + '%' : '< 0.1%';
+const percent = (p) => p >= 0.9995 ? '> 99.9%' : p < 0.001 ? '< 0.1%' : (p * 100).toFixed(1) + '%';
 
 async function askWhy(message, position) {
   const at = chat.messages.indexOf(message);
