@@ -6284,14 +6284,16 @@ header {
 .body li > ul, .body li > ol { margin-top: .3rem; }
 .body li > span { white-space: pre-wrap; }
 .body code { background: var(--bubble); padding: .1rem .35rem; border-radius: .3rem; }
-.code { position: relative; }
+.code { position: relative; background: var(--side); border-radius: .7rem; }
+aside .code { background: var(--raised); }
 .code pre {
-  padding: .85rem 1rem; padding-right: 3rem; border-radius: .7rem; overflow: auto;
-  background: var(--side); border: 1px solid var(--line); line-height: 1.55; tab-size: 4;
+  padding: .85rem 3rem .85rem 1rem; border-radius: .7rem; overflow: auto;
+  border: 1px solid var(--line); line-height: 1.55; tab-size: 4;
 }
-aside .code pre { background: var(--raised); font-size: .78rem; white-space: pre-wrap; overflow-wrap: anywhere; }
+aside .code pre { font-size: .78rem; white-space: pre-wrap; overflow-wrap: anywhere; }
 .code pre code { background: none; padding: 0; font-size: inherit; }
-.code .icon { position: absolute; top: .3rem; right: .3rem; width: 2.2rem; height: 2.2rem; color: var(--soft); }
+.code .icon { position: absolute; top: .3rem; right: .3rem; width: 2.2rem; height: 2.2rem; color: var(--soft);
+  background: inherit; }
 .code .icon svg { width: 1.1rem; height: 1.1rem; }
 .calc {
   display: inline-block; padding: 0 .5rem; border-radius: .45rem; background: var(--tint);
@@ -6301,7 +6303,7 @@ aside .code pre { background: var(--raised); font-size: .78rem; white-space: pre
 }
 .calc b { font: 600 .75rem/1 system-ui, sans-serif; color: var(--accent); margin-right: .15rem; }
 .prompt { color: var(--soft); }
-.live::after {
+.live > :is(p, h3, h4):last-child::after, .live > :is(ul, ol):last-child > li:last-child > span:last-child::after {
   content: ""; display: inline-block; width: .5rem; height: 1.05em; margin-left: .15rem;
   vertical-align: -.18em; border-radius: 1px; background: var(--accent);
   animation: blink 1.1s steps(2, jump-none) infinite;
@@ -6455,8 +6457,9 @@ dialog h3 { margin: 1.25rem 0 .5rem; }
 #all td button { padding: .1rem .4rem; margin-left: -.4rem; color: var(--accent); font-weight: 600; text-decoration: underline; text-underline-offset: .2em; }
 #all tr.current { background: var(--tint); }
 #toast {
-  position: fixed; z-index: 5; left: 50%; bottom: 7.5rem; transform: translateX(-50%); max-width: calc(100vw - 2rem);
-  padding: .55rem 1.1rem; border-radius: .8rem; background: var(--ink); color: var(--paper);
+  inset: auto auto 7.5rem 50%; margin: 0; transform: translateX(-50%); width: max-content;
+  max-width: calc(100vw - 2rem); padding: .55rem 1.1rem; border: 0; border-radius: .8rem;
+  background: var(--ink); color: var(--paper);
   font-size: .9375rem; box-shadow: 0 6px 24px var(--shade);
 }
 #toast button { font-weight: 650; text-decoration: underline; padding: .1rem .4rem; }
@@ -6722,7 +6725,8 @@ const std::string_view kPageBody = R"page(
     the ten tokens the model thought likeliest there.</p>
 </dialog>
 
-<div id="toast" role="status" hidden><span id="toast-text"></span><button id="toast-do"></button></div>
+<div id="toast" role="status" popover="manual"><span id="toast-text"></span>
+  <button id="toast-do"></button></div>
 <p id="status" class="sr" role="status"></p>
 )page";
 
@@ -6772,10 +6776,11 @@ function toast(text, label, action) {
   $('toast-text').textContent = text;
   $('toast-do').hidden = !action;
   $('toast-do').textContent = label || '';
-  $('toast-do').onclick = () => { $('toast').hidden = true; action(); };
-  $('toast').hidden = false;
+  $('toast-do').onclick = () => { $('toast').hidePopover(); action(); };
+  $('toast').hidePopover();  // so that it comes up above whatever was opened since
+  $('toast').showPopover();
   clearTimeout(toastTimer);
-  toastTimer = setTimeout(() => { $('toast').hidden = true; }, action ? 10000 : 5000);
+  toastTimer = setTimeout(() => $('toast').hidePopover(), action ? 10000 : 5000);
 }
 
 // navigator.clipboard is missing where the page comes over plain http from another computer.
@@ -6849,7 +6854,7 @@ try {
 } catch { /* then it has to be given again after a reload */ }
 
 function useKey(value) {
-  key = value;
+  key = value.replace(/[^\x21-\x7e]/g, '');  // a header can hold nothing else
   try { sessionStorage.setItem('nanogpt.key', key); } catch { /* as above */ }
 }
 if (location.hash.startsWith('#key=')) {
@@ -6859,9 +6864,9 @@ if (location.hash.startsWith('#key=')) {
 
 // An answer of the server that is not what was asked for, with the server's own sentence.
 class Refusal extends Error {
-  constructor(message, status, code, wait) {
+  constructor(message, status, wait) {
     super(message);
-    Object.assign(this, {status, code, wait});
+    Object.assign(this, {status, wait});
   }
 }
 
@@ -6883,8 +6888,7 @@ async function api(path, body, signal) {
   if (response.status === 401) askForKey();
   const message = typeof error.message === 'string' ? error.message
     : `the server answered ${response.status} ${response.statusText}`;
-  throw new Refusal(message, response.status, error.code,
-    Number(response.headers.get('Retry-After')) || 0);
+  throw new Refusal(message, response.status, Number(response.headers.get('Retry-After')) || 0);
 }
 
 // Reads a stream of events. One decoder for the whole of it, and only whole lines are looked at:
@@ -7005,6 +7009,12 @@ function choose(m) {
   drawSend();
 }
 
+function pick(m) {
+  choose(m);
+  write('model', m.id);
+  drawAll();
+}
+
 function drawDevice() {
   const d = device || {};
   const gpu = d.type === 'cuda';
@@ -7086,7 +7096,7 @@ function drawAll() {
     make('td', {}, make('span', {class: 'badge'}, m.type)),
     make('td', {}, m.status !== 'ready' ? m.tag : make('button', {
       'aria-label': `Use ${m.type} ${nameOf(m)}`,
-      onclick: () => { choose(m); write('model', m.id); $('all').close(); },
+      onclick: () => { pick(m); $('all').close(); },
     }, m.tag)),
     make('td', {}, count(m.step)),
     make('td', {}, lossOf(m), m.best ? make('span', {class: 'best'}, ' ★ best') : null),
@@ -7372,15 +7382,7 @@ function drawBody(message) {
   } else {
     showMarkdown(text, view.body);
   }
-  for (const old of view.body.querySelectorAll('.live')) old.classList.remove('live');
-  if (live && text) {
-    let end = view.body;
-    while (end.lastElementChild && /^(P|UL|OL|LI|SPAN|H3|H4|DIV|PRE|CODE)$/
-      .test(end.lastElementChild.tagName) && !end.lastElementChild.matches('.calc')) {
-      end = end.lastElementChild;
-    }
-    if (end !== view.body) end.classList.add('live');
-  }
+  view.body.classList.toggle('live', live && text !== '');
   view.wait.hidden = !live || !!run.shown;
 }
 
@@ -7417,8 +7419,8 @@ function drawChat() {
 function drawDropped() {
   $('log').querySelector('.notice')?.remove();
   const dropped = chat.messages.at(-1)?.about?.dropped;
-  const first = dropped && views.get(chat.messages[dropped]);
-  first?.node.before(make('p', {class: 'notice'},
+  if (!dropped) return;
+  views.get(seenBy(chat.messages)[dropped])?.node.before(make('p', {class: 'notice'},
     'What stands above no longer fits into the context: the model does not see it.'));
 }
 
@@ -7499,33 +7501,43 @@ function stay() {
 }
 
 // ---- asking
-// What the model is to see: no continued texts, no system line twice, no question without answer.
+// What the model is to see: no continued texts, no question without an answer but the last.
 function seenBy(messages) {
-  const out = [];
-  messages.forEach((m, i) => {
+  return messages.filter((m, i) => {
     const answer = m.role === 'user' ? messages[i + 1] : m;
-    if (!m.text && (!answer || answer.content !== '')) out.push({role: m.role, content: m.content});
+    return !m.text && (!answer || answer.content !== '');
   });
-  return out;
+}
+
+const kMost = {messages: 500, characters: 32000, each: 8000};  // the server takes no more
+function wordsOf(messages, system) {
+  const words = messages.map((m) => ({role: m.role, content: m.content}));
+  return system ? [{role: 'system', content: system}, ...words] : words;
 }
 
 function requestFor(message) {
-  const at = chat.messages.indexOf(message);
+  const at = chat.messages.indexOf(message), {about} = message;
   const {temperature, top_k, max_tokens, seed} = settings;
-  const body = {model: message.about.model, temperature, top_k, max_tokens};
+  const body = {model: about.model, temperature, top_k, max_tokens};
   if (seed !== null) body.seed = seed;
   if (message.text) {
     // The answer to this request does not tell the seed, so that the page throws the dice.
-    message.about.seed = body.seed ??= Math.floor(Math.random() * 2 ** 32);
+    about.seed = body.seed ??= Math.floor(Math.random() * 2 ** 32);
     Object.assign(body, {prompt: promptOf(message) + message.content, stream: true,
       stream_options: {include_usage: true}});
     return ['v1/completions', body];
   }
-  body.messages = seenBy(chat.messages.slice(0, at));
-  if (message.about.system) {
-    body.messages.unshift({role: 'system', content: message.about.system});
+  // A long conversation loses its beginning; the server leaves out more if the context is full.
+  const told = seenBy(chat.messages.slice(0, message.content ? at + 1 : at));
+  const tooMuch = () => told.length >= kMost.messages ||
+    told.slice(0, -1).some((m) => m.content.length > kMost.each) ||
+    told.reduce((sum, m) => sum + m.content.length, about.system?.length || 0) > kMost.characters;
+  about.dropped = 0;
+  while (told.length > 2 && tooMuch()) {
+    told.splice(0, 2);
+    about.dropped += 2;
   }
-  if (message.content) body.messages.push({role: 'assistant', content: message.content});
+  body.messages = wordsOf(told, about.system);
   return ['chat/completions', body];
 }
 
@@ -7570,14 +7582,16 @@ async function stream(job) {
   const begin = performance.now();
   let last = begin, ended = false, events = 0;
   const response = await api(...requestFor(message), controller.signal);
+  job.begun = true;
   onComment('reading');
   await readEvents(response, (text) => {
+    if (run !== job) throw new Error('stopped');
     if (text === '[DONE]') {
       ended = true;
       return;
     }
     const event = JSON.parse(text);
-    if (event.error) throw new Refusal(event.error.message || 'the server gave up', 0, event.error.code);
+    if (event.error) throw new Refusal(event.error.message || 'the server gave up', 0);
     const choice = event.choices?.[0];
     const piece = event.token ?? choice?.text ?? '';
     if (piece !== '') {
@@ -7595,7 +7609,7 @@ async function stream(job) {
     if (event.done) {
       ended = true;
       about.finish = event.finish_reason || 'stop';
-      about.dropped = event.dropped_messages;
+      about.dropped += event.dropped_messages || 0;
     }
     if (event.seed != null) about.seed = event.seed;
     if (event.model) about.model = event.model;
@@ -7605,14 +7619,7 @@ async function stream(job) {
     }
     if (event.timings?.tokens_per_second) about.speed = event.timings.tokens_per_second;
   }, onComment);
-  if (!ended) throw new Refusal(`Connection lost after ${plural(job.tokens || 0, 'token')}.`, 0, 'broken');
-}
-
-function rest(seconds, signal) {
-  return new Promise((resolve, reject) => {
-    const timer = setTimeout(resolve, seconds * 1000);
-    signal.addEventListener('abort', () => { clearTimeout(timer); reject(signal.reason); });
-  });
+  if (!ended) throw new TypeError('closed too early');
 }
 
 // Gets an answer into `message`, the last of the chat. A server that is busy is asked again when it
@@ -7627,31 +7634,21 @@ async function answer(message) {
   drawFoot(message);
   waitLine('waiting for the server');
   toEnd();
-  for (let tries = 0; run === job;) {
+  for (let tries = 1; run === job; ++tries) {
     try {
       await stream(job);
       break;
     } catch (error) {
-      if (job.controller.signal.aborted) {
-        about.finish = 'stopped';
-        break;
-      }
-      const busy = (error.status === 503 || error.status === 429) && error.wait && tries < 5;
-      if (busy) {
-        ++tries;
-        try {
-          for (let left = Math.min(error.wait, 60); left > 0; --left) {
-            waitLine(`${error.message}. Trying again in ${left} s (${tries} of 5)`);
-            await rest(1, job.controller.signal);
-          }
-          continue;
-        } catch {
-          about.finish = 'stopped';
-          break;
+      if (run !== job) return;  // stopped
+      if ((error.status === 503 || error.status === 429) && error.wait && tries <= 5) {
+        for (let left = Math.min(error.wait, 60); left > 0 && run === job; --left) {
+          waitLine(`${error.message}. Trying again in ${left} s (${tries} of 5)`);
+          await new Promise((resolve) => setTimeout(resolve, 1000));
         }
+        continue;
       }
       about.error = error instanceof Refusal ? error.message
-        : job.tokens ? `Connection lost after ${plural(job.tokens, 'token')}.`
+        : job.tokens || job.begun ? `Connection lost after ${plural(job.tokens, 'token')}.`
         : 'The server cannot be reached.';
       if (!(error instanceof Refusal)) poll();
       break;
@@ -7686,6 +7683,7 @@ function stop() {
 // Puts a question and an empty answer at the end, and asks.
 function ask(content) {
   stop();
+  focusBox();
   const text = continues(model) || undefined;
   const message = {role: 'assistant', content: '', text, about: {model: model.id}};
   if (settings.system.trim() && !text) message.about.system = settings.system.trim();
@@ -7730,7 +7728,6 @@ function regenerate(message) {
   const question = chat.messages[at - 1].content;
   cut(at - 1, 2);
   ask(question);
-  $('text').focus({preventScroll: true});
 }
 
 function proceed(message) {
@@ -7738,6 +7735,7 @@ function proceed(message) {
   cut(at + 1, 0);
   whys.delete(message);
   drawChat();
+  focusBox();
   answer(message);
 }
 
@@ -7754,7 +7752,6 @@ function edit(message) {
     const content = area.value.trimEnd();
     cut(at, 2);
     ask(content);
-    $('text').focus({preventScroll: true});
   };
   const box = make('div', {class: 'editing', onkeydown: (event) => {
     if (event.key === 'Escape') {
@@ -7787,19 +7784,14 @@ const percent = (p) => p >= 0.9995 ? '> 99.9%' : p < 0.001 ? '< 0.1%' : (p * 100
 
 async function askWhy(message, position) {
   const at = chat.messages.indexOf(message);
-  const messages = seenBy(chat.messages.slice(0, at + 1)).slice(message.about.dropped || 0);
-  if (message.about.system) messages.unshift({role: 'system', content: message.about.system});
-  const body = {model: message.about.model, messages, position};
+  const {model, system, dropped = 0} = message.about;
+  const messages = wordsOf(seenBy(chat.messages.slice(0, at + 1)).slice(dropped), system);
+  const body = {model, messages, position};
   return (await api('api/v1/inference/why', body)).json();
 }
 
 async function toggleWhy(message) {
-  if (whys.has(message)) {
-    whys.delete(message);
-    drawFoot(message);
-    return;
-  }
-  try {
+  if (!whys.delete(message)) try {
     const {tokens} = await askWhy(message, null);
     if (message.about.finish !== 'stop') tokens.pop();  // it was cut off: nobody chose the end
     whys.set(message, {tokens, position: null});
@@ -7808,6 +7800,7 @@ async function toggleWhy(message) {
     toast(error.message);
   }
   drawFoot(message);
+  views.get(message)?.acts.querySelector('[aria-pressed]').focus();  // it was drawn anew
 }
 
 async function showToken(message, position) {
@@ -7886,6 +7879,7 @@ function drawList() {
       forget('chat.' + one.id);
       if (one.id === chat.id) newChat();
       drawList();
+      $('new').focus();
       toast('Chat deleted.', 'Undo', () => { write('chat.' + one.id, one); drawList(); });
     }))));
   $('delete-all').textContent = `Delete all chats (${all.length})`;
@@ -7906,7 +7900,7 @@ function newChat() {
   drawChat();
   drawList();
   show($('chats'), false, true);
-  $('text').focus();
+  focusBox();
 }
 
 function saveFile(name, type, text) {
@@ -8062,8 +8056,7 @@ const kCommands = {
       toast(text ? `No model that can be used is named ${text}.` : `The model is ${model?.id}.`);
       return !text;
     }
-    choose(found);
-    write('model', found.id);
+    pick(found);
     toast(`The model is now ${found.type} ${nameOf(found)}.`);
     return true;
   },
@@ -8098,6 +8091,10 @@ function command(text) {
   return true;
 }
 
+function focusBox() {
+  if (!touch.matches) $('text').focus({preventScroll: true});  // else the keyboard would come up
+}
+
 function grow() {
   const area = $('text');
   area.style.height = 'auto';
@@ -8125,7 +8122,7 @@ function onKey(event) {
       event.preventDefault();
       act();
     }
-  } else if (event.key === 'Escape' && run && !dialog) {
+  } else if (event.key === 'Escape' && run && !dialog && !$('main').inert && !event.isComposing) {
     stop();
   } else if (event.key === '?' && !writing && !dialog) {
     $('help').showModal();
@@ -8147,7 +8144,7 @@ function openKeys() {
       }
     }
   });
-  $('send').onclick = () => { if (run) stop(); else submit(); $('text').focus(); };
+  $('send').onclick = () => { if (run) stop(); else submit(); focusBox(); };
   if (touch.matches) $('text').enterKeyHint = 'enter';
 }
 
@@ -8183,12 +8180,8 @@ function start() {
   for (const dialog of document.querySelectorAll('dialog')) {
     dialog.addEventListener('click', (event) => { if (event.target === dialog) dialog.close(); });
   }
-  $('model').onchange = () => {
-    choose(models.find((m) => m.id === $('model').value));
-    write('model', model.id);
-    drawAll();
-  };
-  $('all-open').onclick = () => { drawAll(); $('all').showModal(); };
+  $('model').onchange = () => pick(models.find((m) => m.id === $('model').value));
+  $('all-open').onclick = () => $('all').showModal();
   $('device').onclick = () => $('why-device').showModal();
   $('help-open').onclick = () => $('help').showModal();
   $('new').onclick = newChat;
@@ -8199,7 +8192,7 @@ function start() {
   });
   $('key-form').onsubmit = (event) => {
     event.preventDefault();
-    useKey($('key').value.trim());
+    useKey($('key').value);
     $('key').value = '';
     poll();
   };
@@ -8215,7 +8208,7 @@ function start() {
   drawList();
   drawChat();
   poll();
-  if (!touch.matches) $('text').focus();
+  focusBox();
 }
 start();
 )page";

@@ -290,6 +290,8 @@ def why(page):
     page.js("document.querySelectorAll('.turn:not(.user)')[0].querySelector("
             "'[aria-pressed]').click()")
     tokens = page.wait("[...document.querySelectorAll('.tokens button')].map((b) => b.textContent)")
+    check("why: the button keeps the focus", page.wait(
+        "document.activeElement.ariaLabel === 'Why these words?'"))
     check("why: the answer is shown in tokens, up to its end", bool(tokens) and len(tokens) > 10
           and "".join(tokens).startswith("37 times 41 is <|python_start|>37*41")
           and tokens[-1] == "<|assistant_end|>", tokens)
@@ -360,7 +362,7 @@ def commands(page):
     for text in ("/temperature 3", "/nonsense 1"):
         say(page, text)
         check(f"command: {text} is refused and stays in the box", page.js(
-            f"$('text').value === {json.dumps(text)} && !$('toast').hidden && !run"))
+            f"$('text').value === {json.dumps(text)} && $('toast').matches(':popover-open') && !run"))
         page.js("$('text').value = ''; grow()")
 
 
@@ -587,6 +589,15 @@ def trouble(page, stub):
         say(page, text)
     check("context: what the model no longer sees is told", page.wait(
         "document.querySelector('.notice + .turn.user .bubble')?.textContent === 'two'"))
+    page.js("newChat()")
+    for i in range(6):
+        page.js(f"send('{i}' + 'long '.repeat(1500))")
+        page.wait("!run")
+    sent = stub.asked[-1]["messages"]
+    check("context: a conversation too long for the server loses its beginning, no more",
+          16990 < sum(len(m["content"]) for m in sent) <= 32000 and sent[0]["role"] == "user"
+          and sent[-1]["content"][0] == "5" and page.js("!!document.querySelector('.notice')"),
+          [(m["role"], len(m["content"])) for m in sent])
 
 
 def away(page, stub, again):
