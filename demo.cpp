@@ -3467,8 +3467,8 @@ void HttpServer::open(const std::string& host, int port) {
     hints.ai_flags = AI_PASSIVE;
     const std::string service = std::to_string(port), where = cat(host, ":", port);
     if (const int error = ::getaddrinfo(host.c_str(), service.c_str(), &hints, &found); error != 0)
-        throw CannotListen(
-            cat("cannot listen on ", where, ": ", ::gai_strerror(error), ". --host"));
+        throw CannotListen(cat("cannot listen on ", where, ": ", ::gai_strerror(error),
+                               ". --host takes an address of this machine"));
     const std::unique_ptr<addrinfo, void (*)(addrinfo*)> owner(found, ::freeaddrinfo);
     const int one = 1;
     listener_ = ::socket(found->ai_family, SOCK_STREAM | SOCK_NONBLOCK | SOCK_CLOEXEC, 0);
@@ -3810,10 +3810,15 @@ struct Snapshot {  // what monitors see
     struct OfModel {
         std::string id, device;
         std::size_t running = 0, idle = 0;
-        std::uint64_t prompt_tokens = 0, generated = 0, kv_tokens = 0;
+        std::uint64_t kv_tokens = 0;
+    };
+    struct Written {  // since the start, whether the model is in memory or not
+        std::string id;
+        std::uint64_t prompt_tokens = 0, generated = 0;
     };
     std::vector<Slot> slots;
     std::vector<OfModel> models;
+    std::vector<Written> written;
     std::size_t active = 0, queued = 0, finished = 0, cancelled = 0;
     std::uint64_t memory_available = 0;
     Histogram first_token, between_tokens;
@@ -3892,6 +3897,9 @@ private:
         std::unique_ptr<Sequence> sequence;
         std::size_t read;  // tokens that were read as a prompt
     };
+    struct Written {  // tokens of a model since the start, whether it is in memory or not
+        std::uint64_t prompt_tokens = 0, generated = 0;
+    };
     struct Loaded {
         std::shared_ptr<const Offer> offer;
         Device device;
@@ -3899,7 +3907,7 @@ private:
         std::deque<Idle> idle;  // last used last
         std::size_t next_reader = 0;
         bool used = false;
-        std::uint64_t prompt_tokens = 0, generated = 0;
+        Written* written = nullptr;
 
         Backend& backend() const { return *device.backend; }
         std::uint64_t token_bytes() const {
@@ -3975,6 +3983,7 @@ private:
     std::vector<std::unique_ptr<Loaded>> models_;  // last used last
     std::shared_ptr<const Offer> loading_;
     std::vector<Client> clients_;
+    std::unordered_map<std::string, Written> written_;  // by id
     std::size_t next_client_ = 0, finished_ = 0, cancelled_ = 0;
     std::vector<Event> posted_;
     Histogram first_token_, between_tokens_;
@@ -4095,7 +4104,7 @@ Scheduler::Start Scheduler::start(const std::shared_ptr<Job>& job) {
         }
         job->queue_seconds = seconds_since(job->created);
         job->reused_tokens = static_cast<int>(sequence->tokens().size());
-        m->prompt_tokens += job->prompt.size();
+        m->written->prompt_tokens += job->prompt.size();
         m->running.push_back(std::make_unique<Running>(job, std::move(sequence)));
         m->used = true;
         const auto here = std::find_if(models_.begin(), models_.end(),
@@ -4201,6 +4210,7 @@ void Scheduler::finish_loading() {
         if (!std::exchange(load_done_, false)) return;
         failure = std::exchange(load_failure_, {});
         if (just_loaded_ != nullptr) models_.push_back(std::move(just_loaded_));
+        if (!failure) models_.back()->written = &written_[models_.back()->offer->info.id];
     }
     const std::shared_ptr<const Offer> offer = std::exchange(loading_, nullptr);
     if (!failure) return note(cat("loaded ", offer->info.id));
@@ -4392,7 +4402,7 @@ void Scheduler::take(Loaded& m, Running& r, Token token) {
         between_tokens_.add(std::chrono::duration<double>(now - r.last).count());
     }
     r.last = now;
-    m.generated++;
+    m.written->generated++;
     const auto reason = r.answer.take(*r.sequence, token, [&](Generated generated) {
         std::string text = r.text.push(generated.token);
         if (!text.empty()) event(Event::Kind::text, r.job, std::move(text));
@@ -4520,9 +4530,11 @@ void Scheduler::publish(bool always) {
                                    static_cast<int>(r->job->prompt.size()), r->answer.count(),
                                    std::chrono::duration<double>(now - r->start).count()});
             }
-            s.models.push_back({id, m->backend().device(), m->running.size(), m->idle.size(),
-                                m->prompt_tokens, m->generated, held});
+            s.models.push_back(
+                {id, m->backend().device(), m->running.size(), m->idle.size(), held});
         }
+        for (const auto& [id, w] : written_)
+            s.written.push_back({id, w.prompt_tokens, w.generated});
         s.finished = finished_, s.cancelled = cancelled_;
         s.memory_available = available_;
         s.first_token = first_token_, s.between_tokens = between_tokens_;
@@ -4796,6 +4808,8 @@ int drop_oldest(const Tokenizer& tokenizer, std::vector<Message>& messages, std:
     }
     return dropped;
 }
+
+HttpError as_http(const std::exception& e);
 
 // ---- the server
 
@@ -5248,7 +5262,14 @@ const ModelInfo& Server::find_model(const std::string& id) const {
     if (any && catalog_->default_id.empty())
         throw HttpError(404, "model_not_found", "there is no checkpoint that is ready");
     if (any) w = parse_id(catalog_->default_id);
-    return choose(catalog_->models, w, "sft");
+    try {
+        return choose(catalog_->models, w, "sft");
+    } catch (const Error& e) {
+        HttpError error = as_http(e);
+        const std::string_view what = e.what();  // without the flag's name
+        throw HttpError(error.status, error.code,
+                        std::string(what.substr(what.starts_with("--model: ") ? 9 : 0)), "model");
+    }
 }
 std::shared_ptr<const Tokenizer> Server::tokenizer_of(const ModelInfo& info) {
     const fs::path path =
@@ -5710,13 +5731,17 @@ void Server::stats(Connection& c) {
                          {"busy_workers", s.active},
                          {"workers", raw(cat("[", worker.text, "]"))},
                          {"queued", s.queued},
-                         {"models", array(s.models, [](const Snapshot::OfModel& m) {
-                              return object({{"id", m.id},
-                                             {"device", m.device},
-                                             {"running", m.running},
-                                             {"cached_conversations", m.idle},
-                                             {"prompt_tokens", m.prompt_tokens},
-                                             {"generated_tokens", m.generated}});
+                         {"models", array(s.models,
+                                          [](const Snapshot::OfModel& m) {
+                                              return object({{"id", m.id},
+                                                             {"device", m.device},
+                                                             {"running", m.running},
+                                                             {"cached_conversations", m.idle}});
+                                          })},
+                         {"tokens", array(s.written, [](const Snapshot::Written& w) {
+                              return object({{"id", w.id},
+                                             {"prompt_tokens", w.prompt_tokens},
+                                             {"generated_tokens", w.generated}});
                           })}}));
 }
 void Server::slots(Connection& c) {
@@ -5803,11 +5828,12 @@ void Server::metrics(Connection& c) {
     gauge("active_sequences", s.active);
     gauge("queued", s.queued);
     std::uint64_t prompt_tokens = 0, held = 0;
-    for (const auto& m : s.models) prompt_tokens += m.prompt_tokens, held += m.kv_tokens;
+    for (const auto& m : s.models) held += m.kv_tokens;
+    for (const auto& w : s.written) prompt_tokens += w.prompt_tokens;
     gauge("prompt_tokens_total", prompt_tokens, "counter");
     head("generated_tokens_total", "counter");
-    for (const auto& m : s.models)
-        line("generated_tokens_total", cat("{model=\"", m.id, "\"}"), std::to_string(m.generated));
+    for (const auto& w : s.written)
+        line("generated_tokens_total", cat("{model=\"", w.id, "\"}"), std::to_string(w.generated));
     head("cancelled_total", "counter");
     line("cancelled_total", "{why=\"client\"}", std::to_string(s.cancelled));
     head("rejected_total", "counter");
