@@ -323,7 +323,9 @@ inline const nanogpt::Json* at(const nanogpt::Json& json, std::string_view path)
         path.remove_prefix(std::min(path.size(), key.size() + 1));
         if (here->kind == nanogpt::Json::Kind::array) {
             const std::size_t i = static_cast<std::size_t>(std::atoi(key.c_str()));
-            here = i < here->array.size() ? &here->array[i] : nullptr;
+            here = key.find_first_not_of("0123456789") == key.npos && i < here->array.size()
+                       ? &here->array[i]
+                       : nullptr;
         } else {
             here = here->find(key);
         }

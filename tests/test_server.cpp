@@ -6,6 +6,7 @@
 #include <sys/ioctl.h>
 
 #include <functional>
+#include <map>
 #include <memory>
 #include <set>
 
@@ -40,6 +41,18 @@ using test::contains;
 bool no_binary() {
     if (std::string_view(NANOGPT_BINARY).empty()) MESSAGE("skipped: the program was not built");
     return std::string_view(NANOGPT_BINARY).empty();
+}
+
+// Groups of the product's table, told when all is over; each case tells its part at once.
+std::map<std::string, std::pair<std::size_t, std::size_t>>& tallies() {
+    static std::map<std::string, std::pair<std::size_t, std::size_t>> all;
+    return all;
+}
+void tally(const std::string& part, std::size_t passed, std::size_t total) {
+    auto& sum = tallies()[part.substr(0, part.find(' '))];
+    sum.first += passed;
+    sum.second += total;
+    if (contains(part, " ")) test::report(part.c_str(), passed, total);
 }
 
 // ---- a model whose answers are known ------------------------------------------------------------
@@ -235,7 +248,7 @@ void run_table(const char* group, const Table& table, int where = port()) {
         CHECK(fault == "");
         passed += fault.empty();
     }
-    test::report(group, passed, table.size());
+    tally(group, passed, table.size());
 }
 
 std::string head_of(std::string_view line, std::string_view fields = "Host: localhost\r\n") {
@@ -946,7 +959,7 @@ TEST_CASE("server: http: a request cut anywhere, or sent byte by byte, is the sa
         CHECK(answered);
     }
     CHECK(passed == total);
-    test::report("B2", passed, total);
+    tally("B2", passed, total);
 }
 
 // ---- who may ask --------------------------------------------------------------------------------
@@ -1033,7 +1046,7 @@ TEST_CASE("server: who may ask: this machine's own pages and programs, nobody el
         CHECK(!r.has("access-control-allow-origin"));
         passed += good && same;
     }
-    test::report("B4", passed, t.size());
+    tally("B4", passed, t.size());
 }
 
 // ---- the fields of requests ---------------------------------------------------------------------
@@ -1318,7 +1331,7 @@ void run_fields(const char* group, const char* route, const char* asks, const st
         CHECK(fault == "");
         passed += fault.empty();
     }
-    test::report(group, passed, table.size());
+    tally(group, passed, table.size());
 }
 
 }  // namespace
@@ -1514,7 +1527,7 @@ TEST_CASE(
         passed += a.text == whole && b.text == whole && a.done && b.done;
         total++;
     }
-    test::report("B6 cuts", passed, total);
+    tally("B6 cuts", passed, total);
 }
 
 TEST_CASE(
@@ -1567,7 +1580,7 @@ TEST_CASE(
         passed += a.text == c.text && b.text == c.text &&
                   text_at(json, "choices.0.message.content") == c.text;
     }
-    test::report("B6 stops", passed, t.size());
+    tally("B6 stops", passed, t.size());
 }
 
 TEST_CASE("server: streams: special tokens of a request are plain characters") {
@@ -1855,7 +1868,7 @@ TEST_CASE(
             count(texts[i].text == solo[i * 7 % all.size()]);
         }
     }
-    test::report("C7", passed, total);
+    tally("C7", passed, total);
 }
 
 TEST_CASE("server: without a seed each answer has its own, and that gives it again") {
@@ -2186,7 +2199,7 @@ TEST_CASE("server: slow clients are closed in their time, all at once, and a goo
         CHECK(in_time);
         passed += status && in_time;
     }
-    test::report("B5", passed, open.size());
+    tally("B5", passed, open.size());
 }
 
 // ---- keys, other origins, the log, wrong usage --------------------------------------------------
@@ -2398,7 +2411,7 @@ TEST_CASE("server: random changes of good requests never hang or end the server"
     CHECK(answered > count / 4);
     CHECK(ask(port(), chat()).status == 200);
     CHECK(idle(port()));
-    test::report("A8 HTTP", static_cast<std::size_t>(ended), static_cast<std::size_t>(count));
+    tally("A8 HTTP", static_cast<std::size_t>(ended), static_cast<std::size_t>(count));
 }
 
 TEST_CASE("server: after all that both servers are well, and end with 0") {
@@ -2417,4 +2430,5 @@ TEST_CASE("server: after all that both servers are well, and end with 0") {
             CHECK_MESSAGE(!contains(log, sign), log.substr(log.find(sign)));
         shared(sample).reset();
     }
+    for (const auto& [group, sum] : tallies()) test::report(group.c_str(), sum.first, sum.second);
 }
