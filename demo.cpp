@@ -6380,7 +6380,7 @@ aside .code pre { font-size: .78rem; white-space: pre-wrap; overflow-wrap: anywh
 }
 .why table { width: 100%; border-collapse: collapse; margin: .6rem 0; font-size: .9375rem; }
 .why th { text-align: left; font-weight: 400; padding: .16rem .8rem .16rem 0; width: 1%; white-space: nowrap; }
-.why td:last-child { text-align: right; width: 4rem; font-variant-numeric: tabular-nums; }
+.why td:last-child { text-align: right; width: 4.8rem; white-space: nowrap; font-variant-numeric: tabular-nums; }
 .why code { background: var(--bubble); padding: .1rem .4rem; border-radius: .3rem; white-space: pre; }
 .why .chosen th, .why .chosen td { font-weight: 650; color: var(--accent); }
 .why .bar { height: .55rem; border-radius: .3rem; background: var(--edge); min-width: 2px; }
@@ -6395,8 +6395,8 @@ aside .code pre { font-size: .78rem; white-space: pre-wrap; overflow-wrap: anywh
 #empty code { overflow-wrap: anywhere; }
 #examples { display: grid; grid-template-columns: repeat(auto-fit, minmax(12.5rem, 1fr)); gap: .75rem; margin-top: 1.75rem; }
 #examples button {
-  text-align: left; padding: .85rem 1rem; border: 1px solid var(--line); border-radius: .9rem;
-  background: var(--raised); line-height: 1.4; transition: border-color .15s, transform .15s;
+  display: flex; flex-direction: column; text-align: left; padding: .85rem 1rem; line-height: 1.4;
+  border: 1px solid var(--line); border-radius: .9rem; background: var(--raised); transition: border-color .15s, transform .15s;
 }
 #examples button:hover { border-color: var(--accent); transform: translateY(-1px); }
 #examples small { display: block; color: var(--soft); margin-top: .2rem; }
@@ -7055,7 +7055,7 @@ function drawDevice() {
     ? `The models run on the graphics card: ${text}.` : `The models run on the processor: ${text}.`),
     make('p', {class: 'note'}, d.fallback_reason
       ? `The graphics card is not used: ${d.fallback_reason}`
-      : 'Answers come from this computer only; nothing leaves it.'));
+      : 'Answers come from the computer this page comes from, and from no other.'));
 }
 
 function lossSentence({value, unit}) {
@@ -7098,7 +7098,7 @@ function drawAbout() {
       ['Context', a.sequence_len && plural(a.sequence_len, 'token')],
       ['Vocabulary', a.vocab_size && plural(a.vocab_size, 'token')],
       ['Window pattern', a.window_pattern],
-      ['Format', a.generation && `${a.generation} (${a.saved_by})`],
+      ['Format', [a.generation, a.saved_by && `(${a.saved_by})`].filter(Boolean).join(' ')],
       ...metrics.map(([name, value]) => [name.replaceAll('_', ' '), +value.toFixed(4)]),
       ['Saved', saved ? saved.toLocaleString('en-GB', {dateStyle: 'medium', timeStyle: 'short'}) : ''],
       ['File size', bytes(m.size_bytes)],
@@ -7475,8 +7475,8 @@ function drawEmpty() {
     ' ' + ['step ' + count(m.step), m.parameters && big(m.parameters) + ' parameters', lossOf(m)]
       .filter(Boolean).join(' · '), ...(m.best ? [' ', make('span', {class: 'best'}, '★ best')] : []));
   $('empty-text').textContent = chats
-    ? `A small language model, trained with nanochat and running on this computer. It writes what
-      sounds likely, which is often wrong. Ask twice, and look at why it chose its words.`
+    ? `A small language model, trained with nanochat. It writes what sounds likely, which is often
+      wrong. Ask twice, and look at why it chose its words.`
     : `This model continues text; it was not trained to chat. Give it a beginning, not a question.`;
   const examples = chats
     ? [['Why is the sky blue?', 'Something it should know'],
@@ -7628,7 +7628,9 @@ async function stream(job) {
       message.content += piece;
       about.tokens = (job.before || 0) + events;
       job.tokens = events;
-      if (events > 4) about.speed = (events - 1) / (last - begin - about.first) * 1000;
+      // Tokens may come in one packet: too short a time says nothing about the speed.
+      const took = last - begin - about.first;
+      about.speed = events > 9 && took > 150 ? (events - 1) / took * 1000 : 0;
       drawSoon();
     }
     if (choice?.finish_reason) about.finish = event.choices[0].finish_reason;
