@@ -3304,8 +3304,9 @@ struct Connection {
     bool busy = false;     // an answer is being made: the next request waits in `in`
     bool chunked = false;  // the answer's coding
     bool closing = false, lingering = false;  // when all is sent; then until the peer has read it
-    bool ended = false;                       // the peer sends no more
-    std::uint32_t interest = 0;               // what epoll was told
+    bool full = false;           // requests wait in `in` until the answers before them are sent
+    bool ended = false;          // the peer sends no more
+    std::uint32_t interest = 0;  // what epoll was told
     int requests = 0, status = 0;
     Clock::time_point since, request_start, last_sent;  // of the state; of the request; of progress
     std::string client, request_id;
@@ -3439,7 +3440,7 @@ private:
     void refuse_politely(int fd);
     bool receive(Connection& c);
     bool parse(Connection& c);
-    void advance(Connection& c);
+    bool advance(Connection& c);
     bool send(Connection& c);
     void close(Connection& c);
     void check_time(Connection& c, Clock::time_point now);
@@ -3629,11 +3630,12 @@ bool HttpServer::parse(Connection& c) {
     answer(c);
     return true;
 }
-// All requests that have arrived, one after the other.
-void HttpServer::advance(Connection& c) {
-    while (!c.busy && !c.closing && !c.in.empty() && c.out.size() < Limits::kBuffered) {
+// All requests that have arrived, one after the other; true if the answers have to be sent first.
+bool HttpServer::advance(Connection& c) {
+    while (!c.busy && !c.closing && !c.in.empty()) {
+        if (c.out.size() >= Limits::kBuffered) return true;
         try {
-            if (!parse(c)) return;
+            if (!parse(c)) return false;
         } catch (const std::exception& e) {
             // Where the next request would begin is only known behind a whole one.
             const bool head = c.reader.head_done();
@@ -3642,6 +3644,7 @@ void HttpServer::advance(Connection& c) {
             refuse(c, e);
         }
     }
+    return false;
 }
 bool HttpServer::send(Connection& c) {  // false: the connection is broken
     std::size_t sent = 0;
@@ -3658,7 +3661,7 @@ bool HttpServer::send(Connection& c) {  // false: the connection is broken
 }
 
 void HttpServer::move_on(Connection& c) {
-    advance(c);
+    c.full = advance(c);
     if (!send(c)) return close(c);
     if (c.out.empty() && c.closing && !c.lingering) {
         // Closing at once would reset the connection if bytes are on their way, and the reset could
@@ -3667,11 +3670,12 @@ void HttpServer::move_on(Connection& c) {
         c.lingering = true;
         c.since = Clock::now();
     }
-    if (c.ended && (c.lingering || c.busy || (c.out.empty() && !c.closing))) return close(c);
+    if (c.ended && (c.lingering || c.busy || (c.out.empty() && !c.closing && !c.full)))
+        return close(c);
     std::uint32_t interest = c.ended ? 0u : EPOLLRDHUP;
     if (!c.ended && (c.lingering || (!c.busy && !c.closing && c.out.size() < Limits::kBuffered)))
         interest |= EPOLLIN;
-    if (!c.out.empty()) interest |= EPOLLOUT;
+    if (!c.out.empty() || c.full) interest |= EPOLLOUT;
     if (interest != c.interest) watch(c.fd, c.id, c.interest = interest, EPOLL_CTL_MOD);
 }
 
@@ -3693,12 +3697,16 @@ void HttpServer::check_time(Connection& c, Clock::time_point now) {
         refuse(c, HttpError(408, "request_timeout", what));
         move_on(c);
     };
-    if (c.out.empty()) c.last_sent = now;
-    if (past(c.last_sent) > Limits::kStuck) return close(c);
+    if (c.out.empty() && !c.full) c.last_sent = now;
+    if (past(c.last_sent) > Limits::kStuck) {  // what it does not read would keep a plain end away
+        const linger reset = {1, 0};
+        ::setsockopt(c.fd, SOL_SOCKET, SO_LINGER, &reset, sizeof reset);
+        return close(c);
+    }
     if (c.busy) return pass(c, now);
     if (c.lingering) {
         if (waited > Limits::kLinger) close(c);
-    } else if (c.closing || !c.out.empty()) {
+    } else if (c.closing || !c.out.empty() || c.full) {
         // kStuck rules
     } else if (c.reader.head_done()) {
         const double bytes = static_cast<double>(c.reader.body_bytes() + c.in.size());
