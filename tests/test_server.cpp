@@ -827,8 +827,10 @@ namespace {
 
 // Without what differs from answer to answer.
 std::string constant_part(std::string body) {
-    for (std::size_t begin = 0; (begin = body.find("\n: ")) != std::string::npos;)  // comments
-        body.erase(begin, body.find("\n\n", begin) + 2 - begin);
+    for (std::size_t begin = 0; (begin = body.find("\n: ")) != std::string::npos;) {  // comments
+        const std::size_t end = body.find("\n\n", begin + 1);
+        body.erase(begin + 1, end == std::string::npos ? end : end + 1 - begin);
+    }
     if (body.starts_with(": ")) body.erase(0, body.find("\n\n") + 2);
     for (const char* key : {"\"id\":", "\"created\":", "\"request_id\":", "\"uptime_s\":",
                             "\"scanned_at\":", "\"queue_ms\":", "\"prefill_ms\":", "\"decode_ms\":",
