@@ -7844,7 +7844,7 @@ async function showToken(message, position) {
   why.wanted = position;
   try {
     const reply = await askWhy(message, position);
-    if (why.wanted !== position) return;
+    if (why.wanted !== position || !views.has(message)) return;  // something else was chosen
     Object.assign(why, {position, chosen: reply.chosen, candidates: reply.candidates});
     drawWhy(message);
     say(`${visible(reply.chosen)} had ${percent(reply.chosen.probability)}`);
@@ -8143,7 +8143,8 @@ function submit() {
 }
 
 function onKey(event) {
-  const writing = /^(INPUT|TEXTAREA|SELECT)$/.test(event.target.tagName);
+  const nothing = event.target === $('text') && $('text').value === '' && !chat.messages.length;
+  const writing = /^(INPUT|TEXTAREA|SELECT)$/.test(event.target.tagName) && !nothing;
   const dialog = document.querySelector('dialog[open]');
   if (event.altKey && !event.ctrlKey && !event.metaKey && !dialog) {
     const act = {
@@ -8161,6 +8162,7 @@ function onKey(event) {
   } else if (event.key === 'Escape' && run && !dialog && !$('main').inert && !event.isComposing) {
     stop();
   } else if (event.key === '?' && !writing && !dialog) {
+    event.preventDefault();
     $('help').showModal();
   }
 }

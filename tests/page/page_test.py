@@ -457,6 +457,16 @@ def keyboard(page):
     check("keyboard: ? shows the help", page.js("$('help').open"))
     page.key("Escape")
     check("keyboard: Esc closes it", page.js("!$('help').open"))
+    page.js("newChat()")
+    page.key("?", SHIFT)
+    check("keyboard: ? on an empty page too, and writes nothing",
+          page.js("$('help').open && $('text').value === ''"))
+    page.key("Escape")
+    page.type("why")
+    page.key("?", SHIFT)
+    check("keyboard: but in a text it is a letter",
+          page.js("!$('help').open && $('text').value === 'why?'"))
+    page.js("$('text').value = ''; grow()")
     page.js("$('tab-model').focus()")
     page.key("ArrowRight")
     check("keyboard: arrows change the tab",
