@@ -3258,9 +3258,10 @@ private:
         const std::size_t end = in.find('\n', at);
         const std::string_view line = std::string_view(in).substr(at, end - at);
         const bool whole = end != in.npos;
+        const std::size_t left = Limits::kTrailers - trailer_bytes_;  // with their CRLFs
         const std::size_t most = chunk_ == Chunk::end    ? 1
                                  : chunk_ == Chunk::size ? 8 + Limits::kExtension + 1
-                                                         : Limits::kTrailers - trailer_bytes_ + 1;
+                                                         : std::max<std::size_t>(left, 2) - 1;
         if (line.size() > most) malformed("a line of the chunked body is too long");
         if (!whole) return false;
         if (!line.ends_with('\r') || has_controls(line.substr(0, line.size() - 1)))
@@ -3273,8 +3274,8 @@ private:
         if (chunk_ == Chunk::end) {
             chunk_ = Chunk::size;
         } else if (chunk_ == Chunk::trailers) {
-            trailer_bytes_ += line.size() + 2;
             if (line.empty()) chunk_ = Chunk::done;
+            if (!line.empty()) trailer_bytes_ += line.size() + 2;
         } else {
             const std::size_t digits =
                 std::min(line.find_first_not_of("0123456789abcdefABCDEF"), line.size());
@@ -3933,6 +3934,7 @@ private:
     void receive();
     void admit();
     void expire();
+    void look_after();
     Start start(const std::shared_ptr<Job>& job);
     Loaded* loaded(const Offer& offer);
     Device open(const ModelInfo& info);
@@ -4019,6 +4021,7 @@ bool Scheduler::round() {
     for (const auto& m : models_) sweep(*m);
     expire();
     admit();
+    look_after();
     bool worked = false;
     for (const auto& m : models_) {
         worked |= step(*m);
@@ -4068,12 +4071,16 @@ void Scheduler::expire() {
     const std::size_t before = clients_.size();
     std::erase_if(clients_, [](const Client& c) { return c.waiting.empty(); });
     if (clients_.size() != before && next_client_ >= clients_.size()) next_client_ = 0;
-    const bool second = now - last_second_ >= std::chrono::seconds(1);
-    if (!second) return;
+}
+
+// Once a second.
+void Scheduler::look_after() {
+    const Clock::time_point now = Clock::now();
+    if (now - last_second_ < std::chrono::seconds(1)) return;
     last_second_ = now;
     available_ = detail::available_memory();
     if (available_ < settings_.reserve / 2) make_room(0, nullptr);
-    if (available_ < settings_.reserve / 8) stop_code_ = 5;  // before the machine stalls
+    if (available_ < std::min(settings_.reserve / 8, std::uint64_t{1} << 30)) stop_code_ = 5;
     tell_waiting();
 }
 
