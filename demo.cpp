@@ -338,6 +338,14 @@ void set_mem_reserve(Options& o, const Given& g) {
     o.mem_reserve = unit == kUnits.npos ? n : n << (10 * (unit + 1));
 }
 
+void set_allow_origin(Options& o, const Given& g) {
+    const std::size_t scheme = g.text.starts_with("http://") ? 7 : 8;
+    if (!(scheme == 7 || g.text.starts_with("https://")) || g.text.size() == scheme ||
+        g.text.find_first_of("/ *", scheme) != g.text.npos)
+        bad_value(g, "an origin such as http://localhost:3006");
+    o.allow_origins.emplace_back(g.text);
+}
+
 struct Flag {
     char letter;  // 0: none
     std::string_view name, value;
@@ -366,7 +374,7 @@ constexpr Flag kFlags[] = {
     {0, "host", "ADDR", kServe, "address to listen on; any but a loopback one needs a key (default 127.0.0.1)", SET(o.host = not_empty(g, 255))},
     {0, "api-key", "KEY", kServe, "what clients have to know; may be repeated (default: made up if --host is not loopback)", SET(o.api_keys.push_back(not_empty(g, 256)))},
     {0, "open", "", kServe, "no key, though others can reach the server", SET(o.open = true)},
-    {0, "allow-origin", "URL", kServe, "a web page's origin that may use the server; may be repeated", SET(o.allow_origins.push_back(not_empty(g)))},
+    {0, "allow-origin", "URL", kServe, "a web page's origin that may use the server; may be repeated", set_allow_origin},
     {0, "allow-host", "NAME", kServe, "another name the server is known by; may be repeated", SET(o.allow_hosts.push_back(not_empty(g, 255)))},
     {0, "trust-proxy", "", kServe, "believe X-Forwarded-For of a proxy on this machine", SET(o.trust_proxy = true)},
     {0, "slots", "N", kServe, "answers at once (default 256 on a GPU, 8 on the CPU)", SET(o.slots = whole(g, 1, 256))},
@@ -3089,6 +3097,7 @@ struct Request {
 class RequestReader {
 public:
     Request request;
+    bool begun() const { return begun_; }  // a byte of it has come
     bool head_done() const { return head_done_; }
     bool expects_continue() const { return expects_continue_; }
     std::size_t body_bytes() const { return request.body.size(); }
@@ -3096,6 +3105,7 @@ public:
     // True when the head is there and well formed. Throws HttpError.
     bool read_head(std::string& in) {
         std::size_t at = 0;
+        begun_ = begun_ || !in.empty();
         while (!head_done_) {
             const std::size_t end = in.find('\n', at);
             std::string_view line = std::string_view(in).substr(at, end - at);
@@ -3289,7 +3299,8 @@ private:
         }
     }
 
-    bool head_done_ = false, chunked_ = false, expects_continue_ = false, close_ = false;
+    bool begun_ = false, head_done_ = false, chunked_ = false, expects_continue_ = false,
+         close_ = false;
     std::size_t field_bytes_ = 0, trailer_bytes_ = 0, left_ = 0;
     Chunk chunk_ = Chunk::size;
 };
@@ -3609,8 +3620,7 @@ bool HttpServer::receive(Connection& c) {  // false: the connection is broken
     if (n < 0) return errno == EAGAIN || errno == EINTR;
     if (n == 0) c.ended = true;
     if (c.lingering) return n > 0;
-    if (c.in.empty() && !c.reader.head_done() && c.reader.request.method.empty())
-        c.since = Clock::now();  // the first byte of a request
+    if (!c.reader.begun() && c.in.empty()) c.since = Clock::now();  // the first byte of a request
     c.in.append(bytes, static_cast<std::size_t>(n));
     return true;
 }
@@ -3713,7 +3723,7 @@ void HttpServer::check_time(Connection& c, Clock::time_point now) {
         const double bytes = static_cast<double>(c.reader.body_bytes() + c.in.size());
         if (waited > Limits::kWhole || (waited > 5 && bytes < 1024 * (waited - 5)))
             late("the body did not arrive in time");
-    } else if (c.in.empty() && c.reader.request.method.empty()) {
+    } else if (!c.reader.begun()) {
         if (waited > Limits::kIdle || listener_ < 0) close(c);
     } else if (waited > Limits::kHead) {
         late("the header did not arrive within 10 seconds");
@@ -3819,7 +3829,7 @@ struct Snapshot {  // what monitors see
     struct OfModel {
         std::string id, device;
         std::size_t running = 0, idle = 0;
-        std::uint64_t kv_tokens = 0;
+        std::uint64_t kv_blocks = 0, kv_blocks_total = 0;  // of 64 tokens, of running answers
     };
     struct Written {  // since the start, whether the model is in memory or not
         std::string id;
@@ -4533,6 +4543,7 @@ void Scheduler::publish(bool always) {
     std::size_t queued = 0;
     for (const Client& client : clients_) queued += client.waiting.size();
     std::optional<Snapshot> fresh;
+    const auto blocks = [](std::size_t tokens) { return (tokens + 63) / 64; };
     if (always || now - last_publish_ > std::chrono::milliseconds(50)) {
         last_publish_ = now;
         Snapshot& s = fresh.emplace();
@@ -4540,13 +4551,14 @@ void Scheduler::publish(bool always) {
             const std::string& id = m->offer->info.id;
             std::uint64_t held = 0;
             for (const auto& r : m->running) {
-                held += r->read();
+                held += blocks(r->read());
                 s.slots.push_back({r->job->id, id, r->reading() ? "prefill" : "decode",
                                    static_cast<int>(r->job->prompt.size()), r->answer.count(),
                                    std::chrono::duration<double>(now - r->start).count()});
             }
-            s.models.push_back(
-                {id, m->backend().device(), m->running.size(), m->idle.size(), held});
+            const int S = m->offer->info.config.sequence_len;
+            s.models.push_back({id, m->backend().device(), m->running.size(), m->idle.size(), held,
+                                settings_.slots * blocks(static_cast<std::size_t>(S))});
         }
         for (const auto& [id, w] : written_)
             s.written.push_back({id, w.prompt_tokens, w.generated});
@@ -4579,8 +4591,9 @@ constexpr std::string_view kEvents = "text/event-stream; charset=utf-8";
 // is refused.
 class Form {
 public:
-    Form(const Json& json, int wrong_form) : json_(json), wrong_form_(wrong_form) {
-        if (json.kind != Json::Kind::object) wrong("the body", "a JSON object");
+    Form(const Json& json, int wrong_form, std::string_view name = "the body")
+        : json_(json), wrong_form_(wrong_form) {
+        if (json.kind != Json::Kind::object) wrong(name, "a JSON object");
     }
     const Json* find(std::string_view name) const {
         const Json* value = json_.find(name);
@@ -5106,7 +5119,7 @@ std::string_view error_type(int status) {
 }
 Members error_members(int status, std::string_view code, std::string_view message,
                       std::string_view param = "") {
-    const std::string shown = to_utf8(message.substr(0, 400));
+    const std::string shown = safe(message.substr(0, 400));
     return {{"error", object({{"message", shown},
                               {"type", error_type(status)},
                               {"param", or_null(param)},
@@ -5190,19 +5203,20 @@ std::shared_ptr<const Catalog> look_around(const Options& o, const Catalog* befo
     read_tokens();
     c->models = models_in(c->base, o, &c->tokens);
     const Wanted w = wanted(o);
-    const bool asked = !o.base_dir.empty() || !w.tag.empty() || w.step >= 0;
-    if (const fs::path sample = bundled_sample(); c->models.empty() && !asked && !sample.empty()) {
+    const bool named = !w.source.empty() || !w.tag.empty() || w.step >= 0;
+    const fs::path sample = o.base_dir.empty() && !named ? bundled_sample() : fs::path();
+    if (c->models.empty() && !sample.empty()) {
         if (before == nullptr) tell_sample(c->base);
         c->base = sample;
         read_tokens();
         c->models = models_in(c->base, o, &c->tokens);
     }
-    if (before != nullptr && c->models.empty()) return c;
-    if (c->models.empty()) no_checkpoints(c->base);
     try {
+        if (c->models.empty()) no_checkpoints(c->base);
         c->default_id = choose(c->models, w, "sft").id;
-    } catch (const Error&) {
-        if (before == nullptr && asked) throw;
+    } catch (const Error& e) {  // one may come while the server runs
+        if (before == nullptr && named) throw;
+        if (before == nullptr) note(e.what());
         c->default_id = default_of(c->models);
     }
     return c;
@@ -5390,6 +5404,19 @@ Json read_body(const Connection& c, int wrong_form = 400) {
     }
 }
 
+std::vector<Token> read_ids(const Form& form, std::string_view name, int vocab_size) {
+    const Json& list = form.need(name);
+    const auto is_number = [](const Json& id) { return id.kind == Json::Kind::number; };
+    if (list.kind != Json::Kind::array ||
+        !std::all_of(list.array.begin(), list.array.end(), is_number))
+        form.wrong(name, name == "prompt" ? "a string or an array of ids" : "an array of ids");
+    try {
+        return parse_ids(name, &list, vocab_size);
+    } catch (const Error& e) {
+        Form::out_of_range(name, e.what());
+    }
+}
+
 void Server::submit(Connection& c, std::shared_ptr<Exchange> x) {
     const auto reject = [&](int status, const char* code, const char* message) {
         const auto at = std::find_if(rejected_.begin(), rejected_.end(),
@@ -5429,7 +5456,7 @@ void Server::nanochat(Connection& c) {
 void read_stream(const Form& form, Exchange& x) {
     x.streams = form.flag("stream");
     if (const Json* options = form.find("stream_options"))
-        x.include_usage = Form(*options, 400).flag("include_usage");
+        x.include_usage = Form(*options, 400, "stream_options").flag("include_usage");
 }
 void Server::chat_completion(Connection& c) {
     const Json json = read_body(c);
@@ -5456,7 +5483,7 @@ void Server::completion(Connection& c) {
     if (prompt.kind == Json::Kind::string) {
         ids = tokenizer.encode(prompt.string);
     } else {
-        ids = parse_ids("prompt", &prompt, tokenizer.vocab_size());
+        ids = read_ids(form, "prompt", tokenizer.vocab_size());
     }
     x->prompt = {tokenizer.special("<|bos|>")};
     x->prompt.insert(x->prompt.end(), ids.begin(), ids.end());
@@ -5820,8 +5847,7 @@ void Server::detokenize(Connection& c) {
     const Form form(json, 400);
     const auto offer = offer_of(form.text("model"));
     const char* name = form.find("tokens") != nullptr ? "tokens" : "ids";
-    const std::vector<Token> ids =
-        parse_ids(name, &form.need(name), offer->tokenizer->vocab_size());
+    const std::vector<Token> ids = read_ids(form, name, offer->tokenizer->vocab_size());
     send_json(c, object({{"text", to_utf8(offer->tokenizer->decode(ids))}, {"count", ids.size()}}));
 }
 
@@ -5842,8 +5868,8 @@ void Server::metrics(Connection& c) {
     for (const auto& [labels, n] : counts_) line("requests_total", labels, std::to_string(n));
     gauge("active_sequences", s.active);
     gauge("queued", s.queued);
-    std::uint64_t prompt_tokens = 0, held = 0;
-    for (const auto& m : s.models) held += m.kv_tokens;
+    std::uint64_t prompt_tokens = 0, held = 0, total = 0;
+    for (const auto& m : s.models) held += m.kv_blocks, total += m.kv_blocks_total;
     for (const auto& w : s.written) prompt_tokens += w.prompt_tokens;
     gauge("prompt_tokens_total", prompt_tokens, "counter");
     head("generated_tokens_total", "counter");
@@ -5867,7 +5893,8 @@ void Server::metrics(Connection& c) {
     };
     histogram("time_to_first_token_seconds", s.first_token);
     histogram("inter_token_seconds", s.between_tokens);
-    gauge("kv_tokens_used", held);
+    gauge("kv_blocks_used", held);
+    gauge("kv_blocks_total", total);
     gauge("memory_available_bytes", s.memory_available);
     gauge("connections", connection_count());
     respond(c, 200, "text/plain; version=0.0.4; charset=utf-8", text);
@@ -5907,7 +5934,7 @@ int Server::run(int signals) {
     settings.reserve = options_.mem_reserve.value_or(default_reserve(place_for(options_).cuda));
     scheduler_ = std::make_unique<Scheduler>(settings, options_, [this] { wake(); });
     try {
-        scheduler_->preload(offer_of(""));
+        if (!catalog_->default_id.empty()) scheduler_->preload(offer_of(""));
     } catch (const std::exception& e) {
         note(e.what());
     }
