@@ -2225,6 +2225,17 @@ int each_json_line(Each&& each) {
     return 0;
 }
 
+Value token_json(const Tokenizer& tokenizer, Token id) {
+    const std::string piece(tokenizer.piece(id));
+    return object({{"id", id},
+                   {"text", detail::is_utf8(piece) ? Value(piece) : Value(nullptr)},
+                   {"bytes", array(bytes_of(piece))}});
+}
+Value tokens_json(const Tokenizer& tokenizer, const std::vector<Token>& ids) {
+    const auto entry = [&](Token id) { return token_json(tokenizer, id); };
+    return object({{"tokens", array(ids, entry)}, {"ids", array(ids)}, {"count", ids.size()}});
+}
+
 int run_tokenize(Options& o) {
     const Tokenizer tokenizer = pick_tokenizer(o);
     if (o.jsonl) {
@@ -2239,14 +2250,7 @@ int run_tokenize(Options& o) {
     const std::string text = to_utf8(o.arguments.empty() ? LineReader().rest() : o.arguments[0]);
     const std::vector<Token> ids = tokenizer.encode(text);
     if (!o.json) return write_out(token_table(tokenizer, ids)), 0;
-    const auto entry = [&](Token id) {
-        const std::string piece(tokenizer.piece(id));
-        return object({{"id", id},
-                       {"text", detail::is_utf8(piece) ? Value(piece) : Value(nullptr)},
-                       {"bytes", array(bytes_of(piece))}});
-    };
-    write_json(object({{"tokens", array(ids, entry)}, {"ids", array(ids)}, {"count", ids.size()}}));
-    return 0;
+    return write_json(tokens_json(tokenizer, ids)), 0;
 }
 
 int run_detokenize(Options& o) {
@@ -5517,12 +5521,6 @@ void Server::why(Connection& c) {
 
 // ---- answers
 
-Value token_json(const Tokenizer& tokenizer, Token id) {
-    const std::string piece(tokenizer.piece(id));
-    return object({{"id", id},
-                   {"text", detail::is_utf8(piece) ? Value(piece) : Value(nullptr)},
-                   {"bytes", array(bytes_of(piece))}});
-}
 Value with_probability(const Tokenizer& tokenizer, const Candidate& candidate) {
     const std::string token = token_json(tokenizer, candidate.token).text;
     return raw(cat(token.substr(0, token.size() - 1),
@@ -5835,12 +5833,7 @@ void Server::tokenize(Connection& c) {
     const Form form(json, 400);
     form.need("text");
     const auto offer = offer_of(form.text("model"));
-    const std::vector<Token> ids = offer->tokenizer->encode(form.text("text"));
-    send_json(
-        c,
-        object({{"tokens", array(ids, [&](Token id) { return token_json(*offer->tokenizer, id); })},
-                {"ids", array(ids)},
-                {"count", ids.size()}}));
+    send_json(c, tokens_json(*offer->tokenizer, offer->tokenizer->encode(form.text("text"))));
 }
 void Server::detokenize(Connection& c) {
     const Json json = read_body(c);
@@ -5868,8 +5861,8 @@ void Server::metrics(Connection& c) {
     for (const auto& [labels, n] : counts_) line("requests_total", labels, std::to_string(n));
     gauge("active_sequences", s.active);
     gauge("queued", s.queued);
-    std::uint64_t prompt_tokens = 0, held = 0, total = 0;
-    for (const auto& m : s.models) held += m.kv_blocks, total += m.kv_blocks_total;
+    std::uint64_t prompt_tokens = 0, held = 0, room = 0;
+    for (const auto& m : s.models) held += m.kv_blocks, room += m.kv_blocks_total;
     for (const auto& w : s.written) prompt_tokens += w.prompt_tokens;
     gauge("prompt_tokens_total", prompt_tokens, "counter");
     head("generated_tokens_total", "counter");
@@ -5894,7 +5887,7 @@ void Server::metrics(Connection& c) {
     histogram("time_to_first_token_seconds", s.first_token);
     histogram("inter_token_seconds", s.between_tokens);
     gauge("kv_blocks_used", held);
-    gauge("kv_blocks_total", total);
+    gauge("kv_blocks_total", room);
     gauge("memory_available_bytes", s.memory_available);
     gauge("connections", connection_count());
     respond(c, 200, "text/plain; version=0.0.4; charset=utf-8", text);
