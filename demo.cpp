@@ -5,6 +5,7 @@
 //   nanogpt -i sft -g d12 -p "Hello"     one answer; nanochat's flags keep their letters and meaning
 //   nanogpt chat                         a conversation; /help lists what else can be typed
 //   nanogpt sample -p "Once upon" -n 3   three continuations, without the chat template
+//   nanogpt serve                        web page and HTTP API, for many at once
 //   nanogpt models                       every checkpoint found, one row each
 //   nanogpt show sft/d12                 one of them in full: settings, tensors, sizes
 //   nanogpt tokenize "Hello"             ids and bytes of every token; detokenize goes back
@@ -16,7 +17,7 @@
 //
 // stdout carries what was asked for and nothing else; notes, progress and errors go to stderr.
 // Exit codes: 0 done, 1 failed while running, 2 wrong usage, 3 not found, 4 file refused or not
-// supported, 5 not enough memory, 6 device missing, 130 Ctrl-C, 143 SIGTERM.
+// supported, 5 not enough memory, 6 device missing, 7 cannot listen, 130 Ctrl-C, 143 SIGTERM.
 //
 // Words: `text` is valid UTF-8, `piece` the bytes of one token, `id` a checkpoint's name such as
 // sft/d12/2000. Everything that may reach a terminal passes through safe() (section 2).
@@ -39,7 +40,7 @@ struct GpuInfo {
     std::string problem = {};
 };
 struct CudaOptions {
-    std::uint64_t kv_tokens = 0;
+    std::uint64_t kv_tokens = 0, reserve_bytes = 0;
 };
 inline std::string cuda_problem() { return "this nanogpt was built without CUDA"; }
 inline std::string cuda_versions() { return ""; }
@@ -52,38 +53,50 @@ inline std::unique_ptr<Backend> open_cuda(const std::shared_ptr<const Model>&, c
 }  // namespace nanogpt::demo
 #endif
 
-#include <algorithm>         // sort, find, min, max
-#include <array>             // array
-#include <atomic>            // atomic
-#include <cerrno>            // errno
-#include <charconv>          // from_chars, to_chars
-#include <chrono>            // steady_clock
-#include <cmath>             // isfinite, round
-#include <concepts>          // integral, same_as
-#include <cstdint>           // int64_t
-#include <cstdio>            // fwrite, fputs
-#include <cstdlib>           // getenv
-#include <cstring>           // strerror
-#include <ctime>             // strftime
-#include <filesystem>        // path, directory_iterator
-#include <functional>        // function
-#include <initializer_list>  // initializer_list
-#include <limits>            // numeric_limits
-#include <memory>            // unique_ptr
-#include <new>               // bad_alloc
-#include <optional>          // optional
-#include <span>              // span
-#include <string>            // string
-#include <string_view>       // string_view
-#include <thread>            // hardware_concurrency
-#include <utility>           // pair, move
-#include <vector>            // vector
+#include <algorithm>           // sort, find, min, max
+#include <array>               // array
+#include <atomic>              // atomic
+#include <cerrno>              // errno
+#include <charconv>            // from_chars, to_chars
+#include <chrono>              // steady_clock
+#include <cmath>               // isfinite, round
+#include <concepts>            // integral, same_as
+#include <condition_variable>  // condition_variable_any
+#include <cstdint>             // int64_t
+#include <cstdio>              // fwrite, fputs
+#include <cstdlib>             // getenv
+#include <cstring>             // strerror
+#include <ctime>               // strftime
+#include <deque>               // deque
+#include <filesystem>          // path, directory_iterator
+#include <functional>          // function
+#include <initializer_list>    // initializer_list
+#include <limits>              // numeric_limits
+#include <memory>              // unique_ptr
+#include <mutex>               // mutex
+#include <new>                 // bad_alloc
+#include <optional>            // optional
+#include <span>                // span
+#include <string>              // string
+#include <string_view>         // string_view
+#include <thread>              // jthread, hardware_concurrency
+#include <unordered_map>       // unordered_map
+#include <utility>             // pair, move
+#include <vector>              // vector
 
-#include <fcntl.h>      // open, fcntl
-#include <poll.h>       // poll
-#include <signal.h>     // sigaction
-#include <sys/ioctl.h>  // TIOCGWINSZ
-#include <unistd.h>     // read, write, isatty
+#include <fcntl.h>         // open, fcntl
+#include <netdb.h>         // getaddrinfo, getnameinfo
+#include <netinet/in.h>    // sockaddr_in6
+#include <netinet/tcp.h>   // TCP_NODELAY
+#include <poll.h>          // poll
+#include <signal.h>        // sigaction
+#include <sys/epoll.h>     // epoll_wait
+#include <sys/eventfd.h>   // eventfd
+#include <sys/ioctl.h>     // TIOCGWINSZ
+#include <sys/resource.h>  // setrlimit
+#include <sys/signalfd.h>  // signalfd
+#include <sys/socket.h>    // accept4, recv, send
+#include <unistd.h>        // read, write, isatty
 
 namespace nanogpt::demo {
 namespace {
@@ -151,10 +164,18 @@ struct Options {
     std::string ids, ids_file, out;            // logits
     int prompt_tokens = 0, decode_tokens = 0;  // bench; 0: by device
     std::vector<int> batch_sizes;              // empty: by device
+    std::string host = "127.0.0.1";            // serve, from here on
+    int port = 8000, num_gpus = 1;
+    int slots = 0;  // 0: by device
+    int queue = 512, max_models = 3, drain_seconds = 10;
+    std::optional<std::uint64_t> mem_reserve;  // bytes
+    std::vector<std::string> api_keys, allow_origins, allow_hosts;
+    bool open = false, trust_proxy = false, log_content = false;
 };
 
 int run_chat(Options&);
 int run_sample(Options&);
+int run_serve(Options&);
 int run_models(Options&);
 int run_show(Options&);
 int run_tokenize(Options&);
@@ -185,10 +206,11 @@ enum : unsigned {
     kDoctor = 512,
     kHelp = 1024,
     kVersion = 2048,
+    kServe = 4096,
     kGenerate = kChat | kSample,
-    kRun = kGenerate | kLogits | kBench,
+    kRun = kGenerate | kLogits | kBench | kServe,
     kNameModel = kRun | kShow | kTokenize | kDetokenize,
-    kAll = 4095
+    kAll = 8191
 };
 constexpr std::size_t kMany = 1'000'000;
 
@@ -196,6 +218,7 @@ constexpr std::size_t kMany = 1'000'000;
 constexpr Command kCommands[] = {
     {kChat, "chat", "", "", "talk with a model, or one answer with -p", 0, run_chat},
     {kSample, "sample", "", "-p TEXT", "let a model continue a text, without the chat template", 0, run_sample},
+    {kServe, "serve", "", "", "web page and HTTP API (nanochat's and OpenAI's), for many at once", 0, run_serve},
     {kModels, "models", "list ls", "", "every checkpoint found, one row each", 0, run_models},
     {kShow, "show", "", "[MODEL]", "one checkpoint in full: metadata, settings, tensors, sizes", 1, run_show},
     {kTokenize, "tokenize", "", "[TEXT]", "text to token ids, with the bytes of every token; reads stdin without TEXT", 1, run_tokenize},
@@ -305,6 +328,24 @@ void set_types(Options& o, const Given& g) {
     for (const std::string& type : o.types) one_of({g.flag, type}, {"base", "mid", "sft", "rl"});
 }
 
+void set_mem_reserve(Options& o, const Given& g) {
+    constexpr std::string_view kUnits = "KMGT";
+    const char last = g.text.empty() ? '\0' : detail::ascii_upper(g.text.back());
+    const std::size_t unit = last == '\0' ? kUnits.npos : kUnits.find(last);
+    const std::string_view digits = g.text.substr(0, g.text.size() - (unit != kUnits.npos ? 1 : 0));
+    const auto n =
+        number<std::uint64_t>({g.flag, digits}, 0, 1u << 30, "a size such as 8G or 512M");
+    o.mem_reserve = unit == kUnits.npos ? n : n << (10 * (unit + 1));
+}
+
+void set_allow_origin(Options& o, const Given& g) {
+    const std::size_t scheme = g.text.starts_with("http://") ? 7 : 8;
+    if (!(scheme == 7 || g.text.starts_with("https://")) || g.text.size() == scheme ||
+        g.text.find_first_of("/ *", scheme) != g.text.npos)
+        bad_value(g, "an origin such as http://localhost:3006");
+    o.allow_origins.emplace_back(g.text);
+}
+
 struct Flag {
     char letter;  // 0: none
     std::string_view name, value;
@@ -323,12 +364,26 @@ constexpr Flag kFlags[] = {
     {0, "tokenizer", "FILE", kNameModel & ~kShow, "tokenizer.pkl (default: found beside the model or in the base directory)", SET(o.tokenizer = not_empty(g))},
     {'p', "prompt", "TEXT", kGenerate, "one answer, then exit; - reads the prompt from stdin", SET(o.prompt = std::string(g.text))},
     {0, "system", "TEXT", kChat, "put in front of the first message", SET(o.system = not_empty(g, 1 << 20))},
-    {'t', "temperature", "X", kGenerate | kBench, "0 = greedy (default 0.6; for bench: 0)", set_temperature},
-    {'k', "top-k", "N", kGenerate, "choose among the N likeliest; 0 = whole vocabulary (default 50)", set_top_k},
-    {0, "top-p", "X", kGenerate, "choose among the likeliest that make up X; 1 = off (default 1)", set_top_p},
-    {'m', "max-tokens", "N", kGenerate, "most new tokens per answer (default 256)", set_max_tokens},
+    {'t', "temperature", "X", kGenerate | kBench | kServe, "0 = greedy (default 0.6; for serve: 0.8, for bench: 0)", set_temperature},
+    {'k', "top-k", "N", kGenerate | kServe, "choose among the N likeliest; 0 = whole vocabulary (default 50)", set_top_k},
+    {0, "top-p", "X", kGenerate | kServe, "choose among the likeliest that make up X; 1 = off (default 1)", set_top_p},
+    {'m', "max-tokens", "N", kGenerate | kServe, "most new tokens per answer (default 256; for serve: 512)", set_max_tokens},
     {'n', "num-samples", "N", kSample, "independent samples from one reading of the prompt (default 1)", SET(o.num_samples = whole(g, 1, 10'000))},
     {0, "seed", "N", kGenerate, "of the random generator; -1 = random (default 42)", set_seed},
+    {'p', "port", "N", kServe, "to listen on; 0 = let the system choose (default 8000)", SET(o.port = whole(g, 0, 65535))},
+    {0, "host", "ADDR", kServe, "address to listen on; any but a loopback one needs a key (default 127.0.0.1)", SET(o.host = not_empty(g, 255))},
+    {0, "api-key", "KEY", kServe, "what clients have to know; may be repeated (default: made up if --host is not loopback)", SET(o.api_keys.push_back(not_empty(g, 256)))},
+    {0, "open", "", kServe, "no key, though others can reach the server", SET(o.open = true)},
+    {0, "allow-origin", "URL", kServe, "a web page's origin that may use the server; may be repeated", set_allow_origin},
+    {0, "allow-host", "NAME", kServe, "another name the server is known by; may be repeated", SET(o.allow_hosts.push_back(not_empty(g, 255)))},
+    {0, "trust-proxy", "", kServe, "believe X-Forwarded-For of a proxy on this machine", SET(o.trust_proxy = true)},
+    {0, "slots", "N", kServe, "answers at once (default 256 on a GPU, 8 on the CPU)", SET(o.slots = whole(g, 1, 256))},
+    {0, "queue", "N", kServe, "answers that may wait (default 512)", SET(o.queue = whole(g, 0, 100'000))},
+    {0, "max-models", "N", kServe, "models in memory at once (default 3)", SET(o.max_models = whole(g, 1, 64))},
+    {0, "mem-reserve", "SIZE", kServe, "memory left to others, such as 8G (default: by device)", set_mem_reserve},
+    {0, "drain-seconds", "N", kServe, "for running answers when the server is stopped (default 10)", SET(o.drain_seconds = whole(g, 0, 3600))},
+    {0, "log-content", "", kServe, "also log what is asked and answered", SET(o.log_content = true)},
+    {'n', "num-gpus", "N", kServe, "only 1, for nanochat's command lines", SET(o.num_gpus = whole(g, 1, 1024))},
     {0, "stop", "TEXT", kGenerate, "end the answer before this text; may be given 8 times", set_stop},
     {0, "prompt-tokens", "N", kBench, "length of the prompt, at most what the context leaves (default 2048; on the CPU 256)", SET(o.prompt_tokens = whole(g, 1, 1 << 20))},
     {0, "decode-tokens", "N", kBench, "tokens written per sequence (default 256; on the CPU 32)", SET(o.decode_tokens = whole(g, 2, 1 << 20))},
@@ -452,6 +507,7 @@ const Command& parse(Options& o, std::span<const std::string> args) {
     const Command& command = args.empty() || flag_first ? kCommands[0] : find_command(args[0]);
     if (!args.empty()) o.command = command.name;
     if (command.bit == kBench) o.sampling.temperature = 0;
+    if (command.bit == kServe) o.sampling.temperature = 0.8f, o.max_tokens = 512;
     if (!args.empty() && !flag_first) args = args.subspan(1);
     std::optional<Error> mistake;
     bool flags_over = false;
@@ -1126,12 +1182,17 @@ Tokens base_tokenizer(const fs::path& base) {
     }
 }
 
-// The checkpoints of a base directory; those that its tokenizer does not fit cannot be used.
-std::vector<ModelInfo> models_in(const fs::path& base, const Options& o) {
+// The checkpoints of a base directory; those that its tokenizer does not fit cannot be used. Who knows
+// the tokenizer has looked here before, and is told nothing twice.
+std::vector<ModelInfo> models_in(const fs::path& base, const Options& o,
+                                 const Tokens* known = nullptr) {
     std::vector<std::string> skipped;
     std::vector<ModelInfo> models = find_models(base, o.overrides, &skipped);
-    for (const std::string& warning : skipped) note(warning);
-    const Tokens tokens = models.empty() || !o.tokenizer.empty() ? Tokens{} : base_tokenizer(base);
+    if (known == nullptr) {
+        for (const std::string& warning : skipped) note(warning);
+    }
+    const bool any = !models.empty() && o.tokenizer.empty();
+    const Tokens tokens = !any ? Tokens{} : known != nullptr ? *known : base_tokenizer(base);
     std::error_code error;
     for (ModelInfo& m : models) {
         const bool own = fs::exists(m.model_file.parent_path() / "tokenizer.pkl", error);
@@ -1146,13 +1207,21 @@ std::vector<ModelInfo> models_in(const fs::path& base, const Options& o) {
     return models;
 }
 
+void tell_sample(const fs::path& base) {
+    std::error_code error;
+    const bool there = fs::is_directory(base, error);
+    say(cat(there ? "no checkpoint in " : "no nanochat directory ", home_relative(base),
+            ": using the sample model shipped with nanogpt"),
+        kDim);
+}
+bool is_path(std::string_view model) {
+    return model.starts_with('/') || model.starts_with('.') || model.ends_with(".pt");
+}
+
 // `or_bundled`: chat and sample work without any checkpoint of one's own; o.base_dir then becomes the
 // bundled one.
 ModelInfo pick_model(Options& o, const std::string& preferred, bool or_bundled) {
-    std::error_code error;
-    const bool is_path =
-        o.model.starts_with('/') || o.model.starts_with('.') || o.model.ends_with(".pt");
-    if (is_path) {
+    if (is_path(o.model)) {
         if (!o.source.empty() || !o.tag.empty())
             bad_usage("--model names a path: leave out -i and -g beside it");
         return inspect_model(o.model, o.step, o.overrides);
@@ -1164,10 +1233,7 @@ ModelInfo pick_model(Options& o, const std::string& preferred, bool or_bundled) 
         const bool asked = !o.base_dir.empty() || !o.tag.empty() || o.step >= 0 || !o.model.empty();
         const fs::path sample = or_bundled && !asked ? bundled_sample() : fs::path();
         if (sample.empty()) no_checkpoints(base);
-        const bool there = fs::is_directory(base, error);
-        say(cat(there ? "no checkpoint in " : "no nanochat directory ", home_relative(base),
-                ": using the sample model shipped with nanogpt"),
-            kDim);
+        tell_sample(base);
         o.base_dir = sample.string();
         models = find_models(sample, o.overrides);
     }
@@ -1240,15 +1306,20 @@ void tell_warnings(const ModelInfo& info) {
         note(cat(s.name, " ", s.value, " (", name_of(s.origin), ")"));
 }
 
-std::shared_ptr<const Model> load(const ModelInfo& info, const Options& o, DType dtype) {
+using Watch = std::function<bool(std::uint64_t done, std::uint64_t total)>;  // false stops
+std::shared_ptr<const Model> load(const ModelInfo& info, const Options& o, DType dtype,
+                                  const Watch& watch = {}) {
     LoadOptions options;
     options.dtype = dtype;
     options.threads = o.threads;
     options.overrides = o.overrides;
+    options.progress = watch;
     const auto progress = std::make_shared<Progress>("loading " + info.id);
-    options.progress = [progress](std::uint64_t done, std::uint64_t total) {
-        return (*progress)(done, total);
-    };
+    if (!watch) {
+        options.progress = [progress](std::uint64_t done, std::uint64_t total) {
+            return (*progress)(done, total);
+        };
+    }
     return load_model(info, options);
 }
 // Refuses before anything is allocated: weights of this type, if they are still to come, and the keys
@@ -1264,16 +1335,25 @@ void check_memory(const ModelInfo& info, std::optional<DType> weights, std::int6
     }
 }
 
+// Memory left to others. Where the GPU shares it with the CPU, running out stalls the machine.
+std::uint64_t default_reserve(bool cuda) {
+    const std::uint64_t tenth = nanogpt::detail::total_memory() / 10, gib = std::uint64_t{1} << 30;
+    const std::vector<GpuInfo> gpus = cuda ? find_gpus() : std::vector<GpuInfo>{};
+    const bool shared = !gpus.empty() && gpus[0].integrated;
+    return shared ? std::max(8 * gib, tenth) : std::min(gib, tenth);
+}
+
 struct Device {
     std::unique_ptr<Backend> backend;
     bool cuda = false;
 };
 // On the GPU the copy of the weights in the CPU's memory is gone when this returns. Too little memory
 // there is an error: where the CPU shares it, it has no more.
-Device open_device(const ModelInfo& info, const Options& o, const CudaOptions& options = {}) {
+Device open_device(const ModelInfo& info, const Options& o, const CudaOptions& options = {},
+                   const Watch& watch = {}) {
     Place place = place_for(o);
     if (place.cuda) {
-        std::shared_ptr<const Model> model = load(info, o, place.dtype);
+        std::shared_ptr<const Model> model = load(info, o, place.dtype, watch);
         try {
             return {open_cuda(std::move(model), options), true};
         } catch (const Error& e) {
@@ -1284,7 +1364,7 @@ Device open_device(const ModelInfo& info, const Options& o, const CudaOptions& o
     }
     tell_reason(place.reason);
     check_memory(info, place.dtype, info.config.sequence_len);
-    return {open_cpu(load(info, o, place.dtype))};
+    return {open_cpu(load(info, o, place.dtype, watch))};
 }
 
 Tokenizer open_tokenizer(const fs::path& path) {
@@ -1981,33 +2061,66 @@ Value device_json(const Options& o) {
                    {"fallback_reason", or_null(place.reason)}});
 }
 
-int run_models(Options& o) {
-    if (!o.json) return write_out(list_models(o)), 0;
-    std::vector<ModelInfo> all;
-    const std::vector<ModelInfo> models = listed(o, all);
-    const std::string default_id = default_of(all);
-    const fs::path base = base_dir(o.base_dir);
-    const Tokens tokens = base_tokenizer(base);
-    const auto entry = [&](const ModelInfo& m) {
-        Members members = model_members(m, base, default_id);
-        members.emplace_back("best", is_best(m, all));
+// The list of models, as --json and the HTTP interface tell it.
+Value models_json(const Options& o, const std::vector<const ModelInfo*>& shown,
+                  const std::vector<ModelInfo>& all, const fs::path& base, const Tokens& tokens,
+                  const std::string& default_id, std::int64_t scanned,
+                  const std::function<bool(const std::string&)>& loaded) {
+    const auto entry = [&](const ModelInfo* m) {
+        Members members = model_members(*m, base, default_id);
+        for (auto& [name, value] : members) {
+            if (name == "loaded") value = loaded && loaded(m->id);
+        }
+        members.emplace_back("best", is_best(*m, all));
         return object(members);
     };
     const bool usable = tokens.reason.empty();
-    write_json(object(
-        {{"models", array(models, entry)},
-         {"count", models.size()},
+    return object(
+        {{"models", array(shown, entry)},
+         {"count", shown.size()},
          {"default", or_null(default_id)},
          {"tokenizer", object({{"status", usable ? "ready" : "refused"},
                                {"vocab_size", usable ? Value(tokens.vocab_size) : Value(nullptr)},
                                {"reason", or_null(tokens.reason)}})},
          {"device", device_json(o)},
-         {"scanned_at", iso_date(std::time(nullptr))}}));
+         {"scanned_at", iso_date(scanned)}});
+}
+int run_models(Options& o) {
+    if (!o.json) return write_out(list_models(o)), 0;
+    std::vector<ModelInfo> all;
+    const std::vector<ModelInfo> models = listed(o, all);
+    std::vector<const ModelInfo*> shown;
+    for (const ModelInfo& m : models) shown.push_back(&m);
+    const fs::path base = base_dir(o.base_dir);
+    write_json(models_json(o, shown, all, base, base_tokenizer(base), default_of(all),
+                           std::time(nullptr), nullptr));
     return 0;
+}
+Value openai_model_json(const ModelInfo& m) {
+    return object(
+        {{"id", m.id}, {"object", "model"}, {"created", m.modified}, {"owned_by", "local"}});
 }
 
 std::string shape_words(const std::vector<std::int64_t>& shape) {
     return cat("(", join(shape, ", ", [](std::int64_t n) { return std::to_string(n); }), ")");
+}
+
+// One checkpoint in full.
+Members detail_members(const ModelInfo& info, const fs::path& base) {
+    Members members = model_members(info, base, info.id);
+    members.pop_back();  // "default" is a word of lists
+    members.emplace_back("cache_bytes_per_token", cache_bytes(info.config, DType::f32));
+    members.emplace_back(
+        "settings", array(info.settings, [](const Setting& s) {
+            return object({{"name", s.name}, {"value", s.value}, {"origin", name_of(s.origin)}});
+        }));
+    members.emplace_back("warnings", array(info.warnings));
+    members.emplace_back(
+        "tensors", array(info.tensors, [](const TensorInfo& t) {
+            return object(
+                {{"name", t.name}, {"dtype", name_of(t.dtype)}, {"shape", array(t.shape)}});
+        }));
+    return members;
 }
 
 int run_show(Options& o) {
@@ -2019,23 +2132,7 @@ int run_show(Options& o) {
     const fs::path base = base_dir(o.base_dir);
     const std::uint64_t cache = cache_bytes(info.config, DType::f32);
     const std::uint64_t context = cache * static_cast<std::uint64_t>(info.config.sequence_len);
-    if (o.json) {
-        Members members = model_members(info, base, info.id);
-        members.pop_back();  // "default" is a word of lists
-        members.emplace_back("cache_bytes_per_token", cache);
-        members.emplace_back(
-            "settings", array(info.settings, [](const Setting& s) {
-                return object(
-                    {{"name", s.name}, {"value", s.value}, {"origin", name_of(s.origin)}});
-            }));
-        members.emplace_back("warnings", array(info.warnings));
-        members.emplace_back(
-            "tensors", array(info.tensors, [](const TensorInfo& t) {
-                return object(
-                    {{"name", t.name}, {"dtype", name_of(t.dtype)}, {"shape", array(t.shape)}});
-            }));
-        return write_json(object(members)), 0;
-    }
+    if (o.json) return write_json(object(detail_members(info, base))), 0;
     const std::string metrics = join(
         info.metrics, ", ", [](const auto& m) { return cat(m.first, " ", Value(m.second).text); });
     std::string text = paint(terminal.out, kBold, safe(info.id)) + "\n";
@@ -2128,6 +2225,17 @@ int each_json_line(Each&& each) {
     return 0;
 }
 
+Value token_json(const Tokenizer& tokenizer, Token id) {
+    const std::string piece(tokenizer.piece(id));
+    return object({{"id", id},
+                   {"text", detail::is_utf8(piece) ? Value(piece) : Value(nullptr)},
+                   {"bytes", array(bytes_of(piece))}});
+}
+Value tokens_json(const Tokenizer& tokenizer, const std::vector<Token>& ids) {
+    const auto entry = [&](Token id) { return token_json(tokenizer, id); };
+    return object({{"tokens", array(ids, entry)}, {"ids", array(ids)}, {"count", ids.size()}});
+}
+
 int run_tokenize(Options& o) {
     const Tokenizer tokenizer = pick_tokenizer(o);
     if (o.jsonl) {
@@ -2142,14 +2250,7 @@ int run_tokenize(Options& o) {
     const std::string text = to_utf8(o.arguments.empty() ? LineReader().rest() : o.arguments[0]);
     const std::vector<Token> ids = tokenizer.encode(text);
     if (!o.json) return write_out(token_table(tokenizer, ids)), 0;
-    const auto entry = [&](Token id) {
-        const std::string piece(tokenizer.piece(id));
-        return object({{"id", id},
-                       {"text", detail::is_utf8(piece) ? Value(piece) : Value(nullptr)},
-                       {"bytes", array(bytes_of(piece))}});
-    };
-    write_json(object({{"tokens", array(ids, entry)}, {"ids", array(ids)}, {"count", ids.size()}}));
-    return 0;
+    return write_json(tokens_json(tokenizer, ids)), 0;
 }
 
 int run_detokenize(Options& o) {
@@ -2931,7 +3032,2982 @@ int run_bench(Options& o) {
     return 0;
 }
 
-// ==== 7. main ====================================================================================
+// ==== 7. http ====================================================================================
+// Bytes in, requests; answers, bytes out. One thread waits for all sockets and never for anything
+// else. Whatever could be read in two ways is refused: a proxy in front might read it the other way
+// (request smuggling). Limits are the constants of Limits.
+
+struct Limits {
+    static constexpr std::size_t kLine = 8192, kFields = 16384, kFieldCount = 64;  // of a head
+    static constexpr std::size_t kBody = 1 << 20, kTrailers = 4096, kExtension = 256;
+    static constexpr std::size_t kBuffered = 256 << 10;  // bytes that wait for a slow reader
+    static constexpr std::size_t kConnections = 1024, kPerClient = 64;
+    static constexpr int kRequests = 1000;  // of one connection
+    // seconds
+    static constexpr double kHead = 10, kWhole = 30, kIdle = 15, kStuck = 30, kLinger = 2;
+    static constexpr double kPing = 10;  // between signs of life on a stream
+};
+
+struct HttpError : std::runtime_error {  // a request that gets no other answer
+    int status;
+    std::string code, param;
+    HttpError(int s, std::string c, const std::string& message, std::string p = "")
+        : std::runtime_error(message), status(s), code(std::move(c)), param(std::move(p)) {}
+};
+[[noreturn]] void malformed(const std::string& what) {
+    throw HttpError(400, "malformed_request", "malformed request: " + what);
+}
+std::string lower(std::string text) {
+    for (char& c : text) c = detail::ascii_lower(c);
+    return text;
+}
+bool is_token(std::string_view text) {  // RFC 9110, 5.6.2
+    return !text.empty() && std::all_of(text.begin(), text.end(), [](char c) {
+        return (c >= '0' && c <= '9') || (c >= 'a' && c <= 'z') || (c >= 'A' && c <= 'Z') ||
+               std::string_view("!#$%&'*+-.^_`|~").find(c) != std::string_view::npos;
+    });
+}
+bool has_controls(std::string_view text) {
+    return std::any_of(text.begin(), text.end(), [](char c) {
+        return (static_cast<unsigned char>(c) < 0x20 && c != '\t') || c == 0x7f;
+    });
+}
+std::string_view trim(std::string_view text) {
+    const std::size_t first = text.find_first_not_of(" \t");
+    if (first == text.npos) return {};
+    return text.substr(first, text.find_last_not_of(" \t") + 1 - first);
+}
+
+struct Request {
+    std::string method, target, path, query;                  // path: decoded
+    int minor = 1;                                            // of HTTP/1.x
+    std::vector<std::pair<std::string, std::string>> fields;  // names in lower case
+    std::string body;
+    bool keep_alive = true, has_body = false;
+
+    const std::string* find(std::string_view name) const {
+        for (const auto& [key, value] : fields) {
+            if (key == name) return &value;
+        }
+        return nullptr;
+    }
+    std::string get(std::string_view name) const {
+        const std::string* value = find(name);
+        return value == nullptr ? "" : *value;
+    }
+};
+
+// Reads one request from the front of what has arrived; however it was cut, the result is the same.
+class RequestReader {
+public:
+    Request request;
+    bool begun() const { return begun_; }  // a byte of it has come
+    bool head_done() const { return head_done_; }
+    bool expects_continue() const { return expects_continue_; }
+    std::size_t body_bytes() const { return request.body.size(); }
+
+    // True when the head is there and well formed. Throws HttpError.
+    bool read_head(std::string& in) {
+        std::size_t at = 0;
+        begun_ = begun_ || !in.empty();
+        while (!head_done_) {
+            const std::size_t end = in.find('\n', at);
+            std::string_view line = std::string_view(in).substr(at, end - at);
+            const bool whole = end != in.npos;
+            check_length(line, whole);
+            if (!whole) break;
+            if (!line.ends_with('\r')) malformed("a line ends without CR");
+            line.remove_suffix(1);
+            if (has_controls(line)) malformed("a control character in the head");
+            at = end + 1;
+            if (request.method.empty()) {
+                if (!line.empty())
+                    read_line(line);  // RFC 9112, 2.2: empty lines before are ignored
+            } else if (!line.empty()) {
+                read_field(line);
+            } else {
+                check_head();
+                head_done_ = true;
+            }
+        }
+        in.erase(0, at);
+        return head_done_;
+    }
+    // True when the body is there too.
+    bool read_body(std::string& in) {
+        if (!chunked_) {
+            const std::size_t n = std::min(in.size(), left_);
+            request.body.append(in, 0, n);
+            in.erase(0, n);
+            return (left_ -= n) == 0;
+        }
+        std::size_t at = 0;
+        while (chunk_ != Chunk::done && read_chunk(in, at)) {
+        }
+        in.erase(0, at);
+        return chunk_ == Chunk::done;
+    }
+
+private:
+    enum class Chunk { size, data, end, trailers, done };
+
+    void check_length(std::string_view line, bool whole) {
+        const std::size_t bare = line.size() - (line.ends_with('\r') ? 1 : 0);
+        if (request.method.empty()) {
+            if (bare > Limits::kLine)
+                throw HttpError(414, "uri_too_long", "the request line has more than 8192 bytes");
+        } else if (bare > 0 && (field_bytes_ += whole ? bare + 2 : 0) + (whole ? 0 : bare + 2) >
+                                   Limits::kFields) {
+            throw HttpError(431, "headers_too_large", "the header has more than 16384 bytes");
+        }
+    }
+    void read_line(std::string_view line) {
+        const std::size_t one = line.find(' '), two = line.rfind(' ');
+        if (one == line.npos || one == two || line.find(' ', one + 1) != two)
+            malformed("the request line is not METHOD TARGET HTTP/1.1");
+        const std::string_view method = line.substr(0, one), version = line.substr(two + 1);
+        if (!is_token(method) || method.size() > 16) malformed("the method is no token");
+        const bool http = version.size() == 8 && version.starts_with("HTTP/") && version[6] == '.';
+        const auto digit = [&](std::size_t i) { return version[i] >= '0' && version[i] <= '9'; };
+        if (!http || !digit(5) || !digit(7)) malformed("the request line ends in no HTTP version");
+        if (version != "HTTP/1.1" && version != "HTTP/1.0")
+            throw HttpError(505, "http_version_not_supported", "HTTP/1.1 and HTTP/1.0 are spoken");
+        request.method = method;
+        request.target = line.substr(one + 1, two - one - 1);
+        request.minor = version[7] - '0';
+    }
+    void read_field(std::string_view line) {
+        if (request.fields.size() == Limits::kFieldCount)
+            throw HttpError(431, "headers_too_large", "the header has more than 64 fields");
+        const std::size_t colon = line.find(':');
+        if (colon == line.npos || !is_token(line.substr(0, colon)))
+            malformed("a header field has no proper name");
+        request.fields.emplace_back(lower(std::string(line.substr(0, colon))),
+                                    trim(line.substr(colon + 1)));
+    }
+    // The one value of a field that must not be there twice; null if it is not there.
+    const std::string* single(std::string_view name) {
+        const auto named = [&](const auto& field) { return field.first == name; };
+        if (std::count_if(request.fields.begin(), request.fields.end(), named) > 1)
+            malformed(cat("the field ", name, " is there twice"));
+        return request.find(name);
+    }
+    void check_head() {
+        Request& r = request;
+        const std::string* host = single("host");
+        if (host == nullptr) malformed("no Host field");
+        read_target(*host);
+        const std::string *length = single("content-length"), *coding = single("transfer-encoding");
+        if (length != nullptr && coding != nullptr)
+            malformed("Content-Length together with Transfer-Encoding");
+        if (coding != nullptr && (r.minor == 0 || lower(*coding) != "chunked"))
+            malformed("a Transfer-Encoding other than chunked");
+        if (length != nullptr) {
+            const bool digits = length->find_first_not_of("0123456789") == length->npos;
+            if (length->empty() || length->size() > 18 || !digits)
+                malformed("Content-Length is not a plain number");
+            std::from_chars(length->data(), length->data() + length->size(), left_);
+            check_body(left_);
+        } else if (coding == nullptr && r.method == "POST") {
+            throw HttpError(411, "length_required", "POST needs a Content-Length");
+        }
+        chunked_ = coding != nullptr;
+        r.has_body = chunked_ || left_ > 0;
+        if (const std::string* expect = r.find("expect")) {
+            if (lower(*expect) != "100-continue")
+                throw HttpError(417, "expectation_failed", "the only expectation is 100-continue");
+            expects_continue_ = r.minor == 1 && r.has_body;
+        }
+        r.keep_alive = r.minor == 1;
+        for (const auto& [name, value] : r.fields) {
+            if (name != "connection") continue;
+            for (const std::string& word : split(lower(value), ", \t")) {
+                if (word == "close") close_ = true;
+                if (word == "keep-alive") r.keep_alive = true;
+            }
+        }
+        r.keep_alive = r.keep_alive && !close_;
+    }
+    // /path?query, or http://our-host/path; decoded once.
+    void read_target(const std::string& host) {
+        std::string_view target = request.target;
+        const std::string prefix = "http://" + lower(host);
+        if (lower(std::string(target.substr(0, prefix.size()))) == prefix)
+            target.remove_prefix(prefix.size());
+        if (!target.starts_with('/')) malformed("the target is not a path of this server");
+        const std::size_t query = std::min(target.find('?'), target.size());
+        request.query = target.substr(std::min(query + 1, target.size()));
+        target = target.substr(0, query);
+        std::string& path = request.path;
+        for (std::size_t i = 0; i < target.size(); i++) {
+            unsigned char byte = static_cast<unsigned char>(target[i]);
+            if (target[i] == '%') {
+                const char* hex = target.data() + i + 1;
+                if (i + 2 >= target.size() ||
+                    std::from_chars(hex, hex + 2, byte, 16).ptr != hex + 2)
+                    malformed("a bad percent-escape in the target");
+                i += 2;
+            }
+            path += static_cast<char>(byte);
+        }
+        const auto has = [&](const char* part) { return path.find(part) != path.npos; };
+        if (!detail::is_utf8(path) || has_controls(path) || path.find('\t') != path.npos ||
+            target.find('#') != target.npos || has("..") || has("//") || has("\\"))
+            malformed("the path holds what no path here has");
+    }
+    void check_body(std::size_t bytes) {
+        if (bytes > Limits::kBody)
+            throw HttpError(413, "body_too_large", "the body has more than 1 MiB");
+    }
+
+    // One step through a chunked body (RFC 9112, 7.1); false if more bytes are needed.
+    bool read_chunk(const std::string& in, std::size_t& at) {
+        if (chunk_ == Chunk::data) {
+            const std::size_t n = std::min(in.size() - at, left_);
+            request.body.append(in, at, n);
+            at += n;
+            if ((left_ -= n) > 0) return false;
+            chunk_ = Chunk::end;
+        }
+        const std::size_t end = in.find('\n', at);
+        const std::string_view line = std::string_view(in).substr(at, end - at);
+        const bool whole = end != in.npos;
+        const std::size_t left = Limits::kTrailers - trailer_bytes_;  // with their CRLFs
+        const std::size_t most = chunk_ == Chunk::end    ? 1
+                                 : chunk_ == Chunk::size ? 8 + Limits::kExtension + 1
+                                                         : std::max<std::size_t>(left, 2) - 1;
+        if (line.size() > most) malformed("a line of the chunked body is too long");
+        if (!whole) return false;
+        if (!line.ends_with('\r') || has_controls(line.substr(0, line.size() - 1)))
+            malformed("a line of the chunked body does not end in CRLF");
+        at = end + 1;
+        take_chunk_line(line.substr(0, line.size() - 1));
+        return true;
+    }
+    void take_chunk_line(std::string_view line) {
+        if (chunk_ == Chunk::end) {
+            chunk_ = Chunk::size;
+        } else if (chunk_ == Chunk::trailers) {
+            if (line.empty()) chunk_ = Chunk::done;
+            if (!line.empty()) trailer_bytes_ += line.size() + 2;
+        } else {
+            const std::size_t digits =
+                std::min(line.find_first_not_of("0123456789abcdefABCDEF"), line.size());
+            const std::string_view extension = line.substr(digits);
+            if (digits == 0 || digits > 8 || !(extension.empty() || extension[0] == ';') ||
+                extension.size() > Limits::kExtension)
+                malformed("a bad chunk size");
+            std::from_chars(line.data(), line.data() + digits, left_, 16);
+            check_body(request.body.size() + left_);
+            chunk_ = left_ == 0 ? Chunk::trailers : Chunk::data;
+        }
+    }
+
+    bool begun_ = false, head_done_ = false, chunked_ = false, expects_continue_ = false,
+         close_ = false;
+    std::size_t field_bytes_ = 0, trailer_bytes_ = 0, left_ = 0;
+    Chunk chunk_ = Chunk::size;
+};
+
+struct Job;  // an answer that is being made (section 8)
+
+struct Connection {
+    int fd;
+    std::uint64_t id;
+    std::string peer, local;  // addresses, without ports
+    std::string in, out;      // not yet parsed, not yet sent
+    RequestReader reader;
+    bool busy = false;     // an answer is being made: the next request waits in `in`
+    bool chunked = false;  // the answer's coding
+    bool closing = false, lingering = false;  // when all is sent; then until the peer has read it
+    bool full = false;           // requests wait in `in` until the answers before them are sent
+    bool ended = false;          // the peer sends no more
+    std::uint32_t interest = 0;  // what epoll was told
+    int requests = 0, status = 0;
+    Clock::time_point since, request_start, last_sent;  // of the state; of the request; of progress
+    std::string client, request_id;
+    std::shared_ptr<Job> job;
+
+    const Request& request() const { return reader.request; }
+};
+using Fields = std::vector<std::pair<std::string_view, std::string>>;
+
+struct CannotListen : std::runtime_error {
+    using std::runtime_error::runtime_error;
+};
+
+std::string_view status_words(int status) {
+    static constexpr std::pair<int, std::string_view> kWords[] = {
+        {200, "OK"},
+        {204, "No Content"},
+        {304, "Not Modified"},
+        {400, "Bad Request"},
+        {401, "Unauthorized"},
+        {403, "Forbidden"},
+        {404, "Not Found"},
+        {405, "Method Not Allowed"},
+        {408, "Request Timeout"},
+        {409, "Conflict"},
+        {411, "Length Required"},
+        {413, "Content Too Large"},
+        {414, "URI Too Long"},
+        {415, "Unsupported Media Type"},
+        {417, "Expectation Failed"},
+        {422, "Unprocessable Content"},
+        {429, "Too Many Requests"},
+        {431, "Request Header Fields Too Large"},
+        {500, "Internal Server Error"},
+        {501, "Not Implemented"},
+        {503, "Service Unavailable"},
+        {505, "HTTP Version Not Supported"}};
+    for (const auto& [code, words] : kWords) {
+        if (code == status) return words;
+    }
+    return "Unknown";
+}
+
+// The sockets. What a request means is decided by the class derived from this.
+class HttpServer {
+public:
+    HttpServer() = default;
+    HttpServer(const HttpServer&) = delete;
+    virtual ~HttpServer() {
+        for (const auto& [id, c] : connections_) ::close(c->fd);
+        for (const int fd : {epoll_, listener_, spare_, wake_}) {
+            if (fd >= 0) ::close(fd);
+        }
+    }
+    void wake() {  // from any thread: woken() is called soon
+        const std::uint64_t one = 1;
+        if (::write(wake_, &one, sizeof one) < 0) return;  // full: it wakes anyway
+    }
+
+protected:
+    virtual void check(Connection& c) = 0;   // the head is there; throws HttpError
+    virtual void answer(Connection& c) = 0;  // all of it is there; throws HttpError
+    virtual void refuse(Connection& c, const std::exception& e) = 0;
+    virtual void gone(Connection& c) = 0;      // the client of an answer that is being made
+    virtual void answered(Connection& c) = 0;  // for the log
+    virtual void woken() = 0;
+    virtual void pass(Connection&, Clock::time_point) {}  // some 4 times a second for each
+    virtual bool go_on() = 0;                             // as often: whether to
+
+    void open(const std::string& host, int port);
+    void stop_listening() {
+        if (listener_ >= 0) ::close(std::exchange(listener_, -1));
+    }
+    void watch(int fd, std::uint64_t key, std::uint32_t events, int how = EPOLL_CTL_ADD) {
+        epoll_event event{};
+        event.events = events;
+        event.data.u64 = key;
+        if (::epoll_ctl(epoll_, how, fd, &event) != 0) fail_errno<std::runtime_error>("epoll");
+    }
+    void loop();
+
+    Connection* find(std::uint64_t id) {
+        const auto at = connections_.find(id);
+        return at == connections_.end() ? nullptr : at->second.get();
+    }
+    void respond(Connection& c, int status, std::string_view type, std::string_view body,
+                 const Fields& more = {}) {
+        write_head(c, status, type, more, body.size());
+        if (c.request().method != "HEAD" && status != 204 && status != 304) c.out += body;
+        finish(c);
+    }
+    void begin_stream(Connection& c, std::string_view type, const Fields& more) {
+        c.chunked = c.request().minor == 1;
+        if (!c.chunked) c.reader.request.keep_alive = false;
+        write_head(c, 200, type, more, std::nullopt);
+    }
+    void stream(Connection& c, std::string_view text) {
+        if (c.chunked) c.out += cat(hex(static_cast<std::uint32_t>(text.size()), 1), "\r\n");
+        c.out += text;
+        if (c.chunked) c.out += "\r\n";
+    }
+    void end_stream(Connection& c, bool whole) {  // a broken one lacks its end
+        if (whole && c.chunked) c.out += "0\r\n\r\n";
+        if (!whole) c.reader.request.keep_alive = false;
+        finish(c);
+    }
+    // Sends what can be sent, reads on if the connection is free, closes it if it is done.
+    void move_on(Connection& c);
+    int port() const { return port_; }
+    std::size_t connection_count() const { return connections_.size(); }
+    std::vector<std::uint64_t> ids() const {
+        std::vector<std::uint64_t> ids;
+        for (const auto& [id, c] : connections_) ids.push_back(id);
+        return ids;
+    }
+    virtual Fields common_fields(const Connection&) { return {}; }
+
+    static constexpr std::uint64_t kListener = 0, kWake = 1, kOther = 2, kFirst = 16;  // keys
+
+private:
+    void write_head(Connection& c, int status, std::string_view type, const Fields& more,
+                    std::optional<std::size_t> length);
+    void finish(Connection& c) {
+        c.busy = false;
+        answered(c);
+        c.closing = !c.request().keep_alive;
+        c.reader = RequestReader();
+        c.since = Clock::now();
+    }
+    void accept_all();
+    void refuse_politely(int fd);
+    bool receive(Connection& c);
+    bool parse(Connection& c);
+    bool advance(Connection& c);
+    bool send(Connection& c);
+    void close(Connection& c);
+    void check_time(Connection& c, Clock::time_point now);
+    virtual void other_event() = 0;  // of a descriptor watched as kOther
+
+    int epoll_ = -1, listener_ = -1, wake_ = -1, spare_ = -1, port_ = 0;
+    std::uint64_t next_id_ = kFirst;
+    std::unordered_map<std::uint64_t, std::unique_ptr<Connection>> connections_;
+    std::unordered_map<std::string, std::size_t> per_client_;
+    Clock::time_point no_accept_until_ = {}, last_complaint_ = {};
+};
+
+// Numeric text of an address.
+std::string address_of(const sockaddr_storage& address, socklen_t length) {
+    char text[NI_MAXHOST] = "";
+    ::getnameinfo(reinterpret_cast<const sockaddr*>(&address), length, text, sizeof text, nullptr,
+                  0, NI_NUMERICHOST);
+    const std::string_view view = text;
+    return std::string(view.starts_with("::ffff:") ? view.substr(7) : view);
+}
+
+void HttpServer::open(const std::string& host, int port) {
+    addrinfo hints{}, *found = nullptr;
+    hints.ai_socktype = SOCK_STREAM;
+    hints.ai_flags = AI_PASSIVE;
+    const std::string service = std::to_string(port), where = cat(host, ":", port);
+    if (const int error = ::getaddrinfo(host.c_str(), service.c_str(), &hints, &found); error != 0)
+        throw CannotListen(cat("cannot listen on ", where, ": ", ::gai_strerror(error),
+                               ". --host takes an address of this machine"));
+    const std::unique_ptr<addrinfo, void (*)(addrinfo*)> owner(found, ::freeaddrinfo);
+    const int one = 1;
+    listener_ = ::socket(found->ai_family, SOCK_STREAM | SOCK_NONBLOCK | SOCK_CLOEXEC, 0);
+    ::setsockopt(listener_, SOL_SOCKET, SO_REUSEADDR, &one, sizeof one);
+    if (listener_ < 0 || ::bind(listener_, found->ai_addr, found->ai_addrlen) != 0 ||
+        ::listen(listener_, 1024) != 0) {
+        const char* remedy =
+            errno == EADDRINUSE ? ". Choose another port with -p, or stop what uses it"
+            : errno == EACCES   ? ". Ports below 1024 are for root: choose another with -p"
+                                : "";
+        throw CannotListen(cat("cannot listen on ", where, ": ", std::strerror(errno), remedy));
+    }
+    sockaddr_storage address{};
+    socklen_t length = sizeof address;
+    ::getsockname(listener_, reinterpret_cast<sockaddr*>(&address), &length);
+    port_ = ntohs(address.ss_family == AF_INET6
+                      ? reinterpret_cast<const sockaddr_in6&>(address).sin6_port
+                      : reinterpret_cast<const sockaddr_in&>(address).sin_port);
+    epoll_ = ::epoll_create1(EPOLL_CLOEXEC);
+    wake_ = ::eventfd(0, EFD_NONBLOCK | EFD_CLOEXEC);
+    spare_ = ::open("/dev/null", O_RDONLY | O_CLOEXEC);
+    if (epoll_ < 0 || wake_ < 0) fail_errno<std::runtime_error>("cannot wait for sockets");
+    watch(listener_, kListener, EPOLLIN);
+    watch(wake_, kWake, EPOLLIN);
+}
+
+void HttpServer::loop() {
+    std::array<epoll_event, 256> events;
+    Clock::time_point last_pass = Clock::now();
+    while (go_on()) {
+        const int n = ::epoll_wait(epoll_, events.data(), static_cast<int>(events.size()), 250);
+        if (n < 0 && errno != EINTR) fail_errno<std::runtime_error>("cannot wait for sockets");
+        for (int i = 0; i < n; i++) {
+            const epoll_event& event = events[static_cast<std::size_t>(i)];
+            std::uint64_t count = 0;
+            if (event.data.u64 == kListener) {
+                accept_all();
+            } else if (event.data.u64 == kWake) {
+                if (::read(wake_, &count, sizeof count) > 0) woken();
+            } else if (event.data.u64 == kOther) {
+                other_event();
+            } else if (Connection* c = find(event.data.u64)) {
+                const bool ends = (event.events & (EPOLLRDHUP | EPOLLHUP | EPOLLERR)) != 0;
+                if (c->busy && ends) {  // whoever reads no more needs no more
+                    close(*c);
+                } else if ((event.events & ~static_cast<std::uint32_t>(EPOLLOUT)) != 0 &&
+                           !receive(*c)) {
+                    close(*c);
+                } else {
+                    move_on(*c);
+                }
+            }
+        }
+        const Clock::time_point now = Clock::now();
+        if (now - last_pass < std::chrono::milliseconds(250)) continue;
+        last_pass = now;
+        for (const std::uint64_t id : ids()) check_time(*find(id), now);
+        if (no_accept_until_ != Clock::time_point() && now > no_accept_until_ && listener_ >= 0) {
+            no_accept_until_ = {};
+            watch(listener_, kListener, EPOLLIN, EPOLL_CTL_MOD);
+        }
+    }
+}
+
+void HttpServer::accept_all() {
+    for (;;) {
+        sockaddr_storage address{};
+        socklen_t length = sizeof address;
+        const int fd = ::accept4(listener_, reinterpret_cast<sockaddr*>(&address), &length,
+                                 SOCK_NONBLOCK | SOCK_CLOEXEC);
+        if (fd < 0 && (errno == EMFILE || errno == ENFILE || errno == ENOMEM || errno == ENOBUFS)) {
+            const Clock::time_point now = Clock::now();
+            if (now - last_complaint_ > std::chrono::seconds(1)) {
+                last_complaint_ = now;
+                say(cat("cannot accept a connection: ", std::strerror(errno)), kYellow);
+            }
+            ::close(spare_);  // makes room for one, to tell it
+            refuse_politely(::accept(listener_, nullptr, nullptr));
+            spare_ = ::open("/dev/null", O_RDONLY | O_CLOEXEC);
+            no_accept_until_ = now + std::chrono::milliseconds(100);
+            watch(listener_, kListener, 0, EPOLL_CTL_MOD);
+            return;
+        }
+        if (fd < 0 && errno == ECONNABORTED) continue;
+        if (fd < 0) return;
+        auto c = std::make_unique<Connection>();
+        c->fd = fd, c->id = next_id_++, c->peer = address_of(address, length);
+        const auto count = per_client_.find(c->peer);
+        if (connections_.size() >= Limits::kConnections ||
+            (count != per_client_.end() && count->second >= Limits::kPerClient)) {
+            refuse_politely(fd);
+            continue;
+        }
+        length = sizeof address;
+        ::getsockname(fd, reinterpret_cast<sockaddr*>(&address), &length);
+        c->local = address_of(address, length);
+        const int one = 1;  // events are small and wanted at once
+        ::setsockopt(fd, IPPROTO_TCP, TCP_NODELAY, &one, sizeof one);
+        c->since = c->last_sent = Clock::now();
+        c->interest = EPOLLIN | EPOLLRDHUP;
+        watch(fd, c->id, c->interest);
+        per_client_[c->peer]++;
+        connections_.emplace(c->id, std::move(c));
+    }
+}
+void HttpServer::refuse_politely(int fd) {
+    if (fd < 0) return;
+    constexpr std::string_view kFull =
+        "HTTP/1.1 503 Service Unavailable\r\nRetry-After: 5\r\nContent-Length: 0\r\n"
+        "Connection: close\r\n\r\n";
+    ::send(fd, kFull.data(), kFull.size(), MSG_NOSIGNAL | MSG_DONTWAIT);
+    ::close(fd);
+}
+
+void HttpServer::write_head(Connection& c, int status, std::string_view type, const Fields& more,
+                            std::optional<std::size_t> length) {
+    c.status = status;
+    bool& keep = c.reader.request.keep_alive;
+    keep = keep && c.requests < Limits::kRequests && listener_ >= 0;
+    std::string& out = c.out;
+    out += cat("HTTP/1.1 ", status, " ", status_words(status),
+               "\r\nDate: ", date_of(std::time(nullptr), "%a, %d %b %Y %H:%M:%S GMT", true),
+               "\r\nServer: nanogpt/", version(), "\r\nX-Request-Id: ", c.request_id, "\r\n");
+    if (!type.empty()) out += cat("Content-Type: ", type, "\r\n");
+    for (const Fields& fields : {common_fields(c), more}) {
+        for (const auto& [name, value] : fields) out += cat(name, ": ", value, "\r\n");
+    }
+    if (length && status != 204 && status != 304) out += cat("Content-Length: ", *length, "\r\n");
+    if (c.chunked && !length) out += "Transfer-Encoding: chunked\r\n";
+    out += keep ? "Connection: keep-alive\r\n\r\n" : "Connection: close\r\n\r\n";
+}
+
+bool HttpServer::receive(Connection& c) {  // false: the connection is broken
+    char bytes[65536];
+    const ssize_t n = ::recv(c.fd, bytes, sizeof bytes, 0);
+    if (n < 0) return errno == EAGAIN || errno == EINTR;
+    if (n == 0) c.ended = true;
+    if (c.lingering) return n > 0;
+    if (!c.reader.begun() && c.in.empty()) c.since = Clock::now();  // the first byte of a request
+    c.in.append(bytes, static_cast<std::size_t>(n));
+    return true;
+}
+
+// One request, as far as it has arrived; true if it was whole.
+bool HttpServer::parse(Connection& c) {
+    RequestReader& reader = c.reader;
+    const bool had_head = reader.head_done();
+    if (!had_head) {
+        if (!reader.read_head(c.in)) return false;
+        c.since = c.request_start = Clock::now();
+        c.requests++;
+        check(c);
+        if (reader.expects_continue() && c.in.empty()) c.out += "HTTP/1.1 100 Continue\r\n\r\n";
+    }
+    if (!reader.read_body(c.in)) return false;
+    c.busy = true;
+    answer(c);
+    return true;
+}
+// All requests that have arrived, one after the other; true if the answers have to be sent first.
+bool HttpServer::advance(Connection& c) {
+    while (!c.busy && !c.closing && !c.in.empty()) {
+        if (c.out.size() >= Limits::kBuffered) return true;
+        try {
+            if (!parse(c)) return false;
+        } catch (const std::exception& e) {
+            // Where the next request would begin is only known behind a whole one.
+            const bool head = c.reader.head_done();
+            if (!head) c.request_start = c.since;
+            if (!c.busy && (!head || c.request().has_body)) c.reader.request.keep_alive = false;
+            refuse(c, e);
+        }
+    }
+    return false;
+}
+bool HttpServer::send(Connection& c) {  // false: the connection is broken
+    std::size_t sent = 0;
+    while (sent < c.out.size()) {
+        const ssize_t n = ::send(c.fd, c.out.data() + sent, c.out.size() - sent, MSG_NOSIGNAL);
+        if (n < 0 && errno == EINTR) continue;
+        if (n < 0 && errno != EAGAIN) return false;
+        if (n < 0) break;
+        sent += static_cast<std::size_t>(n);
+    }
+    if (sent > 0) c.last_sent = Clock::now();
+    c.out.erase(0, sent);
+    return true;
+}
+
+void HttpServer::move_on(Connection& c) {
+    c.full = advance(c);
+    if (!send(c)) return close(c);
+    if (c.out.empty() && c.closing && !c.lingering) {
+        // Closing at once would reset the connection if bytes are on their way, and the reset could
+        // overtake the answer (RFC 9112, 9.6).
+        ::shutdown(c.fd, SHUT_WR);
+        c.lingering = true;
+        c.since = Clock::now();
+    }
+    if (c.ended && (c.lingering || c.busy || (c.out.empty() && !c.closing && !c.full)))
+        return close(c);
+    std::uint32_t interest = c.ended ? 0u : EPOLLRDHUP;
+    if (!c.ended && (c.lingering || (!c.busy && !c.closing && c.out.size() < Limits::kBuffered)))
+        interest |= EPOLLIN;
+    if (!c.out.empty() || c.full) interest |= EPOLLOUT;
+    if (interest != c.interest) watch(c.fd, c.id, c.interest = interest, EPOLL_CTL_MOD);
+}
+
+void HttpServer::close(Connection& c) {
+    if (c.busy) gone(c);
+    if (--per_client_[c.peer] == 0) per_client_.erase(c.peer);
+    ::close(c.fd);
+    connections_.erase(c.id);
+}
+
+void HttpServer::check_time(Connection& c, Clock::time_point now) {
+    const auto past = [&](Clock::time_point start) {
+        return std::chrono::duration<double>(now - start).count();
+    };
+    const double waited = past(c.since);
+    const auto late = [&](const char* what) {
+        c.reader.request.keep_alive = false;
+        if (!c.reader.head_done()) c.request_start = c.since;
+        refuse(c, HttpError(408, "request_timeout", what));
+        move_on(c);
+    };
+    if (c.out.empty() && !c.full) c.last_sent = now;
+    if (past(c.last_sent) > Limits::kStuck) {  // what it does not read would keep a plain end away
+        const linger reset = {1, 0};
+        ::setsockopt(c.fd, SOL_SOCKET, SO_LINGER, &reset, sizeof reset);
+        return close(c);
+    }
+    if (c.busy) return pass(c, now);
+    if (c.lingering) {
+        if (waited > Limits::kLinger) close(c);
+    } else if (c.closing || !c.out.empty() || c.full) {
+        // kStuck rules
+    } else if (c.reader.head_done()) {
+        const double bytes = static_cast<double>(c.reader.body_bytes() + c.in.size());
+        if (waited > Limits::kWhole || (waited > 5 && bytes < 1024 * (waited - 5)))
+            late("the body did not arrive in time");
+    } else if (!c.reader.begun()) {
+        if (waited > Limits::kIdle || listener_ < 0) close(c);
+    } else if (waited > Limits::kHead) {
+        late("the header did not arrive within 10 seconds");
+    }
+}
+
+// ==== 8. scheduler ===============================================================================
+// Many answers at once. One thread owns the models in memory, their sequences and the sampling: at
+// every step each running sequence writes a token, new ones join, finished ones leave. It takes jobs
+// from the sockets' thread and posts events back, and waits for neither a socket nor a disk.
+
+// A thread for what takes long: reading checkpoints.
+class Background {
+public:
+    Background() : thread_([this](std::stop_token stop) { work(stop); }) {}
+    void post(std::function<void()> task) {
+        const std::lock_guard lock(mutex_);
+        tasks_.push_back(std::move(task));
+        ready_.notify_one();
+    }
+
+private:
+    void work(std::stop_token stop) {
+        for (;;) {
+            std::function<void()> task;
+            {
+                std::unique_lock lock(mutex_);
+                if (!ready_.wait(lock, stop, [&] { return !tasks_.empty(); })) return;
+                task = std::move(tasks_.front());
+                tasks_.pop_front();
+            }
+            task();
+        }
+    }
+    std::mutex mutex_;
+    std::condition_variable_any ready_;
+    std::deque<std::function<void()>> tasks_;
+    std::jthread thread_;  // last, so that it ends first
+};
+
+struct Offer {  // a checkpoint that answers can be asked of
+    ModelInfo info;
+    std::shared_ptr<const Tokenizer> tokenizer;
+};
+struct Failure {  // why there is no answer
+    int status;
+    std::string code, message;
+};
+struct Candidate {
+    Token token;
+    double probability;
+};
+
+// What a client asked for, and what became of it. The sockets' thread fills it in and hands it over;
+// the scheduler's thread writes the results before it posts the last event.
+struct Job {
+    std::uint64_t connection = 0, id = 0;
+    std::string client;
+    std::shared_ptr<const Offer> offer;
+    std::vector<Token> prompt;
+    GenerateParams params;
+    std::vector<std::string> stop_texts;
+    bool chat = true;  // with a calculator
+    bool literal_tools = false;
+    bool clipped = false;          // max_tokens is what the context has left
+    bool candidates_only = false;  // the distribution behind the prompt, and no answer
+    Clock::time_point created = Clock::now();
+
+    std::atomic<bool> cancelled = false, paused = false;
+
+    Answer answer;
+    int reused_tokens = 0;
+    double queue_seconds = 0;
+    std::vector<Candidate> candidates;
+    Candidate chosen = {};  // its token is asked for
+    std::optional<Failure> failure;
+};
+struct Event {
+    enum class Kind { queued, loading, text, done } kind;
+    std::shared_ptr<Job> job;
+    std::string text;
+    int number = 0;  // jobs before it; percent
+};
+
+struct Histogram {  // of seconds
+    static constexpr std::array kBounds = {0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1,
+                                           0.25,  0.5,    1.0,   2.5,  5.0,   10.0};
+    std::array<std::uint64_t, kBounds.size() + 1> counts{};
+    double sum = 0;
+    void add(double x) {
+        sum += x;
+        counts[static_cast<std::size_t>(std::lower_bound(kBounds.begin(), kBounds.end(), x) -
+                                        kBounds.begin())]++;
+    }
+};
+struct Snapshot {  // what monitors see
+    struct Slot {
+        std::uint64_t id;
+        std::string model, state;
+        int prompt_tokens, generated;
+        double seconds;
+    };
+    struct OfModel {
+        std::string id, device;
+        std::size_t running = 0, idle = 0;
+        std::uint64_t kv_blocks = 0, kv_blocks_total = 0;  // of 64 tokens, of running answers
+    };
+    struct Written {  // since the start, whether the model is in memory or not
+        std::string id;
+        std::uint64_t prompt_tokens = 0, generated = 0;
+    };
+    std::vector<Slot> slots;
+    std::vector<OfModel> models;
+    std::vector<Written> written;
+    std::size_t active = 0, queued = 0, finished = 0, cancelled = 0;
+    std::uint64_t memory_available = 0;
+    Histogram first_token, between_tokens;
+    bool loading = false;
+    std::string broken;  // a device that failed
+};
+
+class Scheduler {
+public:
+    struct Settings {
+        std::size_t slots = 8, queue = 512, max_models = 3;
+        std::uint64_t reserve = 0;  // bytes of memory left to others
+    };
+    Scheduler(const Settings& settings, const Options& options, std::function<void()> wake)
+        : settings_(settings),
+          options_(options),
+          wake_(std::move(wake)),
+          thread_([this](std::stop_token stop) { work(stop); }) {}
+
+    // ---- for the sockets' thread
+    void submit(std::shared_ptr<Job> job) {
+        const std::lock_guard lock(mutex_);
+        arrived_.push_back(std::move(job));
+        poked_ = true;
+        ready_.notify_one();
+    }
+    void poke() {  // after a job was cancelled or may go on
+        const std::lock_guard lock(mutex_);
+        poked_ = true;
+        ready_.notify_one();
+    }
+    void preload(std::shared_ptr<const Offer> offer) {
+        const std::lock_guard lock(mutex_);
+        preload_ = std::move(offer);
+        snapshot_.loading = true;
+        poked_ = true;
+        ready_.notify_one();
+    }
+    int stop_code() const { return stop_code_; }  // not 0: the process cannot go on
+    void drain() { draining_ = true, poke(); }    // whoever waits is sent away
+    std::vector<Event> take_events() {
+        const std::lock_guard lock(mutex_);
+        return std::exchange(events_, {});
+    }
+    Snapshot snapshot() {
+        const std::lock_guard lock(mutex_);
+        return snapshot_;
+    }
+
+    static constexpr int kRunningPerClient = 16, kWaitingPerClient = 32;
+
+private:
+    static constexpr std::size_t kPiece =
+        256;  // prompt tokens read between two steps of the others
+    static constexpr double kMostWaiting = 120, kMostRunning = 600;  // seconds
+
+    struct Running {
+        Running(std::shared_ptr<Job> j, std::unique_ptr<Sequence> s)
+            : job(std::move(j)),
+              sequence(std::move(s)),
+              calculator(*job->offer->tokenizer),
+              text(*job->offer->tokenizer, job->stop_texts, job->literal_tools),
+              answer(job->params, job->chat ? &calculator : nullptr) {}
+        std::shared_ptr<Job> job;
+        std::unique_ptr<Sequence> sequence;
+        CalculatorTool calculator;
+        TextStream text;
+        Continuation answer;
+        Clock::time_point start = Clock::now(), first = {}, last = {};
+        bool over = false;
+
+        std::size_t read() const { return sequence->tokens().size(); }  // of the prompt
+        bool reading() const { return answer.count() == 0; }
+    };
+    struct Idle {  // a finished sequence, for the next turn of its conversation
+        std::unique_ptr<Sequence> sequence;
+        std::size_t read;  // tokens that were read as a prompt
+    };
+    struct Written {  // tokens of a model since the start, whether it is in memory or not
+        std::uint64_t prompt_tokens = 0, generated = 0;
+    };
+    struct Loaded {
+        std::shared_ptr<const Offer> offer;
+        Device device;
+        std::vector<std::unique_ptr<Running>> running;
+        std::deque<Idle> idle;  // last used last
+        std::size_t next_reader = 0;
+        bool used = false;
+        Written* written = nullptr;
+
+        Backend& backend() const { return *device.backend; }
+        std::uint64_t token_bytes() const {
+            return cache_bytes(offer->info.config, device.cuda ? DType::bf16 : DType::f32);
+        }
+    };
+    struct Client {
+        std::string name;
+        std::deque<std::shared_ptr<Job>> waiting;
+    };
+    enum class Start { started, wait, blocked };  // blocked: no job can start now
+
+    void work(std::stop_token stop);
+    bool round();
+    void receive();
+    void admit();
+    void expire();
+    void look_after();
+    Start start(const std::shared_ptr<Job>& job);
+    Loaded* loaded(const Offer& offer);
+    Device open(const ModelInfo& info);
+    void begin_loading(std::shared_ptr<const Offer> offer);
+    void finish_loading();
+    bool removable(const Loaded& m) const;
+    bool make_room(std::uint64_t bytes, const Loaded* keep);
+    std::unique_ptr<Sequence> sequence_for(Loaded& m, const Job& job);
+    bool step(Loaded& m);
+    std::size_t read_prompts(Loaded& m, std::vector<Running*>& rows);
+    void sample(Loaded& m, std::span<Running* const> rows);
+    void look_ahead(Loaded& m, Running& r);
+    void take(Loaded& m, Running& r, Token token);
+    template <class Step>
+    void guarded(std::span<Running* const> rows, Step&& step);
+    void end(Running& r, StopReason reason);
+    void fail(Job& job, Failure failure);
+    void sweep(Loaded& m);
+    void trim_idle(Loaded& m);
+    void tell_waiting();
+    void publish(bool always);
+    std::size_t running() const {
+        std::size_t n = 0;
+        for (const auto& m : models_) n += m->running.size();
+        return n;
+    }
+    int running_of(const std::string& client) const {
+        int n = 0;
+        for (const auto& m : models_) {
+            for (const auto& r : m->running) n += r->job->client == client;
+        }
+        return n;
+    }
+    void event(Event::Kind kind, std::shared_ptr<Job> job, std::string text = "", int number = 0) {
+        posted_.push_back({kind, std::move(job), std::move(text), number});
+    }
+
+    const Settings settings_;
+    const Options options_;
+    const std::function<void()> wake_;
+
+    std::mutex mutex_;  // guards what stands here
+    std::condition_variable ready_;
+    std::vector<std::shared_ptr<Job>> arrived_;
+    std::shared_ptr<const Offer> preload_;
+    std::vector<Event> events_;
+    Snapshot snapshot_;
+    std::unique_ptr<Loaded> just_loaded_;
+    std::optional<Failure> load_failure_;
+    bool poked_ = false, load_done_ = false;
+
+    std::atomic<bool> draining_ = false, stopping_ = false;
+    std::atomic<int> load_percent_ = 0, stop_code_ = 0;
+
+    // the scheduler's own
+    std::vector<std::unique_ptr<Loaded>> models_;  // last used last
+    std::shared_ptr<const Offer> loading_;
+    std::vector<Client> clients_;
+    std::unordered_map<std::string, Written> written_;  // by id
+    std::size_t next_client_ = 0, finished_ = 0, cancelled_ = 0;
+    std::vector<Event> posted_;
+    Histogram first_token_, between_tokens_;
+    std::uint64_t available_ = 0;
+    std::string broken_;
+    Clock::time_point last_second_ = {}, last_publish_ = {};
+
+    Background background_;
+    std::jthread thread_;  // last, so that it ends first
+};
+
+void Scheduler::work(std::stop_token stop) {
+    const std::stop_callback on_stop(stop, [this] { stopping_ = true, poke(); });
+    while (!stop.stop_requested()) {
+        const bool worked = round();
+        publish(!worked);
+        if (worked) continue;
+        std::unique_lock lock(mutex_);
+        ready_.wait_for(lock, std::chrono::seconds(1), [&] { return poked_; });
+    }
+}
+bool Scheduler::round() {
+    receive();
+    finish_loading();
+    for (const auto& m : models_) sweep(*m);
+    expire();
+    admit();
+    look_after();
+    bool worked = false;
+    for (const auto& m : models_) {
+        worked |= step(*m);
+        sweep(*m);
+    }
+    return worked;
+}
+
+void Scheduler::receive() {
+    std::vector<std::shared_ptr<Job>> arrived;
+    std::shared_ptr<const Offer> preload;
+    {
+        const std::lock_guard lock(mutex_);
+        arrived.swap(arrived_);
+        preload.swap(preload_);
+        poked_ = false;
+    }
+    for (std::shared_ptr<Job>& job : arrived) {
+        const auto same = [&](const Client& c) { return c.name == job->client; };
+        auto client = std::find_if(clients_.begin(), clients_.end(), same);
+        if (client == clients_.end()) client = clients_.insert(clients_.end(), {job->client, {}});
+        client->waiting.push_back(std::move(job));
+    }
+    if (preload != nullptr && loaded(*preload) == nullptr) begin_loading(std::move(preload));
+}
+
+// Sends away who waited too long, and forgets who is gone.
+void Scheduler::expire() {
+    const Clock::time_point now = Clock::now();
+    for (Client& client : clients_) {
+        std::erase_if(client.waiting, [&](const std::shared_ptr<Job>& job) {
+            if (job->cancelled) {
+                fail(*job, {0, "cancelled", ""});
+            } else if (draining_) {
+                fail(*job, {503, "draining", "the server is stopping"});
+            } else if (!broken_.empty()) {
+                fail(*job, {503, "device_lost", broken_});
+            } else if (std::chrono::duration<double>(now - job->created).count() > kMostWaiting) {
+                fail(*job, {503, "queue_full", "waited 120 seconds for a free slot"});
+            } else {
+                return false;
+            }
+            event(Event::Kind::done, job);
+            return true;
+        });
+    }
+    const std::size_t before = clients_.size();
+    std::erase_if(clients_, [](const Client& c) { return c.waiting.empty(); });
+    if (clients_.size() != before && next_client_ >= clients_.size()) next_client_ = 0;
+}
+
+// Once a second.
+void Scheduler::look_after() {
+    const Clock::time_point now = Clock::now();
+    if (now - last_second_ < std::chrono::seconds(1)) return;
+    last_second_ = now;
+    available_ = detail::available_memory();
+    if (available_ < settings_.reserve / 2) make_room(0, nullptr);
+    if (available_ < std::min(settings_.reserve / 8, std::uint64_t{1} << 30)) stop_code_ = 5;
+    tell_waiting();
+}
+
+// One job of each client in turn, until nothing more can start.
+void Scheduler::admit() {
+    std::size_t stuck = 0;
+    while (stuck < clients_.size() && running() < settings_.slots) {
+        Client& client = clients_[next_client_ % clients_.size()];
+        next_client_ = (next_client_ + 1) % clients_.size();
+        stuck++;
+        if (running_of(client.name) >= kRunningPerClient) continue;
+        for (auto at = client.waiting.begin(); at != client.waiting.end(); ++at) {
+            const std::shared_ptr<Job> job = *at;
+            const Start result = start(job);
+            if (result == Start::blocked) return;
+            if (result == Start::wait) continue;
+            client.waiting.erase(at);
+            stuck = 0;
+            break;
+        }
+    }
+}
+
+// Whether a job can start: its model is in memory, and there is room for all it may write.
+Scheduler::Start Scheduler::start(const std::shared_ptr<Job>& job) {
+    Loaded* m = loaded(*job->offer);
+    try {
+        if (m == nullptr) {
+            begin_loading(job->offer);
+            return Start::wait;
+        }
+        std::unique_ptr<Sequence> sequence = sequence_for(*m, *job);
+        if (sequence == nullptr) {
+            if (!m->running.empty()) return Start::blocked;
+            throw Error(ErrorKind::out_of_memory, "not enough memory for this conversation now");
+        }
+        job->queue_seconds = seconds_since(job->created);
+        job->reused_tokens = static_cast<int>(sequence->tokens().size());
+        m->written->prompt_tokens += job->prompt.size();
+        m->running.push_back(std::make_unique<Running>(job, std::move(sequence)));
+        m->used = true;
+        const auto here = std::find_if(models_.begin(), models_.end(),
+                                       [&](const auto& other) { return other.get() == m; });
+        std::rotate(here, here + 1, models_.end());  // last used last
+    } catch (const std::exception& e) {
+        const auto* error = dynamic_cast<const Error*>(&e);
+        const bool usage = error != nullptr && error->kind == ErrorKind::usage;
+        fail(*job, usage ? Failure{400, "out_of_range", e.what()}
+                         : Failure{503, "out_of_memory", "not enough memory for this answer now"});
+        event(Event::Kind::done, job);
+    }
+    return Start::started;
+}
+
+// ---- models
+
+Scheduler::Loaded* Scheduler::loaded(const Offer& offer) {
+    const ModelInfo& a = offer.info;
+    for (const auto& m : models_) {  // a file that has changed since is another one
+        const ModelInfo& b = m->offer->info;
+        if (a.model_file == b.model_file && a.modified == b.modified &&
+            a.file_bytes == b.file_bytes)
+            return m.get();
+    }
+    return nullptr;
+}
+
+// On the loading thread. A GPU gets room for the keys and values of most conversations in all slots,
+// or for what fits.
+Device Scheduler::open(const ModelInfo& info) {
+    const auto watch = [this](std::uint64_t done, std::uint64_t total) {
+        load_percent_ = static_cast<int>(100 * done / std::max<std::uint64_t>(total, 1));
+        return !stopping_;
+    };
+    const auto context = static_cast<std::uint64_t>(std::min(info.config.sequence_len, 1536));
+    CudaOptions cuda;
+    cuda.kv_tokens = settings_.slots * context;
+    try {
+        return open_device(info, options_, cuda, watch);
+    } catch (const Error& e) {
+        if (!place_for(options_).cuda || e.kind != ErrorKind::out_of_memory) throw;
+    }
+    return open_device(info, options_, {}, watch);
+}
+
+// Idle, and not just loaded for somebody whose turn has not come.
+bool Scheduler::removable(const Loaded& m) const {
+    const auto wants = [&](const auto& job) { return job->offer->info.id == m.offer->info.id; };
+    return m.running.empty() &&
+           (m.used || std::none_of(clients_.begin(), clients_.end(), [&](const Client& c) {
+                return std::any_of(c.waiting.begin(), c.waiting.end(), wants);
+            }));
+}
+
+void Scheduler::begin_loading(std::shared_ptr<const Offer> offer) {
+    if (loading_ != nullptr) return;
+    const Place place = place_for(options_);
+    const Config& config = offer->info.config;
+    const std::uint64_t need =
+        weight_bytes(offer->info, place.dtype) +
+        cache_bytes(config, place.dtype) * static_cast<std::uint64_t>(config.sequence_len);
+    while (models_.size() >= settings_.max_models) {
+        const auto oldest = std::find_if(models_.begin(), models_.end(),
+                                         [&](const auto& m) { return removable(*m); });
+        if (oldest == models_.end()) return;  // until one is idle
+        models_.erase(oldest);
+    }
+    loading_ = std::move(offer);
+    load_percent_ = 0;
+    if (!make_room(need, nullptr)) {
+        const std::lock_guard lock(mutex_);
+        load_done_ = true;
+        load_failure_ = {503, "out_of_memory",
+                         cat(loading_->info.id, " needs ", human_bytes(need), " of memory, ",
+                             human_bytes(detail::available_memory()), " is available and ",
+                             human_bytes(settings_.reserve), " of it stay reserved")};
+        return;
+    }
+    background_.post([this, o = loading_] {
+        auto model = std::make_unique<Loaded>();
+        std::optional<Failure> failure;
+        try {
+            model->offer = o;
+            model->device = open(o->info);
+        } catch (const Error& e) {
+            const bool memory = e.kind == ErrorKind::out_of_memory;
+            failure = {memory ? 503 : 409, memory ? "out_of_memory" : "model_not_ready", e.what()};
+        } catch (const std::exception&) {
+            failure = {503, "out_of_memory", cat("not enough memory to load ", o->info.id)};
+        }
+        const std::lock_guard lock(mutex_);
+        if (!failure) just_loaded_ = std::move(model);
+        load_failure_ = failure;
+        load_done_ = poked_ = true;
+        ready_.notify_one();
+    });
+}
+void Scheduler::finish_loading() {
+    std::optional<Failure> failure;
+    {
+        const std::lock_guard lock(mutex_);
+        if (!std::exchange(load_done_, false)) return;
+        failure = std::exchange(load_failure_, {});
+        if (just_loaded_ != nullptr) models_.push_back(std::move(just_loaded_));
+        if (!failure) models_.back()->written = &written_[models_.back()->offer->info.id];
+    }
+    const std::shared_ptr<const Offer> offer = std::exchange(loading_, nullptr);
+    if (!failure) return note(cat("loaded ", offer->info.id));
+    note(cat("cannot load ", offer->info.id, ": ", failure->message));
+    for (Client& client : clients_) {
+        std::erase_if(client.waiting, [&](const std::shared_ptr<Job>& job) {
+            if (job->offer->info.id != offer->info.id) return false;
+            fail(*job, *failure);
+            event(Event::Kind::done, job);
+            return true;
+        });
+    }
+}
+
+// Frees what nobody needs now, oldest first, until so many bytes could be taken; false: they cannot.
+bool Scheduler::make_room(std::uint64_t bytes, const Loaded* keep) {
+    for (;;) {
+        std::uint64_t promised = 0;  // to running sequences, which take their memory as they grow
+        for (const auto& m : models_) {
+            for (const auto& r : m->running)
+                promised +=
+                    m->device.cuda
+                        ? 0
+                        : m->token_bytes() * (r->job->prompt.size() +
+                                              static_cast<std::size_t>(r->job->params.max_tokens) -
+                                              std::min(r->job->prompt.size(), r->read()));
+        }
+        available_ = detail::available_memory();
+        if (available_ >= settings_.reserve + promised + bytes) return true;
+        const auto idle = [](const auto& m) { return !m->idle.empty(); };
+        if (const auto m = std::find_if(models_.begin(), models_.end(), idle); m != models_.end()) {
+            (*m)->idle.pop_front();
+            continue;
+        }
+        const auto free = [&](const auto& m) { return m.get() != keep && removable(*m); };
+        const auto m = std::find_if(models_.begin(), models_.end(), free);
+        if (m == models_.end()) return false;
+        note(cat("memory is short: unloaded ", (*m)->offer->info.id));
+        models_.erase(m);
+    }
+}
+
+// ---- sequences
+
+// The idle sequence that begins as this prompt does, else a new one; null if there is no room yet.
+std::unique_ptr<Sequence> Scheduler::sequence_for(Loaded& m, const Job& job) {
+    const std::size_t need = job.prompt.size() + static_cast<std::size_t>(job.params.max_tokens);
+    std::size_t best_length = 0;
+    auto best = m.idle.end();
+    for (auto at = m.idle.begin(); at != m.idle.end(); ++at) {
+        const std::span<const Token> held = at->sequence->tokens();
+        const auto differ =
+            std::mismatch(job.prompt.begin(), job.prompt.end(), held.begin(), held.end());
+        std::size_t same = static_cast<std::size_t>(differ.first - job.prompt.begin());
+        // the same request gives the same tokens whatever was asked before: what was written one by
+        // one is read again where that makes other bits
+        if (!m.backend().decode_equals_prompt()) same = std::min(same, at->read);
+        same = std::min(same, job.prompt.size() - 1);         // the last one is read for its logits
+        if (same <= best_length || 2 * same < held.size() ||  // it rather waits for its own
+            static_cast<std::size_t>(at->sequence->capacity()) < need)
+            continue;
+        best = at, best_length = same;
+    }
+    if (best != m.idle.end()) {
+        std::unique_ptr<Sequence> sequence = std::move(best->sequence);
+        m.idle.erase(best);
+        sequence->rewind(static_cast<int>(best_length));
+        return sequence;
+    }
+    if (!m.device.cuda && !make_room(m.token_bytes() * need, &m)) return nullptr;
+    // The CPU's take memory as they fill, so all can have the whole context and grow in later turns.
+    const std::size_t S = static_cast<std::size_t>(m.offer->info.config.sequence_len);
+    const bool roomy = !m.device.cuda || 4 * (m.running.size() + 1) <= settings_.slots;
+    const int capacity = static_cast<int>(
+        roomy ? std::max(S, need) : std::min((need + 63) / 64 * 64, std::max(S, need)));
+    for (;;) {
+        try {
+            return m.backend().new_sequence(capacity);
+        } catch (const Error& e) {
+            if (e.kind != ErrorKind::out_of_memory) throw;
+        }
+        if (m.idle.empty()) return nullptr;
+        m.idle.pop_front();
+    }
+}
+
+// ---- steps
+
+bool Scheduler::step(Loaded& m) {
+    std::vector<Running*> rows;
+    for (const auto& r :
+         m.running) {  // always in this order: a device may have begun the next step
+        if (!r->over && !r->reading() && !r->job->paused) rows.push_back(r.get());
+    }
+    const std::size_t read = read_prompts(m, rows);
+    if (!rows.empty()) sample(m, rows);
+    return read > 0 || !rows.empty();
+}
+
+// Reads up to a piece of prompts; those that it ends go into `rows`, to be read with the others' step.
+std::size_t Scheduler::read_prompts(Loaded& m, std::vector<Running*>& rows) {
+    std::size_t budget = kPiece;
+    std::vector<Running*> parts;
+    std::vector<std::size_t> sizes;
+    const std::size_t n = m.running.size(), first = n == 0 ? 0 : m.next_reader++ % n;
+    for (std::size_t i = 0; i < n && budget > 0; i++) {
+        Running& r = *m.running[(first + i) % n];
+        if (r.over || !r.reading() || r.job->paused) continue;
+        const std::size_t left = r.job->prompt.size() - r.read(), size = std::min(left, budget);
+        budget -= size;
+        if (size == left && r.job->candidates_only) {
+            look_ahead(m, r);
+        } else if (size == left) {
+            rows.push_back(&r);
+        } else {
+            parts.push_back(&r);
+            sizes.push_back(size);
+        }
+    }
+    guarded(parts, [&](std::span<Running* const> some) {
+        std::vector<Chunk> chunks;
+        for (Running* r : some) {
+            const std::size_t at =
+                static_cast<std::size_t>(std::find(parts.begin(), parts.end(), r) - parts.begin());
+            chunks.push_back(
+                {r->sequence.get(), std::span(r->job->prompt).subspan(r->read(), sizes[at]), true});
+        }
+        m.backend().step(chunks);
+    });
+    return kPiece - budget;
+}
+
+void Scheduler::sample(Loaded& m, std::span<Running* const> rows) {
+    guarded(rows, [&](std::span<Running* const> some) {
+        std::vector<Chunk> chunks;
+        std::vector<Sampler*> samplers;
+        for (Running* r : some) {
+            const std::span<const Token> prompt = r->job->prompt;
+            chunks.push_back(r->reading()
+                                 ? Chunk{r->sequence.get(), prompt.subspan(r->read()), true}
+                                 : Chunk{r->sequence.get(), r->answer.last()});
+            samplers.push_back(&r->answer.sampler());
+        }
+        const std::span<const Token> tokens = m.backend().sample(chunks, samplers);
+        for (std::size_t i = 0; i < some.size(); i++) {
+            try {
+                take(m, *some[i], tokens[i]);
+            } catch (const std::exception&) {
+                fail(*some[i]->job, {503, "out_of_memory", "not enough memory for the answer"});
+                some[i]->over = true;
+            }
+        }
+    });
+}
+
+// The likeliest tokens behind a prompt: of the full distribution, before temperature and top-k.
+void Scheduler::look_ahead(Loaded& m, Running& r) {
+    Running* const row = &r;
+    guarded({&row, 1}, [&](std::span<Running* const>) {
+        const Chunk chunk = {r.sequence.get(), std::span(r.job->prompt).subspan(r.read()), true};
+        const std::span<const float> logits = m.backend().step({&chunk, 1});
+        const double top = double{logits[static_cast<std::size_t>(Sampler::argmax(logits))]};
+        double total = 0;
+        for (const float x : logits) total += is_finite(x) ? std::exp(double{x} - top) : 0;
+        const auto probability = [&](Token id) {
+            const float x = logits[static_cast<std::size_t>(id)];
+            return is_finite(x) ? std::exp(double{x} - top) / total : 0;
+        };
+        std::vector<Candidate>& best = r.job->candidates;
+        for (Token id = 0; id < static_cast<Token>(logits.size()); id++)
+            best.push_back({id, probability(id)});
+        const auto end = best.begin() + std::min<std::ptrdiff_t>(10, std::ssize(best));
+        std::partial_sort(best.begin(), end, best.end(), [](const auto& a, const auto& b) {
+            return a.probability != b.probability ? a.probability > b.probability
+                                                  : a.token < b.token;
+        });
+        best.erase(end, best.end());
+        r.job->chosen.probability = probability(r.job->chosen.token);
+        r.over = true;
+    });
+}
+
+void Scheduler::take(Loaded& m, Running& r, Token token) {
+    const Clock::time_point now = Clock::now();
+    if (r.reading()) {
+        r.first = now;
+        first_token_.add(std::chrono::duration<double>(now - r.job->created).count());
+    } else {
+        between_tokens_.add(std::chrono::duration<double>(now - r.last).count());
+    }
+    r.last = now;
+    m.written->generated++;
+    const auto reason = r.answer.take(*r.sequence, token, [&](Generated generated) {
+        std::string text = r.text.push(generated.token);
+        if (!text.empty()) event(Event::Kind::text, r.job, std::move(text));
+        return !r.text.stopped();
+    });
+    if (reason) end(r, *reason);
+}
+
+// Runs a step. If the error is of one sequence (its logits are no numbers), the others go on.
+template <class Step>
+void Scheduler::guarded(std::span<Running* const> rows, Step&& step) {
+    if (rows.empty()) return;
+    try {
+        return step(rows);
+    } catch (const std::exception& e) {
+        const auto* error = dynamic_cast<const Error*>(&e);
+        for (Running* r : rows) r->answer.restart_sampler();
+        if (error != nullptr && error->kind == ErrorKind::device) {
+            broken_ = "the device failed; the server stops";
+            stop_code_ = 1;
+            say(cat("device failed: ", e.what()), kRed);
+            for (const auto& m : models_) {
+                for (const auto& r : m->running)
+                    fail(*r->job, {503, "device_lost", broken_}), r->over = true;
+            }
+        } else if (rows.size() == 1) {
+            const bool memory = error == nullptr || error->kind == ErrorKind::out_of_memory;
+            fail(*rows[0]->job, memory
+                                    ? Failure{503, "out_of_memory", "not enough memory for a step"}
+                                    : Failure{500, "internal", e.what()});
+            rows[0]->over = true;
+        }
+    }
+    if (rows.size() == 1 || !broken_.empty()) return;
+    for (std::size_t i = 0; i < rows.size(); i++) guarded(rows.subspan(i, 1), step);
+}
+
+void Scheduler::end(Running& r, StopReason reason) {
+    Job& job = *r.job;
+    std::string rest = r.text.finish();
+    if (!rest.empty()) event(Event::Kind::text, r.job, std::move(rest));
+    if (reason == StopReason::max_tokens && job.clipped) reason = StopReason::context_full;
+    job.answer.reason = r.text.stopped() ? StopReason::stop_token : reason;
+    r.over = true;
+}
+void Scheduler::fail(Job& job, Failure failure) {
+    if (!job.failure) job.failure = std::move(failure);
+}
+
+// Takes out what is over; its sequence stays for the conversation's next turn.
+void Scheduler::sweep(Loaded& m) {
+    const Clock::time_point now = Clock::now();
+    std::erase_if(m.running, [&](const std::unique_ptr<Running>& r) {
+        Job& job = *r->job;
+        if (job.cancelled && !r->over) fail(job, {0, "cancelled", ""}), r->over = true;
+        if (!r->over && std::chrono::duration<double>(now - job.created).count() > kMostRunning)
+            fail(job, {503, "request_timeout", "the answer took more than 600 seconds"}),
+                r->over = true;
+        if (!r->over) return false;
+        const auto seconds = [](Clock::time_point a, Clock::time_point b) {
+            return std::chrono::duration<double>(b - a).count();
+        };
+        Answer& a = job.answer;
+        a.prompt_tokens = static_cast<int>(job.prompt.size());
+        a.completion_tokens = r->answer.count();
+        if (a.completion_tokens > 0) {
+            a.prefill_seconds = seconds(r->start, r->first);
+            a.decode_seconds = seconds(r->first, r->last);
+            a.first_seconds = seconds(job.created, r->first);
+        }
+        (job.cancelled ? cancelled_ : finished_)++;
+        if (!job.failure || job.cancelled)
+            m.idle.push_back({std::move(r->sequence), job.prompt.size()});
+        event(Event::Kind::done, r->job);
+        return true;
+    });
+    trim_idle(m);
+}
+// Idle sequences keep at most two contexts for every slot.
+void Scheduler::trim_idle(Loaded& m) {
+    const std::size_t most =
+        2 * settings_.slots * static_cast<std::size_t>(m.offer->info.config.sequence_len);
+    std::size_t tokens = 0;
+    for (const Idle& idle : m.idle) tokens += idle.sequence->tokens().size();
+    while (tokens > most || m.idle.size() > 4 * settings_.slots) {
+        tokens -= m.idle.front().sequence->tokens().size();
+        m.idle.pop_front();
+    }
+}
+
+// ---- what others see
+
+// Tells who waits how many are before them: with turns for every client, at most so many as this.
+void Scheduler::tell_waiting() {
+    for (const Client& client : clients_) {
+        for (std::size_t i = 0; i < client.waiting.size(); i++) {
+            const std::shared_ptr<Job>& job = client.waiting[i];
+            if (loading_ != nullptr && job->offer->info.id == loading_->info.id) {
+                event(Event::Kind::loading, job, "", load_percent_);
+                continue;
+            }
+            std::size_t before = i;
+            for (const Client& other : clients_) {
+                if (&other != &client) before += std::min(other.waiting.size(), i + 1);
+            }
+            event(Event::Kind::queued, job, "", static_cast<int>(before));
+        }
+    }
+}
+
+void Scheduler::publish(bool always) {
+    const Clock::time_point now = Clock::now();
+    std::size_t queued = 0;
+    for (const Client& client : clients_) queued += client.waiting.size();
+    std::optional<Snapshot> fresh;
+    const auto blocks = [](std::size_t tokens) { return (tokens + 63) / 64; };
+    if (always || now - last_publish_ > std::chrono::milliseconds(50)) {
+        last_publish_ = now;
+        Snapshot& s = fresh.emplace();
+        for (const auto& m : models_) {
+            const std::string& id = m->offer->info.id;
+            std::uint64_t held = 0;
+            for (const auto& r : m->running) {
+                held += blocks(r->read());
+                s.slots.push_back({r->job->id, id, r->reading() ? "prefill" : "decode",
+                                   static_cast<int>(r->job->prompt.size()), r->answer.count(),
+                                   std::chrono::duration<double>(now - r->start).count()});
+            }
+            const int S = m->offer->info.config.sequence_len;
+            s.models.push_back({id, m->backend().device(), m->running.size(), m->idle.size(), held,
+                                settings_.slots * blocks(static_cast<std::size_t>(S))});
+        }
+        for (const auto& [id, w] : written_)
+            s.written.push_back({id, w.prompt_tokens, w.generated});
+        s.finished = finished_, s.cancelled = cancelled_;
+        s.memory_available = available_;
+        s.first_token = first_token_, s.between_tokens = between_tokens_;
+        s.loading = loading_ != nullptr;
+        s.broken = broken_;
+    }
+    {
+        const std::lock_guard lock(mutex_);
+        if (fresh) snapshot_ = std::move(*fresh);
+        snapshot_.active = running(), snapshot_.queued = queued;
+        if (posted_.empty()) return;
+        std::move(posted_.begin(), posted_.end(), std::back_inserter(events_));
+        posted_.clear();
+    }
+    wake_();
+}
+
+// ==== 9. routes ==================================================================================
+// What the requests mean: nanochat's chat_web, OpenAI's interface and the class's model list, on the
+// sockets' thread. Everything that needs no generation is answered at once.
+
+extern const std::string_view kPageStyle, kPageBody, kPageScript;  // section 11
+constexpr std::string_view kJson = "application/json";
+constexpr std::string_view kEvents = "text/event-stream; charset=utf-8";
+
+// The members of a JSON body, each checked: an unknown one is ignored, a known one that does not fit
+// is refused.
+class Form {
+public:
+    Form(const Json& json, int wrong_form, std::string_view name = "the body")
+        : json_(json), wrong_form_(wrong_form) {
+        if (json.kind != Json::Kind::object) wrong(name, "a JSON object");
+    }
+    const Json* find(std::string_view name) const {
+        const Json* value = json_.find(name);
+        return value == nullptr || value->kind == Json::Kind::null ? nullptr : value;
+    }
+    const Json& need(std::string_view name) const {
+        if (const Json* value = find(name)) return *value;
+        throw HttpError(wrong_form_, "missing_field", cat(name, " is required"), std::string(name));
+    }
+    [[noreturn]] void wrong(std::string_view name, std::string_view wanted) const {
+        throw HttpError(wrong_form_, "wrong_type", cat(name, " must be ", wanted),
+                        std::string(name));
+    }
+    [[noreturn]] static void out_of_range(std::string_view name, const std::string& message) {
+        throw HttpError(400, "out_of_range", message, std::string(name));
+    }
+    // `sentence`: nanochat's, for a number out of range.
+    double number(std::string_view name, double least, double most, double otherwise,
+                  const char* sentence = nullptr) const {
+        const Json* value = find(name);
+        if (value == nullptr) return otherwise;
+        if (value->kind != Json::Kind::number) wrong(name, "a number");
+        if (value->number >= least && value->number <= most) return value->number;
+        out_of_range(name, sentence != nullptr
+                               ? std::string(sentence)
+                               : cat(name, " must be between ", Value(least).text, " and ",
+                                     Value(most).text, " (got ", value->string, ")"));
+    }
+    std::int64_t whole(std::string_view name, std::int64_t least, std::int64_t most,
+                       std::int64_t otherwise, const char* sentence = nullptr) const {
+        const Json* value = find(name);
+        if (value == nullptr) return otherwise;
+        if (value->kind != Json::Kind::number ||
+            value->string.find_first_of(".eE") != std::string::npos)
+            wrong(name, "a whole number");
+        const std::string& text = value->string;
+        std::int64_t n = 0;
+        const auto result = std::from_chars(text.data(), text.data() + text.size(), n);
+        if (result.ec == std::errc() && n >= least && n <= most) return n;
+        out_of_range(name, sentence != nullptr ? std::string(sentence)
+                                               : cat(name, " must be between ", least, " and ",
+                                                     most, " (got ", text, ")"));
+    }
+    bool flag(std::string_view name) const {
+        const Json* value = find(name);
+        if (value != nullptr && value->kind != Json::Kind::boolean) wrong(name, "true or false");
+        return value != nullptr && value->boolean;
+    }
+    std::string text(std::string_view name) const {
+        const Json* value = find(name);
+        if (value != nullptr && value->kind != Json::Kind::string) wrong(name, "a string");
+        return value == nullptr ? "" : value->string;
+    }
+    int wrong_form() const { return wrong_form_; }
+
+private:
+    const Json& json_;
+    int wrong_form_;
+};
+
+[[noreturn]] void not_supported(std::string_view name) {
+    throw HttpError(400, "unsupported_parameter", cat(name, " is not supported"),
+                    std::string(name));
+}
+// What would change the answer and is not supported must not be dropped in silence.
+void refuse_unsupported(const Form& form) {
+    const auto empty = [](const Json& v) {
+        return v.array.empty() && v.object.empty() && v.string.empty() && !v.boolean;
+    };
+    for (const char* name : {"tools", "functions", "audio", "logit_bias", "suffix", "echo",
+                             "logprobs", "prediction", "web_search_options"}) {
+        if (const Json* v = form.find(name); v != nullptr && !empty(*v)) not_supported(name);
+    }
+    for (const char* name : {"presence_penalty", "frequency_penalty", "top_logprobs"}) {
+        if (form.number(name, -1e9, 1e9, 0) != 0) not_supported(name);
+    }
+    for (const char* name : {"n", "best_of"}) {
+        if (form.whole(name, 1, 128, 1) != 1) not_supported(name);
+    }
+    if (const Json* format = form.find("response_format")) {
+        const Json* type = format->find("type");
+        if (type == nullptr || type->string != "text") not_supported("response_format");
+    }
+    if (const Json* modalities = form.find("modalities")) {
+        const auto text = [](const Json& v) { return v.string == "text"; };
+        if (!std::all_of(modalities->array.begin(), modalities->array.end(), text))
+            not_supported("modalities");
+    }
+}
+
+// ---- conversations
+
+// A calculator's call as it was shown, or as nanochat shows it, is what it was again: special tokens,
+// if the calculator agrees. Returns its length, 0 if there is none at the beginning of `text`.
+std::size_t read_call(std::string_view text, std::string_view& expression, std::string& result) {
+    const auto between = [&](std::string_view open, std::string_view middle,
+                             std::string_view close) -> std::size_t {
+        if (!text.starts_with(open)) return 0;
+        const std::size_t at = text.find(middle, open.size());
+        const std::size_t begin = at + middle.size(), end = text.find(close, begin);
+        if (at == text.npos || end == text.npos) return 0;
+        expression = text.substr(open.size(), at - open.size());
+        result = text.substr(begin, end - begin);
+        return calculate(expression) == result ? end + close.size() : 0;
+    };
+    const std::size_t literal =
+        between("<|python_start|>", "<|python_end|><|output_start|>", "<|output_end|>");
+    const std::size_t shown = literal > 0 ? literal : between("[", " = ", "]");
+    return shown + (literal == 0 && shown > 0 && text.substr(shown).starts_with(' ') ? 1 : 0);
+}
+std::vector<Token> encode_answer(const Tokenizer& tokenizer, std::string_view text) {
+    std::vector<Token> ids;
+    const auto add = [&](std::string_view part) {
+        const std::vector<Token> more = tokenizer.encode(part);
+        ids.insert(ids.end(), more.begin(), more.end());
+    };
+    std::size_t plain = 0;  // where text begins that is not yet in ids
+    for (std::size_t at = text.find_first_of("[<"); at != text.npos;
+         at = text.find_first_of("[<", at)) {
+        std::string_view expression;
+        std::string result;
+        const std::size_t length = read_call(text.substr(at), expression, result);
+        if (length == 0) {
+            at++;
+            continue;
+        }
+        add(text.substr(plain, at - plain));
+        ids.push_back(tokenizer.special("<|python_start|>"));
+        add(expression);
+        ids.push_back(tokenizer.special("<|python_end|>"));
+        ids.push_back(tokenizer.special("<|output_start|>"));
+        add(result);
+        ids.push_back(tokenizer.special("<|output_end|>"));
+        plain = at += length;
+    }
+    add(text.substr(plain));
+    return ids;
+}
+
+// As render_chat, but calculator calls in answers are read back, roles need not alternate (nanochat's
+// page repeats a message whose answer failed), and an answer at the end is gone on with.
+std::vector<Token> render(const Tokenizer& tokenizer, std::span<const Message> messages) {
+    std::vector<Token> ids = {tokenizer.special("<|bos|>")};
+    const auto add = [&](const char* before, const std::vector<Token>& text, const char* after) {
+        ids.push_back(tokenizer.special(before));
+        ids.insert(ids.end(), text.begin(), text.end());
+        if (*after != '\0') ids.push_back(tokenizer.special(after));
+    };
+    std::string system;
+    for (const Message& m : messages) {
+        const bool last = &m == &messages.back();
+        if (m.role == Role::system) {
+            system += m.content + "\n\n";
+        } else if (m.role == Role::user) {
+            add("<|user_start|>", tokenizer.encode(std::exchange(system, "") + m.content),
+                "<|user_end|>");
+        } else {
+            add("<|assistant_start|>", encode_answer(tokenizer, m.content),
+                last ? "" : "<|assistant_end|>");
+        }
+    }
+    if (messages.back().role != Role::assistant)
+        ids.push_back(tokenizer.special("<|assistant_start|>"));
+    return ids;
+}
+
+Role read_role(const Form& form, const Json& message, std::size_t i) {
+    const Json* role = message.find("role");
+    const std::string name = role == nullptr ? "" : role->string;
+    if (name == "user") return Role::user;
+    if (name == "assistant") return Role::assistant;
+    if (name == "system" || name == "developer") return Role::system;
+    const std::string param = cat("messages[", i, "].role");
+    if (role == nullptr || role->kind != Json::Kind::string) form.wrong(param, "a string");
+    throw HttpError(
+        400, "out_of_range",
+        cat("Message ", i, " has invalid role. Must be 'user', 'assistant', or 'system'"), param);
+}
+std::string read_content(const Form& form, const Json& message, std::size_t i) {
+    const Json* content = message.find("content");
+    const std::string param = cat("messages[", i, "].content");
+    if (content != nullptr && content->kind == Json::Kind::string) return content->string;
+    if (content == nullptr || content->kind != Json::Kind::array || form.wrong_form() == 422)
+        form.wrong(param, "a string");
+    std::string text;
+    for (const Json& part : content->array) {
+        const Json *type = part.find("type"), *words = part.find("text");
+        if (type == nullptr || type->string != "text") not_supported(param);
+        if (words == nullptr || words->kind != Json::Kind::string) form.wrong(param, "text parts");
+        text += words->string;
+    }
+    return text;
+}
+std::size_t characters(std::string_view text) {
+    return static_cast<std::size_t>(std::count_if(text.begin(), text.end(), [](char c) {
+        return (static_cast<unsigned char>(c) & 0xc0) != 0x80;
+    }));
+}
+// The texts of the errors are nanochat's (chat_web.py, validate_chat_request).
+std::vector<Message> read_messages(const Form& form, bool nanochat) {
+    const Json& list = form.need("messages");
+    if (list.kind != Json::Kind::array) form.wrong("messages", "an array");
+    const auto bad = [](const std::string& message) { Form::out_of_range("messages", message); };
+    if (list.array.empty()) bad("At least one message is required");
+    if (list.array.size() > 500) bad("Too many messages. Maximum 500 messages allowed per request");
+    std::vector<Message> messages;
+    std::size_t total = 0;
+    for (std::size_t i = 0; i < list.array.size(); i++) {
+        const Role role = read_role(form, list.array[i], i);
+        messages.push_back({role, read_content(form, list.array[i], i)});
+        if (!nanochat) continue;
+        const std::size_t n = characters(messages.back().content);
+        if (n == 0) bad(cat("Message ", i, " has empty content"));
+        if (n > 8000)
+            bad(cat("Message ", i, " is too long. Maximum 8000 characters allowed per message"));
+        total += n;
+    }
+    if (total > 32000) bad("Total conversation is too long. Maximum 32000 characters allowed");
+    const auto spoken = [](const Message& m) { return m.role != Role::system; };
+    if (std::none_of(messages.begin(), messages.end(), spoken) ||
+        messages.back().role == Role::system)
+        bad("the last message must be the user's or the assistant's");
+    return messages;
+}
+
+// Leaves out the oldest exchanges while less than a quarter of the context (or max_tokens, if fewer)
+// would remain for the answer, as Chat does. Returns how many messages went.
+int drop_oldest(const Tokenizer& tokenizer, std::vector<Message>& messages, std::vector<Token>& ids,
+                std::size_t S, std::size_t max_tokens) {
+    int dropped = 0;
+    while (ids.size() + std::min(max_tokens, S / 4) > S) {
+        const auto first = std::find_if(messages.begin(), messages.end(),
+                                        [](const Message& m) { return m.role != Role::system; });
+        const auto next = std::find_if(first + (first != messages.end()), messages.end(),
+                                       [](const Message& m) { return m.role == Role::user; });
+        if (next == messages.end()) break;
+        dropped += static_cast<int>(next - first);
+        messages.erase(first, next);
+        ids = render(tokenizer, messages);
+    }
+    return dropped;
+}
+
+HttpError as_http(const std::exception& e);
+
+// ---- the server
+
+enum class Style { nanochat, chat, completion, why };
+struct Exchange : Job {  // a job with how its answer is told
+    Style style = Style::chat;
+    bool streams = false, head_sent = false, include_usage = false;
+    std::string answer_id, text;
+    std::string owner;                 // whose limits it counts for
+    std::vector<Token> answer_tokens;  // why
+    int position = 0, dropped_messages = 0, last_number = -1;
+    std::int64_t created_unix = std::time(nullptr);
+    Clock::time_point last_event = Clock::now();
+};
+
+struct Catalog {  // the checkpoints as they were last seen
+    fs::path base;
+    std::vector<ModelInfo> models;
+    Tokens tokens;
+    fs::file_time_type tokenizer_time = {};
+    std::string default_id;
+    std::int64_t unix_time = std::time(nullptr);
+    Clock::time_point time = Clock::now();
+};
+
+class Server final : public HttpServer {
+public:
+    explicit Server(Options& o);
+    int run(int signals);
+
+private:
+    struct Route {
+        std::string_view method, path;
+        bool prefix, needs_key;
+        void (Server::*run)(Connection&);
+    };
+    static std::span<const Route> routes();
+
+    void check(Connection& c) override;
+    void answer(Connection& c) override;
+    void refuse(Connection& c, const std::exception& e) override;
+    void gone(Connection& c) override;
+    void answered(Connection& c) override;
+    void woken() override;
+    void pass(Connection& c, Clock::time_point now) override;
+    bool go_on() override;
+    void begin_drain(int exit_code, const char* why);
+    void other_event() override;
+    Fields common_fields(const Connection& c) override;
+
+    bool host_allowed(const Connection& c) const;
+    void check_origin(const Connection& c) const;
+    void check_key(const Request& r) const;
+    const Route* route_of(const Request& r) const;
+
+    void send_json(Connection& c, const Value& value, int status = 200) {
+        respond(c, status, kJson, value.text + "\n");
+    }
+    void page(Connection& c);
+    void icon(Connection& c);
+    void models(Connection& c);
+    void one_model(Connection& c);
+    void nanochat(Connection& c);
+    void health(Connection& c);
+    void stats(Connection& c);
+    void openai_models(Connection& c);
+    void openai_model(Connection& c);
+    void chat_completion(Connection& c);
+    void completion(Connection& c);
+    void tokenize(Connection& c);
+    void detokenize(Connection& c);
+    void why(Connection& c);
+    void metrics(Connection& c);
+    void slots(Connection& c);
+    void props(Connection& c);
+
+    bool refresh(double most_age);
+    void take_catalog();
+    void answer_models(Connection& c);
+    const ModelInfo& find_model(const std::string& id) const;
+    std::shared_ptr<const Tokenizer> tokenizer_of(const ModelInfo& info);
+    std::shared_ptr<const Offer> offer_of(const std::string& id);
+    std::shared_ptr<Exchange> new_exchange(const Connection& c, const Form& form, Style style);
+    void fit_prompt(Exchange& x, std::int64_t max_tokens);
+    void submit(Connection& c, std::shared_ptr<Exchange> x);
+
+    void begin_events(Connection& c, Exchange& x);
+    void tell_text(Connection& c, Exchange& x, const std::string& text);
+    void tell_end(Connection& c, Exchange& x);
+    void tell_failure(Connection& c, Exchange& x);
+    void send_whole(Connection& c, Exchange& x);
+    std::string chunk(const Exchange& x, const Value& choices, const Value& usage) const;
+    Value usage(const Exchange& x) const;
+
+    Options& options_;
+    std::vector<std::string> keys_, hosts_;
+    std::string nonce_, page_, etag_;
+    std::shared_ptr<const Catalog> catalog_, fresh_;
+    std::mutex fresh_mutex_;  // guards fresh_
+    bool scanning_ = false;
+    std::vector<std::uint64_t> parked_;  // connections that wait for a scan
+    std::vector<
+        std::pair<std::pair<fs::path, fs::file_time_type>, std::shared_ptr<const Tokenizer>>>
+        tokenizers_;
+    std::unordered_map<std::string, std::shared_ptr<const Offer>> offers_;
+    std::unordered_map<std::string, std::size_t> jobs_of_;  // by client
+    std::size_t live_jobs_ = 0;
+    std::uint64_t next_request_ = 0;
+    std::vector<std::pair<std::string, std::uint64_t>> counts_, rejected_;
+    Clock::time_point start_ = Clock::now(), drain_end_ = {};
+    bool draining_ = false;
+    int signals_ = -1, exit_code_ = 0;
+    std::size_t slots_ = 8;
+    std::unique_ptr<Scheduler> scheduler_;
+    Background scanner_;
+};
+
+// clang-format off
+std::span<const Server::Route> Server::routes() {
+    static constexpr Route kRoutes[] = {
+        {"GET", "/", false, false, &Server::page},
+        {"GET", "/inference", false, false, &Server::page},
+        {"GET", "/favicon.ico", false, false, &Server::icon},
+        {"GET", "/logo.svg", false, false, &Server::icon},
+        {"GET", "/health", false, false, &Server::health},
+        {"GET", "/stats", false, false, &Server::stats},
+        {"GET", "/metrics", false, true, &Server::metrics},
+        {"GET", "/slots", false, true, &Server::slots},
+        {"GET", "/props", false, true, &Server::props},
+        {"GET", "/api/v1/inference/models", false, true, &Server::models},
+        {"GET", "/api/v1/inference/models/", true, true, &Server::one_model},
+        {"GET", "/v1/models", false, true, &Server::openai_models},
+        {"GET", "/v1/models/", true, true, &Server::openai_model},
+        {"POST", "/chat/completions", false, true, &Server::nanochat},
+        {"POST", "/v1/chat/completions", false, true, &Server::chat_completion},
+        {"POST", "/v1/completions", false, true, &Server::completion},
+        {"POST", "/api/v1/inference/tokenize", false, true, &Server::tokenize},
+        {"POST", "/api/v1/inference/detokenize", false, true, &Server::detokenize},
+        {"POST", "/api/v1/inference/why", false, true, &Server::why},
+    };
+    return kRoutes;
+}
+// clang-format on
+
+std::string random_hex(std::size_t digits) {
+    std::string text;
+    while (text.size() < digits) {
+        std::uint32_t random = 0;
+        if (::getentropy(&random, sizeof random) != 0) fail_errno<std::runtime_error>("getentropy");
+        text += hex(random, 8);
+    }
+    return text.substr(0, digits);
+}
+
+// ---- who may ask
+
+// A name in Host that is not ours means a web page has pointed its own name here (DNS rebinding).
+bool Server::host_allowed(const Connection& c) const {
+    std::string name = lower(c.request().get("host"));
+    const std::size_t port = name.find_last_of(':');
+    if (port != name.npos && name.find(']', port) == name.npos) name.resize(port);
+    if (name.starts_with('[') && name.ends_with(']')) name = name.substr(1, name.size() - 2);
+    const bool loopback =
+        name == "localhost" || name == "::1" ||
+        (name.starts_with("127.") && name.find_first_not_of("0123456789.") == name.npos);
+    return loopback || name == c.local ||
+           std::find(hosts_.begin(), hosts_.end(), name) != hosts_.end();
+}
+void Server::check_origin(const Connection& c) const {
+    const Request& r = c.request();
+    const std::string* origin = r.find("origin");
+    const auto& allowed = options_.allow_origins;
+    if (origin != nullptr) {
+        const std::string host = lower(r.get("host"));
+        const bool own = *origin == "http://" + host || *origin == "https://" + host;
+        if (own || std::find(allowed.begin(), allowed.end(), *origin) != allowed.end()) return;
+    }
+    const bool link = r.method != "POST" && r.get("sec-fetch-mode") == "navigate";
+    if (origin == nullptr && (link || r.get("sec-fetch-site") != "cross-site")) return;
+    throw HttpError(403, "origin_not_allowed",
+                    "this web page may not use the server; --allow-origin names those that may");
+}
+void Server::check_key(const Request& r) const {
+    if (keys_.empty()) return;
+    const std::string field = r.get("authorization");
+    const std::string_view given =
+        lower(field.substr(0, 7)) == "bearer " ? trim(std::string_view(field).substr(7)) : "";
+    bool good = false;
+    for (const std::string& key : keys_) {  // in a time that tells nothing of the key
+        unsigned difference = key.size() != given.size();
+        for (std::size_t i = 0; i < key.size(); i++) {
+            const char other = given.empty() ? '\0' : given[i % given.size()];
+            difference |= static_cast<unsigned char>(key[i] ^ other);
+        }
+        good |= difference == 0;
+    }
+    if (!good)
+        throw HttpError(401, "invalid_api_key",
+                        "the server was started with a key; send it as "
+                        "Authorization: Bearer KEY");
+}
+
+const Server::Route* Server::route_of(const Request& r) const {
+    const std::string_view method = r.method == "HEAD" ? "GET" : std::string_view(r.method);
+    std::vector<std::string_view> others;
+    for (const Route& route : routes()) {
+        const bool fits = route.prefix ? r.path.starts_with(route.path) && r.path != route.path
+                                       : r.path == route.path;
+        if (fits && route.method == method) return &route;
+        if (fits) others.push_back(route.method == "GET" ? "GET, HEAD" : route.method);
+    }
+    if (others.empty())
+        throw HttpError(404, "no_such_route", cat("there is no ", detail::quote(r.path), " here"));
+    if (r.method == "OPTIONS") return nullptr;
+    throw HttpError(405, "method_not_allowed",
+                    cat(r.path, " takes ", join(others, ", "), ", not ", r.method),
+                    std::string(others[0]));
+}
+
+void Server::check(Connection& c) {
+    const Request& r = c.request();
+    c.request_id = cat("r-", hex(static_cast<std::uint32_t>(++next_request_), 4));
+    c.client = c.peer;
+    const bool proxied = options_.trust_proxy && (c.peer.starts_with("127.") || c.peer == "::1");
+    if (const std::string* forwarded = r.find("x-forwarded-for"); forwarded != nullptr && proxied)
+        c.client = trim(std::string_view(*forwarded).substr(forwarded->find_last_of(',') + 1));
+    if (!host_allowed(c))
+        throw HttpError(403, "host_not_allowed",
+                        "the server is not known by this name; --allow-host NAME makes it so");
+    check_origin(c);
+    const Route* route = route_of(r);
+    if (route == nullptr) return;  // a browser that asks before it posts
+    if (route->needs_key) check_key(r);
+    const std::string type = lower(r.get("content-type"));
+    if (r.method == "POST" && trim(type.substr(0, type.find(';'))) != kJson)
+        throw HttpError(415, "unsupported_media_type", "Content-Type must be application/json");
+}
+
+Fields Server::common_fields(const Connection& c) {
+    const std::string* origin = c.request().find("origin");
+    const auto& allowed = options_.allow_origins;
+    if (allowed.empty()) return {};
+    Fields fields = {{"Vary", "Origin"}};
+    if (origin != nullptr && std::find(allowed.begin(), allowed.end(), *origin) != allowed.end())
+        fields.push_back({"Access-Control-Allow-Origin", *origin});
+    return fields;
+}
+
+void Server::answer(Connection& c) {
+    const Route* route = route_of(c.request());
+    if (route != nullptr) return (this->*route->run)(c);
+    respond(c, 204, "", "",
+            {{"Access-Control-Allow-Methods", "GET, POST"},
+             {"Access-Control-Allow-Headers", "Content-Type, Authorization"},
+             {"Access-Control-Max-Age", "600"}});
+}
+
+std::string_view error_type(int status) {
+    switch (status) {
+        case 401:
+            return "authentication_error";
+        case 403:
+            return "permission_error";
+        case 404:
+            return "not_found_error";
+        case 409:
+            return "conflict_error";
+        case 429:
+            return "rate_limit_error";
+        case 500:
+            return "server_error";
+        case 501:
+            return "not_supported_error";
+        case 503:
+            return "overloaded_error";
+        default:
+            return "invalid_request_error";
+    }
+}
+Members error_members(int status, std::string_view code, std::string_view message,
+                      std::string_view param = "") {
+    const std::string shown = safe(message.substr(0, 400));
+    return {{"error", object({{"message", shown},
+                              {"type", error_type(status)},
+                              {"param", or_null(param)},
+                              {"code", code}})},
+            {"detail", shown}};
+}
+HttpError as_http(const std::exception& e) {
+    if (const auto* http = dynamic_cast<const HttpError*>(&e)) return *http;
+    if (const auto* error = dynamic_cast<const Error*>(&e)) {
+        if (error->kind == ErrorKind::usage) return {400, "out_of_range", e.what()};
+        if (error->kind == ErrorKind::not_found) return {404, "model_not_found", e.what()};
+        if (error->kind != ErrorKind::device && error->kind != ErrorKind::out_of_memory)
+            return {409, "model_not_ready", e.what()};
+    }
+    if (dynamic_cast<const std::bad_alloc*>(&e) != nullptr ||
+        dynamic_cast<const Error*>(&e) != nullptr)
+        return {503, "out_of_memory", "not enough memory for this request now"};
+    return {500, "internal", "the server made a mistake; its log says which"};
+}
+void Server::refuse(Connection& c, const std::exception& e) {
+    const HttpError error = as_http(e);
+    if (error.status == 500) say(cat("error: ", e.what()), kRed);
+    if (c.request_id.empty())
+        c.request_id = cat("r-", hex(static_cast<std::uint32_t>(++next_request_), 4));
+    Fields more;
+    std::string param = error.param;
+    if (error.status == 405) more.push_back({"Allow", std::exchange(param, "")});
+    if (error.status == 401) more.push_back({"WWW-Authenticate", "Bearer"});
+    if (error.status == 429 || error.status == 503) more.push_back({"Retry-After", "5"});
+    Members members = error_members(error.status, error.code, error.what(), param);
+    members.emplace_back("request_id", c.request_id);
+    respond(c, error.status, kJson, object(members).text + "\n", more);
+}
+
+// ---- the page
+
+void Server::page(Connection& c) {
+    if (c.request().get("if-none-match") == etag_)
+        return respond(c, 304, "", "", {{"ETag", etag_}});
+    const std::string nonce = cat("'nonce-", nonce_, "'");
+    respond(c, 200, "text/html; charset=utf-8", page_,
+            {{"ETag", etag_},
+             {"Cache-Control", "no-cache"},
+             {"Content-Security-Policy",
+              cat("default-src 'none'; script-src ", nonce, "; style-src ", nonce,
+                  "; connect-src 'self'; img-src 'self' data: blob:; base-uri 'none'; "
+                  "form-action 'none'; frame-ancestors 'none'")},
+             {"X-Content-Type-Options", "nosniff"},
+             {"Referrer-Policy", "no-referrer"},
+             {"Cross-Origin-Opener-Policy", "same-origin"},
+             {"Cross-Origin-Resource-Policy", "same-origin"}});
+}
+void Server::icon(Connection& c) {
+    respond(c, 200, "image/svg+xml",
+            "<svg xmlns=\"http://www.w3.org/2000/svg\" viewBox=\"0 0 32 32\"><rect width=\"32\" "
+            "height=\"32\" rx=\"8\" fill=\"#0f766e\"/><path d=\"M9 23V9l14 14V9\" fill=\"none\" "
+            "stroke=\"#fff\" stroke-width=\"3\" stroke-linejoin=\"round\"/></svg>\n",
+            {{"Cache-Control", "max-age=86400"}, {"X-Content-Type-Options", "nosniff"}});
+}
+
+// ---- checkpoints
+
+// The bundled sample stands in as long as nothing else is found and nothing else was asked for.
+std::shared_ptr<const Catalog> look_around(const Options& o, const Catalog* before) {
+    auto c = std::make_shared<Catalog>();
+    c->base = base_dir(o.base_dir);
+    if (is_path(o.model)) {
+        c->models = {inspect_model(o.model, o.step, o.overrides)};
+        c->base = c->models[0].model_file.parent_path();
+        c->tokens.vocab_size = c->models[0].config.vocab_size;
+        c->default_id = c->models[0].id;
+        return c;
+    }
+    const auto read_tokens = [&] {
+        std::error_code error;
+        c->tokenizer_time = fs::last_write_time(c->base / "tokenizer" / "tokenizer.pkl", error);
+        const bool same = before != nullptr && before->base == c->base &&
+                          before->tokenizer_time == c->tokenizer_time;
+        c->tokens = same ? before->tokens : base_tokenizer(c->base);
+    };
+    read_tokens();
+    c->models = models_in(c->base, o, &c->tokens);
+    const Wanted w = wanted(o);
+    const bool named = !w.source.empty() || !w.tag.empty() || w.step >= 0;
+    const fs::path sample = o.base_dir.empty() && !named ? bundled_sample() : fs::path();
+    if (c->models.empty() && !sample.empty()) {
+        if (before == nullptr) tell_sample(c->base);
+        c->base = sample;
+        read_tokens();
+        c->models = models_in(c->base, o, &c->tokens);
+    }
+    try {
+        if (c->models.empty()) no_checkpoints(c->base);
+        c->default_id = choose(c->models, w, "sft").id;
+    } catch (const Error& e) {  // one may come while the server runs
+        if (before == nullptr && named) throw;
+        if (before == nullptr) note(e.what());
+        c->default_id = default_of(c->models);
+    }
+    return c;
+}
+
+// Looks again if the last look is older than so many seconds; true if a look is under way.
+bool Server::refresh(double most_age) {
+    if (scanning_ || seconds_since(catalog_->time) < most_age) return scanning_;
+    scanning_ = true;
+    scanner_.post([this, before = catalog_] {
+        std::shared_ptr<const Catalog> fresh = before;
+        try {
+            fresh = look_around(options_, before.get());
+        } catch (const std::exception&) {  // as it was
+        }
+        const std::lock_guard lock(fresh_mutex_);
+        fresh_ = std::move(fresh);
+        wake();
+    });
+    return true;
+}
+void Server::take_catalog() {
+    {
+        const std::lock_guard lock(fresh_mutex_);
+        if (fresh_ == nullptr) return;
+        catalog_ = std::exchange(fresh_, nullptr);
+    }
+    scanning_ = false;
+    offers_.clear();
+    for (const std::uint64_t id : std::exchange(parked_, {})) {
+        Connection* c = find(id);
+        if (c == nullptr) continue;
+        answer_models(*c);
+        move_on(*c);
+    }
+}
+void Server::models(Connection& c) {
+    if (!refresh(c.request().query.find("refresh=1") != std::string::npos ? 0 : 2))
+        return answer_models(c);
+    parked_.push_back(c.id);
+}
+void Server::answer_models(Connection& c) {
+    const Snapshot now = scheduler_->snapshot();
+    std::string type = c.request().query;
+    const std::size_t at = type.find("type=");
+    type = at == type.npos ? "" : lower(type.substr(at + 5, type.find('&', at) - at - 5));
+    std::vector<ModelInfo const*> shown;
+    for (const ModelInfo& m : catalog_->models) {
+        if (type.empty() || m.source == type) shown.push_back(&m);
+    }
+    const auto loaded = [&](const std::string& id) {
+        return std::any_of(now.models.begin(), now.models.end(),
+                           [&](const auto& m) { return m.id == id; });
+    };
+    send_json(c, models_json(options_, shown, catalog_->models, catalog_->base, catalog_->tokens,
+                             catalog_->default_id, catalog_->unix_time, loaded));
+}
+void Server::one_model(Connection& c) {
+    const ModelInfo& m = find_model(c.request().path.substr(25));
+    send_json(c, object(detail_members(m, catalog_->base)));
+}
+
+const ModelInfo& Server::find_model(const std::string& id) const {
+    Wanted w;
+    try {
+        w = parse_id(id.empty() ? "default" : id);
+    } catch (const Error&) {
+        w.tag = id;  // which is then not found
+        w.any_source = true;
+    }
+    const bool any = w.source.empty() && w.tag.empty() && w.step < 0;
+    if (any && catalog_->default_id.empty())
+        throw HttpError(404, "model_not_found", "there is no checkpoint that is ready");
+    if (any) w = parse_id(catalog_->default_id);
+    try {
+        return choose(catalog_->models, w, "sft");
+    } catch (const Error& e) {
+        HttpError error = as_http(e);
+        const std::string_view what = e.what();  // without the flag's name
+        throw HttpError(error.status, error.code,
+                        std::string(what.substr(what.starts_with("--model: ") ? 9 : 0)), "model");
+    }
+}
+std::shared_ptr<const Tokenizer> Server::tokenizer_of(const ModelInfo& info) {
+    const fs::path path =
+        options_.tokenizer.empty() ? find_tokenizer(info) : fs::path(options_.tokenizer);
+    std::error_code error;
+    const std::pair key(path, fs::last_write_time(path, error));
+    for (const auto& [known, tokenizer] : tokenizers_) {
+        if (known == key) return tokenizer;
+    }
+    auto tokenizer = std::make_shared<const Tokenizer>(load_tokenizer(path));
+    if (tokenizers_.size() >= 8) tokenizers_.erase(tokenizers_.begin());
+    tokenizers_.emplace_back(key, tokenizer);
+    return tokenizer;
+}
+std::shared_ptr<const Offer> Server::offer_of(const std::string& id) {
+    const ModelInfo& info = find_model(id);
+    std::shared_ptr<const Offer>& offer = offers_[info.id];
+    if (offer != nullptr) return offer;
+    const auto tokenizer = tokenizer_of(info);
+    if (tokenizer->vocab_size() != info.config.vocab_size)
+        throw HttpError(409, "model_not_ready", cat(info.id, ": its tokenizer does not fit"));
+    return offer = std::make_shared<const Offer>(Offer{info, tokenizer});
+}
+
+// ---- requests for answers
+
+std::uint64_t random_seed() {
+    Options o;
+    set_seed(o, {"seed", "-1"});
+    return o.sampling.seed;
+}
+std::vector<std::string> read_stop(const Form& form) {
+    const Json* stop = form.find("stop");
+    if (stop == nullptr) return {};
+    std::vector<std::string> texts;
+    const auto add = [&](const Json& text) {
+        if (text.kind != Json::Kind::string) form.wrong("stop", "a string or strings");
+        if (text.string.empty() || text.string.size() > 64)
+            Form::out_of_range("stop", "a stop text must have 1 to 64 bytes");
+        texts.push_back(text.string);
+    };
+    if (stop->kind == Json::Kind::string) {
+        add(*stop);
+    } else if (stop->kind == Json::Kind::array) {
+        if (stop->array.size() > 4) Form::out_of_range("stop", "at most 4 stop texts");
+        for (const Json& text : stop->array) add(text);
+    } else {
+        form.wrong("stop", "a string or strings");
+    }
+    return texts;
+}
+
+std::shared_ptr<Exchange> Server::new_exchange(const Connection& c, const Form& form, Style style) {
+    const bool nanochat = style == Style::nanochat;
+    auto x = std::make_shared<Exchange>();
+    x->style = style;
+    x->connection = c.id;
+    x->id = next_request_;
+    const std::string tab = c.request().get("x-client-id").substr(0, 64);  // the page's, per tab
+    x->client = tab.empty() ? c.client : cat(c.client, " ", tab);
+    x->offer = offer_of(form.text("model"));
+    x->literal_tools = nanochat;
+    x->chat = style != Style::completion;
+    SamplingParams& s = x->params.sampling;
+    const SamplingParams& d = options_.sampling;
+    s.temperature = static_cast<float>(
+        form.number("temperature", 0, 2, double{d.temperature},
+                    nanochat ? "Temperature must be between 0.0 and 2.0" : nullptr));
+    s.top_k = static_cast<int>(
+        form.whole("top_k", 0, nanochat ? 200 : x->offer->info.config.vocab_size, d.top_k,
+                   nanochat ? "top_k must be between 0 and 200" : nullptr));
+    s.top_p = static_cast<float>(form.number("top_p", 1e-6, 1, double{d.top_p}));
+    const std::int64_t seed = form.whole("seed", -1, std::numeric_limits<std::int64_t>::max(), -1);
+    s.seed = seed < 0 ? random_seed() : static_cast<std::uint64_t>(seed);
+    x->stop_texts = read_stop(form);
+    x->params.stop = chat_stop_tokens(*x->offer->tokenizer);
+    return x;
+}
+
+// Prompt and answer share the context.
+void Server::fit_prompt(Exchange& x, std::int64_t max_tokens) {
+    const auto S = static_cast<std::size_t>(x.offer->info.config.sequence_len);
+    if (x.prompt.size() >= S)
+        throw HttpError(400, "context_length_exceeded",
+                        cat("the prompt has ", x.prompt.size(), " tokens, the context of ", S,
+                            " has to hold an answer too"),
+                        "messages");
+    const auto room = static_cast<std::int64_t>(S - x.prompt.size());
+    x.params.max_tokens = static_cast<int>(std::min(max_tokens, room));
+    x.clipped = room < max_tokens;
+}
+std::int64_t read_max_tokens(const Form& form, int otherwise, bool nanochat) {
+    const char* sentence = nanochat ? "max_tokens must be between 1 and 4096" : nullptr;
+    const char* name =
+        form.find("max_completion_tokens") != nullptr ? "max_completion_tokens" : "max_tokens";
+    return form.whole(name, 1, 4096, otherwise, sentence);
+}
+Json read_body(const Connection& c, int wrong_form = 400) {
+    try {
+        return parse_json(c.request().body);
+    } catch (const Error& e) {
+        throw HttpError(wrong_form, "invalid_json", e.what());
+    }
+}
+
+std::vector<Token> read_ids(const Form& form, std::string_view name, int vocab_size) {
+    const Json& list = form.need(name);
+    const auto is_number = [](const Json& id) { return id.kind == Json::Kind::number; };
+    if (list.kind != Json::Kind::array ||
+        !std::all_of(list.array.begin(), list.array.end(), is_number))
+        form.wrong(name, name == "prompt" ? "a string or an array of ids" : "an array of ids");
+    try {
+        return parse_ids(name, &list, vocab_size);
+    } catch (const Error& e) {
+        Form::out_of_range(name, e.what());
+    }
+}
+
+void Server::submit(Connection& c, std::shared_ptr<Exchange> x) {
+    const auto reject = [&](int status, const char* code, const char* message) {
+        const auto at = std::find_if(rejected_.begin(), rejected_.end(),
+                                     [&](const auto& r) { return r.first == code; });
+        (at == rejected_.end() ? rejected_.emplace_back(code, 0) : *at).second++;
+        throw HttpError(status, code, message);
+    };
+    if (draining_) reject(503, "draining", "the server is stopping");
+    std::size_t& of_client = jobs_of_[c.client];
+    constexpr int kMost = Scheduler::kRunningPerClient + Scheduler::kWaitingPerClient;
+    if (of_client >= kMost)
+        reject(429, "too_many_requests", "16 answers and 32 waiting are the most for one client");
+    if (live_jobs_ >= slots_ + static_cast<std::size_t>(options_.queue))
+        reject(503, "queue_full", "too many are waiting already");
+    of_client++, live_jobs_++;
+    x->owner = c.client;
+    if (options_.log_content)
+        say(cat(c.request_id, " prompt: ", to_utf8(x->offer->tokenizer->decode(x->prompt))));
+    c.job = x;
+    scheduler_->submit(std::move(x));
+}
+
+void Server::nanochat(Connection& c) {
+    const Json json = read_body(c, 422);
+    const Form form(json, 422);
+    std::vector<Message> messages = read_messages(form, true);
+    auto x = new_exchange(c, form, Style::nanochat);
+    const std::int64_t most = read_max_tokens(form, options_.max_tokens, true);
+    x->streams = true;
+    x->prompt = render(*x->offer->tokenizer, messages);
+    x->dropped_messages = drop_oldest(*x->offer->tokenizer, messages, x->prompt,
+                                      static_cast<std::size_t>(x->offer->info.config.sequence_len),
+                                      static_cast<std::size_t>(most));
+    fit_prompt(*x, most);
+    submit(c, std::move(x));
+}
+void read_stream(const Form& form, Exchange& x) {
+    x.streams = form.flag("stream");
+    if (const Json* options = form.find("stream_options"))
+        x.include_usage = Form(*options, 400, "stream_options").flag("include_usage");
+}
+void Server::chat_completion(Connection& c) {
+    const Json json = read_body(c);
+    const Form form(json, 400);
+    refuse_unsupported(form);
+    const std::vector<Message> messages = read_messages(form, false);
+    auto x = new_exchange(c, form, Style::chat);
+    read_stream(form, *x);
+    x->answer_id = "chatcmpl-" + random_hex(24);
+    x->prompt = render(*x->offer->tokenizer, messages);
+    fit_prompt(*x, read_max_tokens(form, options_.max_tokens, false));
+    submit(c, std::move(x));
+}
+void Server::completion(Connection& c) {
+    const Json json = read_body(c);
+    const Form form(json, 400);
+    refuse_unsupported(form);
+    const Json& prompt = form.need("prompt");
+    auto x = new_exchange(c, form, Style::completion);
+    const Tokenizer& tokenizer = *x->offer->tokenizer;
+    read_stream(form, *x);
+    x->answer_id = "cmpl-" + random_hex(24);
+    std::vector<Token> ids;
+    if (prompt.kind == Json::Kind::string) {
+        ids = tokenizer.encode(prompt.string);
+    } else {
+        ids = read_ids(form, "prompt", tokenizer.vocab_size());
+    }
+    x->prompt = {tokenizer.special("<|bos|>")};
+    x->prompt.insert(x->prompt.end(), ids.begin(), ids.end());
+    for (Token id = 0; id < tokenizer.vocab_size(); id++) {
+        if (tokenizer.is_special(id)) x->params.stop.push_back(id);
+    }
+    fit_prompt(*x, read_max_tokens(form, options_.max_tokens, false));
+    submit(c, std::move(x));
+}
+// What else could have stood at one place of an answer.
+void Server::why(Connection& c) {
+    const Json json = read_body(c);
+    const Form form(json, 400);
+    std::vector<Message> messages = read_messages(form, false);
+    if (messages.back().role != Role::assistant)
+        Form::out_of_range("messages", "the last message must be the assistant's");
+    auto x = new_exchange(c, form, Style::why);
+    const Tokenizer& tokenizer = *x->offer->tokenizer;
+    x->answer_tokens = encode_answer(tokenizer, messages.back().content);
+    x->prompt = render(tokenizer, messages);
+    x->answer_tokens.push_back(tokenizer.special("<|assistant_end|>"));
+    const std::int64_t n = std::ssize(x->answer_tokens);
+    x->position = static_cast<int>(form.whole("position", 0, n - 1, -1));
+    if (x->position < 0) return tell_end(c, *x);
+    x->prompt.resize(x->prompt.size() - static_cast<std::size_t>(n - 1 - x->position));
+    x->chosen.token = x->answer_tokens[static_cast<std::size_t>(x->position)];
+    x->candidates_only = true;
+    fit_prompt(*x, 1);
+    submit(c, std::move(x));
+}
+
+// ---- answers
+
+Value with_probability(const Tokenizer& tokenizer, const Candidate& candidate) {
+    const std::string token = token_json(tokenizer, candidate.token).text;
+    return raw(cat(token.substr(0, token.size() - 1),
+                   ",\"probability\":", Value(candidate.probability).text, "}"));
+}
+
+void Server::woken() {
+    take_catalog();
+    std::vector<Connection*> touched;
+    for (Event& event : scheduler_->take_events()) {
+        auto& x = static_cast<Exchange&>(*event.job);
+        Connection* c = find(x.connection);
+        if (c != nullptr && c->job != event.job) c = nullptr;  // it went on without the answer
+        if (event.kind == Event::Kind::done) {
+            if (--jobs_of_[x.owner] == 0) jobs_of_.erase(x.owner);
+            live_jobs_--;
+        }
+        if (c == nullptr) continue;
+        if (event.kind == Event::Kind::text) {
+            tell_text(*c, x, event.text);
+        } else if (event.kind == Event::Kind::done) {
+            x.failure ? tell_failure(*c, x) : tell_end(*c, x);
+        } else if (x.streams && x.last_number != event.number) {
+            begin_events(*c, x);
+            x.last_number = event.number;
+            stream(*c, cat(event.kind == Event::Kind::queued ? ": queued " : ": loading ",
+                           event.number, "\n\n"));
+        }
+        if (std::find(touched.begin(), touched.end(), c) == touched.end()) touched.push_back(c);
+    }
+    std::vector<std::uint64_t> ids;
+    for (const Connection* c : touched) ids.push_back(c->id);
+    for (const std::uint64_t id : ids) {
+        Connection* c = find(id);
+        if (c == nullptr) continue;
+        if (c->job != nullptr && c->out.size() > Limits::kBuffered) c->job->paused = true;
+        move_on(*c);
+    }
+}
+
+// Some 4 times a second for every answer that is being made.
+void Server::pass(Connection& c, Clock::time_point now) {
+    if (c.job == nullptr) return;
+    auto& x = static_cast<Exchange&>(*c.job);
+    if (x.paused && c.out.size() < Limits::kBuffered / 2) {
+        x.paused = false;
+        scheduler_->poke();
+    }
+    if (x.streams && std::chrono::duration<double>(now - x.last_event).count() > Limits::kPing) {
+        begin_events(c, x);
+        stream(c, ": ping\n\n");
+        move_on(c);
+    }
+}
+
+Value Server::usage(const Exchange& x) const {
+    const Answer& a = x.answer;
+    const std::string text = usage_json(a.prompt_tokens, a.completion_tokens).text;
+    return raw(cat(text.substr(0, text.size() - 1), ",\"prompt_tokens_details\":",
+                   object({{"cached_tokens", x.reused_tokens}}).text, "}"));
+}
+std::string Server::chunk(const Exchange& x, const Value& choices, const Value& usage) const {
+    Members members = {
+        {"id", x.answer_id},
+        {"object", x.style == Style::chat ? "chat.completion.chunk" : "text_completion"},
+        {"created", x.created_unix},
+        {"model", x.offer->info.id},
+        {"system_fingerprint", cat("nanogpt-", version())},
+        {"choices", choices}};
+    if (x.include_usage) members.emplace_back("usage", usage);
+    return cat("data: ", object(members).text, "\n\n");
+}
+Value choice_json(const Exchange& x, const char* role, const std::string* text,
+                  const Value& finish) {
+    Members delta;
+    if (role != nullptr) delta.emplace_back("role", role);
+    if (text != nullptr) delta.emplace_back("content", *text);
+    const bool chat = x.style == Style::chat;
+    return raw(cat("[",
+                   object({{"index", 0},
+                           {chat ? "delta" : "text",
+                            chat ? object(delta) : Value(text == nullptr ? "" : *text)},
+                           {"logprobs", nullptr},
+                           {"finish_reason", finish}})
+                       .text,
+                   "]"));
+}
+
+void Server::begin_events(Connection& c, Exchange& x) {
+    x.last_event = Clock::now();
+    if (std::exchange(x.head_sent, true)) return;
+    begin_stream(c, kEvents, {{"Cache-Control", "no-store"}, {"X-Accel-Buffering", "no"}});
+    const std::string empty;
+    if (x.style == Style::chat)
+        stream(c, chunk(x, choice_json(x, "assistant", &empty, nullptr), nullptr));
+}
+void Server::tell_text(Connection& c, Exchange& x, const std::string& text) {
+    if (!x.streams || options_.log_content) x.text += text;
+    if (!x.streams) return;
+    begin_events(c, x);
+    if (x.style == Style::nanochat) {
+        stream(c, cat("data: {\"token\": ", Value(text).text, ", \"gpu\": 0}\n\n"));
+    } else {
+        stream(c, chunk(x, choice_json(x, nullptr, &text, nullptr), nullptr));
+    }
+}
+void Server::tell_end(Connection& c, Exchange& x) {
+    if (options_.log_content) say(cat(c.request_id, " answer: ", x.text));
+    if (!x.streams) return send_whole(c, x);
+    begin_events(c, x);
+    const std::string_view finish = finish_word(x.answer.reason);
+    if (x.style == Style::nanochat) {
+        Members members = {{"finish_reason", finish},
+                           {"seed", x.params.sampling.seed},
+                           {"model", x.offer->info.id},
+                           {"usage", usage(x)}};
+        if (x.dropped_messages > 0) members.emplace_back("dropped_messages", x.dropped_messages);
+        stream(c, cat("data: {\"done\": true, ", object(members).text.substr(1), "\n\n"));
+    } else {
+        stream(c, chunk(x, choice_json(x, nullptr, nullptr, finish), nullptr));
+        if (x.include_usage) stream(c, chunk(x, raw("[]"), usage(x)));
+        stream(c, "data: [DONE]\n\n");
+    }
+    end_stream(c, true);
+}
+void Server::tell_failure(Connection& c, Exchange& x) {
+    const Failure& f = *x.failure;
+    if (!x.head_sent) return refuse(c, HttpError(f.status, f.code, f.message));
+    stream(c, cat("data: ", object(error_members(f.status, f.code, f.message)).text, "\n\n"));
+    end_stream(c, false);
+}
+void Server::send_whole(Connection& c, Exchange& x) {
+    const Tokenizer& tokenizer = *x.offer->tokenizer;
+    if (x.style == Style::why) {
+        const bool asked = x.position >= 0;
+        return send_json(
+            c, object({{"model", x.offer->info.id},
+                       {"tokens", array(x.answer_tokens,
+                                        [&](Token id) { return token_json(tokenizer, id); })},
+                       {"position", asked ? Value(x.position) : Value(nullptr)},
+                       {"chosen", asked ? with_probability(tokenizer, x.chosen) : Value(nullptr)},
+                       {"candidates", array(x.candidates, [&](const Candidate& other) {
+                            return with_probability(tokenizer, other);
+                        })}}));
+    }
+    const bool chat = x.style == Style::chat;
+    const Answer& a = x.answer;
+    const Value message =
+        object({{"role", "assistant"}, {"content", x.text}, {"refusal", nullptr}});
+    const Value choice = object({{"index", 0},
+                                 {chat ? "message" : "text", chat ? message : Value(x.text)},
+                                 {"logprobs", nullptr},
+                                 {"finish_reason", finish_word(a.reason)}});
+    send_json(
+        c, object({{"id", x.answer_id},
+                   {"object", chat ? "chat.completion" : "text_completion"},
+                   {"created", x.created_unix},
+                   {"model", x.offer->info.id},
+                   {"system_fingerprint", cat("nanogpt-", version())},
+                   {"choices", raw(cat("[", choice.text, "]"))},
+                   {"usage", usage(x)},
+                   {"seed", x.params.sampling.seed},
+                   {"timings",
+                    object({{"queue_ms", milliseconds(x.queue_seconds)},
+                            {"prefill_ms", milliseconds(a.prefill_seconds)},
+                            {"decode_ms", milliseconds(a.decode_seconds)},
+                            {"ttft_ms", milliseconds(a.first_seconds)},
+                            {"tokens_per_second", std::round(10 * tokens_per_second(a)) / 10}})}}));
+}
+
+void Server::gone(Connection& c) {
+    if (c.job == nullptr) return;
+    c.job->cancelled = true;
+    scheduler_->poke();
+    c.status = 499;  // nginx's word for it
+    answered(c);
+}
+
+void Server::answered(Connection& c) {
+    const std::string code = std::to_string(c.status);
+    const Request& r = c.request();
+    const std::string path(r.path.substr(0, 200));
+    std::string route = "other";
+    for (const Route& known : routes()) {
+        if (r.path == known.path || (known.prefix && r.path.starts_with(known.path)))
+            route = known.path;
+    }
+    const std::string key = cat("{route=\"", route, "\",code=\"", code, "\"}");
+    const auto at = std::find_if(counts_.begin(), counts_.end(),
+                                 [&](const auto& entry) { return entry.first == key; });
+    (at == counts_.end() ? counts_.emplace_back(key, 0) : *at).second++;
+    const auto* x = static_cast<const Exchange*>(c.job.get());
+    const int prompt = x == nullptr ? 0 : static_cast<int>(x->prompt.size());
+    const bool over = x != nullptr && c.status != 499;
+    std::string_view finish = c.status == 499 ? "cancelled" : "";
+    if (over)
+        finish = x->failure ? std::string_view(x->failure->code) : finish_word(x->answer.reason);
+    const int written = over ? x->answer.completion_tokens : 0;
+    const double ms = milliseconds(seconds_since(c.request_start));
+    const std::string when = iso_date(std::time(nullptr));
+    c.job = nullptr;
+    if (terminal.quiet) return;
+    if (options_.json) {
+        write_err(object({{"time", when},
+                          {"id", c.request_id},
+                          {"client", c.client},
+                          {"method", r.method},
+                          {"path", path},
+                          {"code", c.status},
+                          {"ms", ms},
+                          {"prompt_tokens", prompt},
+                          {"new_tokens", written},
+                          {"finish", or_null(finish)}})
+                      .text +
+                  "\n");
+    } else {
+        say(cat(when, " ", c.request_id, " ", c.client, " ", r.method, " ", path, " ", code, " ",
+                decimals(ms, 1), " ms ", prompt, " ", written, " ", finish));
+    }
+}
+
+// ---- small routes
+
+void Server::health(Connection& c) {
+    const Snapshot s = scheduler_->snapshot();
+    const char* status = draining_                       ? "draining"
+                         : !s.broken.empty()             ? "degraded"
+                         : s.models.empty() && s.loading ? "loading"
+                                                         : "ok";
+    const bool ready = std::string_view(status) == "ok";
+    send_json(c,
+              object({{"status", status},
+                      {"ready", ready},
+                      {"num_gpus", 1},
+                      {"available_workers", slots_ - std::min(slots_, s.active)},
+                      {"active", s.active},
+                      {"queued", s.queued},
+                      {"device", place_for(options_).cuda ? "cuda" : "cpu"},
+                      {"uptime_s", static_cast<std::int64_t>(seconds_since(start_))}}),
+              ready ? 200 : 503);
+}
+void Server::stats(Connection& c) {
+    const Snapshot s = scheduler_->snapshot();
+    const Value worker =
+        object({{"gpu_id", 0}, {"device", place_for(options_).cuda ? "cuda:0" : "cpu"}});
+    send_json(c, object({{"total_workers", slots_},
+                         {"available_workers", slots_ - std::min(slots_, s.active)},
+                         {"busy_workers", s.active},
+                         {"workers", raw(cat("[", worker.text, "]"))},
+                         {"queued", s.queued},
+                         {"models", array(s.models,
+                                          [](const Snapshot::OfModel& m) {
+                                              return object({{"id", m.id},
+                                                             {"device", m.device},
+                                                             {"running", m.running},
+                                                             {"cached_conversations", m.idle}});
+                                          })},
+                         {"tokens", array(s.written, [](const Snapshot::Written& w) {
+                              return object({{"id", w.id},
+                                             {"prompt_tokens", w.prompt_tokens},
+                                             {"generated_tokens", w.generated}});
+                          })}}));
+}
+void Server::slots(Connection& c) {
+    send_json(c, array(scheduler_->snapshot().slots, [](const Snapshot::Slot& s) {
+                  return object({{"id", s.id},
+                                 {"model", s.model},
+                                 {"state", s.state},
+                                 {"prompt_tokens", s.prompt_tokens},
+                                 {"generated", s.generated},
+                                 {"seconds", s.seconds}});
+              }));
+}
+void Server::props(Connection& c) {
+    const SamplingParams& d = options_.sampling;
+    send_json(c, object({{"version", version()},
+                         {"cpu", cpu_features()},
+                         {"cuda", or_null(cuda_versions())},
+                         {"default_model", or_null(catalog_->default_id)},
+                         {"defaults", object({{"temperature", d.temperature},
+                                              {"top_k", d.top_k},
+                                              {"top_p", d.top_p},
+                                              {"max_tokens", options_.max_tokens}})},
+                         {"limits", object({{"slots", slots_},
+                                            {"queue", options_.queue},
+                                            {"max_models", options_.max_models},
+                                            {"body_bytes", Limits::kBody},
+                                            {"running_per_client", Scheduler::kRunningPerClient},
+                                            {"waiting_per_client", Scheduler::kWaitingPerClient}})},
+                         {"features",
+                          array(std::array{"nanochat", "openai", "stream", "why", "tokenize"})}}));
+}
+void Server::openai_models(Connection& c) {
+    std::vector<const ModelInfo*> ready;
+    for (const ModelInfo& m : catalog_->models) {
+        if (m.status == Status::ready)
+            ready.insert(m.id == catalog_->default_id ? ready.begin() : ready.end(), &m);
+    }
+    refresh(2);
+    send_json(c, object({{"object", "list"}, {"data", array(ready, [](const ModelInfo* m) {
+                                                  return openai_model_json(*m);
+                                              })}}));
+}
+void Server::openai_model(Connection& c) {
+    send_json(c, openai_model_json(find_model(c.request().path.substr(11))));
+}
+
+void Server::tokenize(Connection& c) {
+    const Json json = read_body(c);
+    const Form form(json, 400);
+    form.need("text");
+    const auto offer = offer_of(form.text("model"));
+    send_json(c, tokens_json(*offer->tokenizer, offer->tokenizer->encode(form.text("text"))));
+}
+void Server::detokenize(Connection& c) {
+    const Json json = read_body(c);
+    const Form form(json, 400);
+    const auto offer = offer_of(form.text("model"));
+    const char* name = form.find("tokens") != nullptr ? "tokens" : "ids";
+    const std::vector<Token> ids = read_ids(form, name, offer->tokenizer->vocab_size());
+    send_json(c, object({{"text", to_utf8(offer->tokenizer->decode(ids))}, {"count", ids.size()}}));
+}
+
+void Server::metrics(Connection& c) {
+    const Snapshot s = scheduler_->snapshot();
+    std::string text;
+    const auto head = [&](std::string_view name, std::string_view type) {
+        text += cat("# TYPE nanogpt_", name, " ", type, "\n");
+    };
+    const auto line = [&](std::string_view name, std::string_view labels,
+                          const std::string& value) {
+        text += cat("nanogpt_", name, labels, " ", value, "\n");
+    };
+    const auto gauge = [&](std::string_view name, std::uint64_t value, const char* type = "gauge") {
+        head(name, type), line(name, "", std::to_string(value));
+    };
+    head("requests_total", "counter");
+    for (const auto& [labels, n] : counts_) line("requests_total", labels, std::to_string(n));
+    gauge("active_sequences", s.active);
+    gauge("queued", s.queued);
+    std::uint64_t prompt_tokens = 0, held = 0, room = 0;
+    for (const auto& m : s.models) held += m.kv_blocks, room += m.kv_blocks_total;
+    for (const auto& w : s.written) prompt_tokens += w.prompt_tokens;
+    gauge("prompt_tokens_total", prompt_tokens, "counter");
+    head("generated_tokens_total", "counter");
+    for (const auto& w : s.written)
+        line("generated_tokens_total", cat("{model=\"", w.id, "\"}"), std::to_string(w.generated));
+    head("cancelled_total", "counter");
+    line("cancelled_total", "{why=\"client\"}", std::to_string(s.cancelled));
+    head("rejected_total", "counter");
+    for (const auto& [why, n] : rejected_)
+        line("rejected_total", cat("{why=\"", why, "\"}"), std::to_string(n));
+    const auto histogram = [&](const std::string& name, const Histogram& h) {
+        head(name, "histogram");
+        std::uint64_t total = 0;
+        for (std::size_t i = 0; i < h.counts.size(); i++) {
+            total += h.counts[i];
+            const std::string bound = i < h.kBounds.size() ? Value(h.kBounds[i]).text : "+Inf";
+            line(name + "_bucket", cat("{le=\"", bound, "\"}"), std::to_string(total));
+        }
+        line(name + "_sum", "", Value(h.sum).text);
+        line(name + "_count", "", std::to_string(total));
+    };
+    histogram("time_to_first_token_seconds", s.first_token);
+    histogram("inter_token_seconds", s.between_tokens);
+    gauge("kv_blocks_used", held);
+    gauge("kv_blocks_total", room);
+    gauge("memory_available_bytes", s.memory_available);
+    gauge("connections", connection_count());
+    respond(c, 200, "text/plain; version=0.0.4; charset=utf-8", text);
+}
+
+// ---- start and end
+
+Server::Server(Options& o) : options_(o), nonce_(random_hex(32)) {
+    page_ =
+        cat("<!doctype html>\n<html lang=\"en\">\n<head>\n<meta charset=\"utf-8\">\n<meta "
+            "name=\"viewport\" content=\"width=device-width, initial-scale=1, "
+            "viewport-fit=cover, interactive-widget=resizes-content\">\n<title>nanogpt</title>\n"
+            "<link rel=\"icon\" href=\"/logo.svg\">\n<style nonce=\"",
+            nonce_, "\">", kPageStyle, "</style>\n</head>\n<body>", kPageBody, "<script nonce=\"",
+            nonce_, "\">", kPageScript, "</script>\n</body>\n</html>\n");
+    etag_ = cat("\"", nonce_.substr(0, 16), "\"");  // the page is the same as long as the process
+    const bool local = o.host == "localhost" || o.host == "::1" || o.host.starts_with("127.");
+    keys_ = o.api_keys;
+    if (keys_.empty() && !local && !o.open) keys_.push_back(random_hex(32));
+    hosts_ = o.allow_hosts;
+    char name[256] = "";
+    ::gethostname(name, sizeof name - 1);
+    for (const std::string& host : {o.host, std::string(name), cat(name, ".local")})
+        hosts_.push_back(lower(host));
+    const bool cuda = place_for(o).cuda;
+    slots_ = o.slots > 0 ? static_cast<std::size_t>(o.slots) : cuda ? 256 : 8;
+    catalog_ = look_around(o, nullptr);
+    open(o.host, o.port);
+}
+
+int Server::run(int signals) {
+    signals_ = signals;
+    watch(signals_, kOther, EPOLLIN);
+    Scheduler::Settings settings;
+    settings.slots = slots_;
+    settings.max_models = static_cast<std::size_t>(options_.max_models);
+    settings.reserve = options_.mem_reserve.value_or(default_reserve(place_for(options_).cuda));
+    scheduler_ = std::make_unique<Scheduler>(settings, options_, [this] { wake(); });
+    try {
+        if (!catalog_->default_id.empty()) scheduler_->preload(offer_of(""));
+    } catch (const std::exception& e) {
+        note(e.what());
+    }
+    std::string host = options_.host;
+    if (host == "0.0.0.0" || host == "::") {
+        char name[256] = "";
+        host = ::gethostname(name, sizeof name - 1) == 0 ? name : "localhost";
+    }
+    if (host.find(':') != host.npos) host = cat("[", host, "]");
+    const bool made_key = options_.api_keys.empty() && !keys_.empty();
+    write_out(cat("nanogpt serve: http://", host, ":", port(), "/",
+                  made_key ? cat("#key=", keys_[0]) : "", "\n"));
+    flush_out();
+    loop();
+    return exit_code_;
+}
+
+void Server::begin_drain(int exit_code, const char* why) {
+    draining_ = true;
+    exit_code_ = exit_code;
+    drain_end_ = Clock::now() + std::chrono::seconds(options_.drain_seconds);
+    stop_listening();
+    scheduler_->drain();
+    if (!terminal.quiet) say(cat(why, ": running answers have ", options_.drain_seconds, " s"));
+}
+void Server::other_event() {
+    signalfd_siginfo info;
+    while (::read(signals_, &info, sizeof info) == sizeof info) {
+        if (info.ssi_signo == SIGHUP) {
+            refresh(0);
+        } else if (draining_) {
+            drain_end_ = Clock::now();
+        } else {
+            begin_drain(0, "stopping");
+        }
+    }
+}
+bool Server::go_on() {
+    if (const int code = scheduler_->stop_code(); code != 0 && !draining_)
+        begin_drain(code, code == 5 ? "memory is used up" : "the device failed");
+    if (!draining_) return true;
+    const bool late = Clock::now() >= drain_end_;
+    bool unfinished = false;
+    for (const std::uint64_t id : ids()) {
+        Connection& c = *find(id);
+        unfinished |= c.busy || !c.out.empty();
+        if (!late || c.job == nullptr) continue;
+        auto& x = static_cast<Exchange&>(*c.job);
+        x.cancelled = true;
+        const HttpError stopped(503, "draining", "the server is stopping");
+        if (x.head_sent) {
+            stream(c, cat("data: ", object(error_members(503, stopped.code, stopped.what())).text,
+                          "\n\n"));
+            end_stream(c, false);
+        } else {
+            refuse(c, stopped);
+        }
+        move_on(c);
+    }
+    return unfinished && !late;
+}
+
+int run_serve(Options& o) {
+    ::signal(SIGPIPE, SIG_IGN);
+    sigset_t set;  // before there are threads: all of them leave signals to the sockets' one
+    ::sigemptyset(&set);
+    for (const int signal : {SIGINT, SIGTERM, SIGHUP}) ::sigaddset(&set, signal);
+    ::pthread_sigmask(SIG_BLOCK, &set, nullptr);
+    rlimit files{};
+    if (::getrlimit(RLIMIT_NOFILE, &files) == 0 && files.rlim_cur < files.rlim_max) {
+        files.rlim_cur = std::min<rlim_t>(files.rlim_max, 4096);
+        ::setrlimit(RLIMIT_NOFILE, &files);
+    }
+    if (o.num_gpus != 1) bad_usage("--num-gpus: only 1 is supported; one device serves all");
+    Server server(o);
+    const int signals = ::signalfd(-1, &set, SFD_NONBLOCK | SFD_CLOEXEC);
+    return server.run(signals);
+}
+
+// ==== 10. main ===================================================================================
 // Help, and the one place where an exception becomes an exit code.
 
 // `text` broken at blanks into lines of the terminal's width, all but the first indented.
@@ -2987,7 +6063,7 @@ int run_help(Options& o) {
             "COMMAND\n\n";
         text += std::string(kExamples) +
                 "\nExit codes: 0 done, 1 failed, 2 wrong usage, 3 not found, 4 file refused,\n"
-                "5 not enough memory, 6 device missing, 130 Ctrl-C, 143 SIGTERM\n";
+                "5 not enough memory, 6 device missing, 7 cannot listen, 130 Ctrl-C, 143 SIGTERM\n";
     }
     if (o.json) return write_json(object({{"help", text}})), 0;
     write_out(text);
@@ -3042,6 +6118,8 @@ int report(const Options& o, const std::exception& e) {
     } else if (const auto* error = dynamic_cast<const Error*>(&e)) {
         fault = kFaults[static_cast<std::size_t>(error->kind)];
         if (error->kind == ErrorKind::refused) message = "refused " + message;
+    } else if (dynamic_cast<const CannotListen*>(&e) != nullptr) {
+        fault.exit = 7;
     }
     std::fflush(stdout);
     const std::string line = paint(terminal.err, kRed, "nanogpt:") + " " + safe(message) + "\n";
@@ -3083,3 +6161,2122 @@ int run(std::span<const std::string> args) {
 int main(int argc, char** argv) {
     return nanogpt::demo::run(std::vector<std::string>(argv + std::min(argc, 1), argv + argc));
 }
+
+// ==== 11. page ===================================================================================
+// What people see at /: style, body and script of one document, of this origin only and without any
+// library. A policy allows this one style and this one script, by a number, and nothing written into
+// elements: no style="", no onclick="".
+
+namespace nanogpt::demo {
+namespace {
+
+const std::string_view kPageStyle = R"page(
+/* Every colour once: light first, dark second. */
+:root {
+  color-scheme: light dark;
+  --paper: light-dark(#fdfdfb, #1c1d1f);
+  --side: light-dark(#f5f5f1, #161719);
+  --raised: light-dark(#ffffff, #242629);
+  --bubble: light-dark(#edeee9, #2b2d31);
+  --line: light-dark(#e1e2dc, #34373b);
+  --edge: light-dark(#85877f, #7d8187);
+  --ink: light-dark(#1f211e, #ecedea);
+  --soft: light-dark(#5c5f58, #a9aca6);
+  --accent: light-dark(#0b6b5d, #6ed2bf);
+  --on-accent: light-dark(#ffffff, #06231d);
+  --tint: light-dark(#e4f1ee, #1f3632);
+  --warn: light-dark(#a02c1f, #ffa494);
+  --warn-tint: light-dark(#fcecea, #3a2320);
+  --shade: light-dark(#20221f14, #00000066);
+  --mono: ui-monospace, "SF Mono", "Cascadia Mono", Menlo, Consolas, "DejaVu Sans Mono", monospace;
+  --column: 46rem;
+}
+:root[data-theme="light"] { color-scheme: light; }
+:root[data-theme="dark"] { color-scheme: dark; }
+
+/* ---- all elements */
+*, *::before, *::after { box-sizing: border-box; }
+[hidden] { display: none !important; }
+html { height: 100%; -webkit-text-size-adjust: 100%; }
+body {
+  margin: 0; height: 100%; height: 100dvh; display: flex; overflow: hidden;
+  background: var(--paper); color: var(--ink);
+  font: 1rem/1.6 system-ui, -apple-system, "Segoe UI", Roboto, "Noto Sans", sans-serif;
+  padding-bottom: var(--keyboard, 0);
+}
+button, input, select, textarea { font: inherit; color: inherit; }
+button { cursor: pointer; background: none; border: 0; border-radius: .6rem; padding: .45rem .7rem; }
+button:disabled { cursor: default; opacity: .45; }
+:focus-visible { outline: 2px solid var(--accent); outline-offset: 2px; }
+main :focus-visible, aside :focus-visible { scroll-margin: 1rem; }
+svg {
+  width: 1.25rem; height: 1.25rem; flex: none; fill: none; stroke: currentColor;
+  stroke-width: 1.6; stroke-linecap: round; stroke-linejoin: round;
+}
+h2, h3, h4, p, ul, ol, dl, pre { margin: 0; }
+h2 { font-size: 1.25rem; line-height: 1.3; font-weight: 620; }
+h3 { font-size: .875rem; font-weight: 620; }
+code, pre, kbd { font-family: var(--mono); font-size: .875em; }
+kbd {
+  padding: .05rem .35rem; border: 1px solid var(--line); border-radius: .3rem; color: var(--soft);
+  font-size: .75rem; white-space: nowrap;
+}
+.sr {
+  position: absolute; width: 1px; height: 1px; margin: -1px; overflow: hidden; white-space: nowrap;
+  clip-path: inset(50%);
+}
+.skip {
+  position: fixed; z-index: 9; left: .75rem; top: -4rem; padding: .6rem 1rem; border-radius: .6rem;
+  background: var(--accent); color: var(--on-accent);
+}
+.skip:focus { top: .75rem; }
+.noscript { position: fixed; inset: 0; padding: 3rem 1.5rem; background: var(--paper); z-index: 9; }
+.icon { display: inline-grid; place-items: center; width: 2.5rem; height: 2.5rem; padding: 0; }
+.icon:hover:enabled, .wide:hover { background: var(--shade); }
+.wide {
+  display: flex; align-items: center; justify-content: center; gap: .5rem; width: 100%;
+  padding: .5rem .8rem; border: 1px solid var(--line);
+}
+.note, .small { font-size: .8125rem; color: var(--soft); font-weight: 400; }
+
+/* ---- the two sides: conversations, and model and settings */
+aside {
+  flex: none; display: flex; flex-direction: column; gap: .75rem; padding: .75rem 1rem 1rem;
+  background: var(--side); color: var(--ink); border: 0 solid var(--line); overflow: auto;
+  overscroll-behavior: contain; outline: none;
+}
+#chats { width: 16.5rem; border-right-width: 1px; }
+#panel { width: 22rem; border-left-width: 1px; }
+aside[popover] {
+  position: fixed; inset: 0 auto 0 0; margin: 0; height: auto; max-width: 88vw;
+  padding-top: max(.75rem, env(safe-area-inset-top));
+  padding-bottom: max(1rem, env(safe-area-inset-bottom));
+}
+aside[popover]:not(:popover-open) { display: none; }
+aside[popover]::backdrop, dialog::backdrop { background: #0007; }
+#panel[popover] { inset: 0 0 0 auto; }
+.side-head { display: flex; align-items: center; justify-content: space-between; min-height: 2.5rem; }
+.brand { display: flex; align-items: center; gap: .55rem; font-weight: 650; letter-spacing: -.01em; }
+.brand svg { color: var(--accent); stroke-width: 2.4; }
+#new { justify-content: flex-start; background: var(--raised); }
+#new kbd { margin-left: auto; }
+#list { list-style: none; padding: 0; margin: 0 -.5rem; overflow: auto; flex: 1; min-height: 3rem; }
+#list li { display: flex; align-items: center; border-radius: .6rem; }
+#list li:hover, #list li:focus-within { background: var(--shade); }
+#list li.current { background: var(--bubble); }
+#list .open {
+  flex: 1; min-width: 0; text-align: left; overflow: hidden; text-overflow: ellipsis;
+  white-space: nowrap; font-size: .9375rem; padding: .4rem .5rem;
+}
+#list .current .open { font-weight: 560; }
+#list .icon { width: 2rem; height: 2rem; color: var(--soft); opacity: 0; }
+#list .icon svg { width: 1.05rem; height: 1.05rem; }
+#list li:hover .icon, #list .icon:focus-visible, #list .current .icon { opacity: 1; }
+.menu summary { cursor: pointer; font-size: .875rem; padding: .25rem 0; border-radius: .4rem; }
+.menu button { display: block; width: 100%; text-align: left; font-size: .875rem; padding: .4rem .5rem; }
+.menu button:hover, .side-foot button:hover { background: var(--shade); }
+.side-foot {
+  display: flex; justify-content: space-between; font-size: .875rem; border-top: 1px solid var(--line);
+  padding-top: .5rem; margin: 0 -.5rem;
+}
+
+/* ---- header */
+main { flex: 1; min-width: 0; display: flex; flex-direction: column; position: relative; }
+header {
+  display: flex; align-items: center; gap: .35rem; padding: .6rem .75rem; flex: none;
+  padding-top: max(.6rem, env(safe-area-inset-top));
+}
+.picker {
+  position: relative; display: flex; align-items: center; gap: .4rem; min-width: 0;
+  padding: .3rem .6rem; border-radius: .7rem; margin-right: auto;
+}
+.picker:hover { background: var(--shade); }
+.picker:focus-within { outline: 2px solid var(--accent); outline-offset: 1px; }
+.picker select { position: absolute; inset: 0; width: 100%; opacity: 0; cursor: pointer; font-size: 1rem; }
+.picker option, .picker optgroup { background: var(--raised); color: var(--ink); }
+.picker > svg { width: 1rem; height: 1rem; color: var(--soft); }
+.picked { display: block; min-width: 0; line-height: 1.25; }
+.picked b, .picked small { display: block; overflow: hidden; text-overflow: ellipsis; white-space: nowrap; }
+.picked b { font-weight: 620; }
+.picked small { font-size: .8125rem; color: var(--soft); }
+.badge {
+  display: inline-block; padding: .02rem .4rem; border-radius: .35rem; background: var(--tint);
+  color: var(--accent); font-size: .75rem; font-weight: 650; letter-spacing: .03em;
+  vertical-align: .08em;
+}
+.best { color: var(--accent); font-weight: 600; white-space: nowrap; }
+#device { font-size: .8125rem; color: var(--soft); padding: .4rem .6rem; white-space: nowrap; }
+#device:hover { background: var(--shade); }
+#device::before {
+  content: ""; display: inline-block; width: .5rem; height: .5rem; border-radius: 50%;
+  background: var(--accent); margin-right: .45rem; vertical-align: .06em;
+}
+#device.fallback::before { background: none; border: 2px solid var(--soft); }
+#banner {
+  margin: 0 .75rem; padding: .6rem 1rem; border-radius: .7rem; background: var(--warn-tint);
+  color: var(--warn); font-size: .9375rem;
+}
+#banner.good { background: var(--tint); color: var(--accent); }
+#key-form { display: flex; flex-wrap: wrap; align-items: center; gap: .5rem; margin-top: .4rem; }
+#key-form input { min-width: 0; flex: 1 1 9rem; }
+#key-form button, .solid { background: var(--accent); color: var(--on-accent); }
+
+/* ---- conversation */
+#scroll { flex: 1; overflow: auto; overscroll-behavior: contain; outline: none; padding: 0 1.25rem; }
+#log { max-width: var(--column); margin: 0 auto; padding: 1rem 0 3rem; }
+.turn { margin-top: 2rem; }
+.turn:first-child { margin-top: .5rem; }
+.turn.user { display: flex; flex-direction: column; align-items: flex-end; }
+.bubble {
+  max-width: 85%; padding: .65rem 1.05rem; border-radius: 1.25rem 1.25rem .35rem 1.25rem;
+  background: var(--bubble); white-space: pre-wrap; overflow-wrap: anywhere;
+}
+.editing { width: 100%; }
+.editing textarea { width: 100%; }
+.editing .row { justify-content: flex-end; margin-top: .5rem; }
+.who { display: flex; align-items: center; gap: .45rem; font-size: .8125rem; color: var(--soft); }
+.who svg { width: 1rem; height: 1rem; color: var(--accent); stroke-width: 2.4; }
+.body { margin-top: .35rem; overflow-wrap: anywhere; line-height: 1.68; }
+.body > * + * { margin-top: .8rem; }
+.body p, .plain { white-space: pre-wrap; }
+.body h3, .body h4 { font-size: 1.0625rem; margin-top: 1.25rem; white-space: pre-wrap; }
+.body ul, .body ol { padding-left: 1.6rem; }
+.body li + li { margin-top: .3rem; }
+.body li > ul, .body li > ol { margin-top: .3rem; }
+.body li > span { white-space: pre-wrap; }
+.body code { background: var(--bubble); padding: .1rem .35rem; border-radius: .3rem; }
+.code { position: relative; background: var(--side); border-radius: .7rem; }
+aside .code { background: var(--raised); }
+.code pre {
+  padding: .85rem 3rem .85rem 1rem; border-radius: .7rem; overflow: auto;
+  border: 1px solid var(--line); line-height: 1.55; tab-size: 4;
+}
+aside .code pre { font-size: .78rem; white-space: pre-wrap; overflow-wrap: anywhere; }
+.code pre code { background: none; padding: 0; font-size: inherit; }
+.code .icon { position: absolute; top: .3rem; right: .3rem; width: 2.2rem; height: 2.2rem; color: var(--soft);
+  background: inherit; }
+.code .icon svg { width: 1.1rem; height: 1.1rem; }
+.calc {
+  display: inline-block; padding: 0 .5rem; border-radius: .45rem; background: var(--tint);
+  border: 1px solid color-mix(in srgb, var(--accent) 35%, transparent);
+  font-family: var(--mono); font-size: .8125rem; line-height: 1.6; overflow-wrap: anywhere;
+  margin-right: .3rem;
+}
+.calc b { font: 600 .75rem/1 system-ui, sans-serif; color: var(--accent); margin-right: .15rem; }
+.prompt { color: var(--soft); }
+.live > :is(p, h3, h4):last-child::after, .live > :is(ul, ol):last-child > li:last-child > span:last-child::after {
+  content: ""; display: inline-block; width: .5rem; height: 1.05em; margin-left: .15rem;
+  vertical-align: -.18em; border-radius: 1px; background: var(--accent);
+  animation: blink 1.1s steps(2, jump-none) infinite;
+}
+@keyframes blink { from { opacity: 1; } to { opacity: .15; } }
+.waiting { display: flex; align-items: center; gap: .7rem; margin-top: .5rem; color: var(--soft); }
+.waiting progress { width: 8rem; accent-color: var(--accent); }
+.dots { display: inline-flex; gap: .25rem; }
+.dots i { width: .4rem; height: .4rem; border-radius: 50%; background: var(--accent); animation: blink 1.2s infinite; }
+.dots i:nth-child(2) { animation-delay: .2s; }
+.dots i:nth-child(3) { animation-delay: .4s; }
+.trouble {
+  display: flex; flex-wrap: wrap; align-items: center; gap: .3rem .6rem; margin-top: .7rem;
+  padding: .5rem .9rem; border-radius: .7rem; background: var(--warn-tint); color: var(--warn);
+  font-size: .9375rem; overflow-wrap: anywhere;
+}
+.trouble.calm { background: var(--side); color: var(--soft); }
+.trouble button { font-weight: 600; text-decoration: underline; text-underline-offset: .2em; }
+.notice { text-align: center; font-size: .8125rem; color: var(--soft); margin-top: 1.5rem; }
+.acts { display: flex; flex-wrap: wrap; align-items: center; gap: .1rem; margin: .3rem 0 0 -.5rem; color: var(--soft); }
+.acts button { height: 2.1rem; padding: 0 .5rem; font-size: .8125rem; display: inline-flex; align-items: center; gap: .35rem; }
+.acts button:hover { background: var(--shade); color: var(--ink); }
+.acts button[aria-pressed="true"] { background: var(--tint); color: var(--accent); }
+.acts svg { width: 1.05rem; height: 1.05rem; }
+.user .acts { margin: .15rem 0 0; }
+.stats { font-size: .8125rem; margin-left: auto; }
+.stats summary { cursor: pointer; padding: .3rem .5rem; border-radius: .5rem; font-variant-numeric: tabular-nums; }
+.stats summary:hover { background: var(--shade); }
+.stats[open] { flex-basis: 100%; }
+.stats dl { padding: .4rem .5rem; max-width: 26rem; }
+.facts-list { display: grid; grid-template-columns: auto 1fr; gap: .2rem 1.25rem; font-size: .875rem; }
+.facts-list dt { color: var(--soft); }
+.facts-list dd { margin: 0; text-align: right; overflow-wrap: anywhere; font-variant-numeric: tabular-nums; }
+
+/* ---- why these words? */
+.tokens { white-space: pre-wrap; margin-top: .35rem; line-height: 2; overflow-wrap: anywhere; }
+.tokens button {
+  display: inline; padding: .12rem 0; border-radius: .25rem; white-space: pre-wrap; text-align: left;
+  background: var(--bubble); box-shadow: inset 0 -2px 0 var(--line);
+}
+.tokens button:nth-of-type(even) { background: var(--tint); }
+.tokens button:hover { box-shadow: inset 0 -2px 0 var(--accent); }
+.tokens button[aria-pressed="true"] { background: var(--accent); color: var(--on-accent); }
+.tokens .mark { opacity: .7; }
+.why {
+  margin-top: .8rem; padding: 1rem 1.1rem; border: 1px solid var(--line); border-radius: .9rem;
+  background: var(--raised);
+}
+.why table { width: 100%; border-collapse: collapse; margin: .6rem 0; font-size: .9375rem; }
+.why th { text-align: left; font-weight: 400; padding: .16rem .8rem .16rem 0; width: 1%; white-space: nowrap; }
+.why td:last-child { text-align: right; width: 4.8rem; white-space: nowrap; font-variant-numeric: tabular-nums; }
+.why code { background: var(--bubble); padding: .1rem .4rem; border-radius: .3rem; white-space: pre; }
+.why .chosen th, .why .chosen td { font-weight: 650; color: var(--accent); }
+.why .bar { height: .55rem; border-radius: .3rem; background: var(--edge); min-width: 2px; }
+.why .chosen .bar { background: var(--accent); }
+
+/* ---- before the first message */
+#empty { max-width: var(--column); margin: 0 auto; padding: 13vh 0 2rem; }
+#empty .mark { width: 2.75rem; height: 2.75rem; color: var(--accent); stroke-width: 2.4; margin-left: -.4rem; }
+#empty h2 { font-size: clamp(1.5rem, 1.1rem + 2vw, 2.1rem); letter-spacing: -.02em; margin: .6rem 0 .5rem; }
+#empty p { color: var(--soft); max-width: 36rem; }
+#empty .facts { color: var(--ink); font-size: .9375rem; margin-bottom: .6rem; }
+#empty code { overflow-wrap: anywhere; }
+#examples { display: grid; grid-template-columns: repeat(auto-fit, minmax(12.5rem, 1fr)); gap: .75rem; margin-top: 1.75rem; }
+#examples button {
+  display: flex; flex-direction: column; text-align: left; padding: .85rem 1rem; line-height: 1.4;
+  border: 1px solid var(--line); border-radius: .9rem; background: var(--raised); transition: border-color .15s, transform .15s;
+}
+#examples button:hover { border-color: var(--accent); transform: translateY(-1px); }
+#examples small { display: block; color: var(--soft); margin-top: .2rem; }
+
+/* ---- message box */
+footer {
+  flex: none; position: relative; width: 100%; max-width: calc(var(--column) + 2.5rem); margin: 0 auto;
+  padding: 0 1.25rem max(.6rem, env(safe-area-inset-bottom));
+}
+footer::before {
+  content: ""; position: absolute; inset: -1.5rem 0 100%; pointer-events: none;
+  background: linear-gradient(transparent, var(--paper));
+}
+.composer {
+  display: flex; align-items: flex-end; gap: .4rem; padding: .4rem .4rem .4rem 1.1rem;
+  border: 1px solid var(--edge); border-radius: 1.5rem; background: var(--raised);
+  box-shadow: 0 4px 20px var(--shade);
+}
+.composer:focus-within { border-color: var(--accent); box-shadow: 0 0 0 .2rem var(--tint); }
+.composer textarea {
+  flex: 1; min-width: 0; border: 0; outline: 0; background: none; resize: none; padding: .42rem 0;
+  line-height: 1.5; max-height: 12.9rem; overflow: auto;
+}
+textarea::placeholder, input::placeholder { color: var(--soft); opacity: 1; }
+#send { border-radius: 50%; background: var(--accent); color: var(--on-accent); }
+#send:hover:enabled { background: color-mix(in srgb, var(--accent) 85%, var(--ink)); }
+#send:disabled { background: var(--bubble); color: var(--soft); opacity: 1; }
+.below {
+  display: flex; justify-content: space-between; gap: .2rem 1rem; flex-wrap: wrap; min-height: 1.4rem;
+  padding: .35rem .6rem 0; font-size: .78rem; color: var(--soft);
+}
+.meter { display: flex; align-items: center; gap: .5rem; margin-left: auto; }
+#meter { width: 4.5rem; height: .3rem; border-radius: .3rem; background: var(--line); overflow: hidden; }
+#meter i { display: block; height: 100%; background: var(--accent); }
+#newest {
+  position: absolute; left: 50%; bottom: calc(100% + .6rem); transform: translateX(-50%);
+  display: flex; align-items: center; gap: .3rem; padding: .35rem .9rem .35rem .6rem; border-radius: 2rem;
+  background: var(--raised); border: 1px solid var(--line); box-shadow: 0 2px 12px var(--shade);
+  font-size: .875rem; min-height: 2.5rem;
+}
+
+/* ---- model and settings */
+[role="tablist"] { display: flex; gap: .2rem; padding: .2rem; border-radius: .8rem; background: var(--bubble); }
+[role="tab"] { padding: .3rem .95rem; font-size: .9375rem; color: var(--soft); }
+[role="tab"][aria-selected="true"] { background: var(--raised); color: var(--ink); font-weight: 560; box-shadow: 0 1px 3px var(--shade); }
+[role="tabpanel"] { display: flex; flex-direction: column; gap: .8rem; outline-offset: .4rem; }
+#about h2 { margin-bottom: .15rem; }
+.loss { margin: .9rem 0; padding: .9rem 1rem; border: 1px solid var(--line); border-radius: .9rem; background: var(--raised); }
+.loss b { font-size: 1.6rem; font-weight: 620; letter-spacing: -.02em; line-height: 1.2; font-variant-numeric: tabular-nums; }
+.loss p { font-size: .8125rem; color: var(--soft); line-height: 1.5; margin-top: .35rem; }
+.control { display: flex; flex-direction: column; gap: .35rem; padding-bottom: .3rem; }
+.row { display: flex; align-items: center; gap: .4rem; }
+.row label { font-weight: 560; font-size: .9375rem; }
+.row .hint {
+  width: 1.5rem; height: 1.5rem; padding: 0; border-radius: 50%; color: var(--soft); font-size: .8125rem;
+  border: 1px solid var(--line); line-height: 1; margin-right: auto;
+}
+.row .hint[aria-expanded="true"] { background: var(--tint); color: var(--accent); }
+.control p { font-size: .8125rem; color: var(--soft); line-height: 1.5; }
+#top_k-off { font-size: .8125rem; color: var(--soft); }
+input[type="number"], input[type="password"], .control textarea, .editing textarea {
+  border: 1px solid var(--edge); border-radius: .55rem; background: var(--raised); padding: .35rem .6rem;
+}
+input[type="number"] { width: 6.5rem; text-align: right; font-variant-numeric: tabular-nums; }
+.control textarea { width: 100%; resize: vertical; }
+input[type="range"] { width: 100%; margin: .2rem 0; accent-color: var(--accent); }
+:user-invalid { border-color: var(--warn) !important; }
+
+/* ---- dialogs and the line that comes up at the bottom */
+dialog {
+  border: 1px solid var(--line); border-radius: 1.1rem; padding: 1.25rem 1.5rem 1.5rem; color: var(--ink);
+  background: var(--paper); width: min(36rem, calc(100vw - 1.5rem)); max-height: calc(100dvh - 2rem);
+}
+#all { width: min(60rem, calc(100vw - 1.5rem)); }
+.dialog-head { display: flex; align-items: center; justify-content: space-between; margin: -.4rem -.6rem .5rem 0; }
+dialog h3 { margin: 1.25rem 0 .5rem; }
+.keys { display: grid; grid-template-columns: auto 1fr; gap: .4rem 1.2rem; font-size: .9375rem; }
+.keys dd { margin: 0; }
+.table { overflow: auto; margin-top: 1rem; border-radius: .5rem; }
+#all table { border-collapse: collapse; width: 100%; font-size: .875rem; }
+#all th, #all td { text-align: left; padding: .45rem .8rem .45rem 0; border-bottom: 1px solid var(--line); white-space: nowrap; font-variant-numeric: tabular-nums; }
+#all th { color: var(--soft); font-weight: 560; }
+#all td.reason { white-space: normal; min-width: 10rem; color: var(--soft); }
+#all td button { padding: .1rem .4rem; margin-left: -.4rem; color: var(--accent); font-weight: 600; text-decoration: underline; text-underline-offset: .2em; }
+#all tr.current { background: var(--tint); }
+#toast {
+  inset: auto auto 7.5rem 50%; margin: 0; transform: translateX(-50%); width: max-content;
+  max-width: calc(100vw - 2rem); padding: .55rem 1.1rem; border: 0; border-radius: .8rem;
+  background: var(--ink); color: var(--paper);
+  font-size: .9375rem; box-shadow: 0 6px 24px var(--shade);
+}
+#toast button { font-weight: 650; text-decoration: underline; padding: .1rem .4rem; }
+
+/* ---- small windows, fingers, and people who want less movement */
+@media (max-width: 700px) {
+  header { padding-inline: .4rem; }
+  #device { display: none; }
+  #scroll, footer { padding-inline: 1rem; }
+  .picker { flex: 1; justify-content: space-between; margin-right: 0; }
+  #empty { padding-top: 5vh; }
+  #examples { gap: .5rem; margin-top: 1.25rem; }
+  .bubble { max-width: 92%; }
+  #hint, .acts button span { display: none; }
+  .why th { max-width: 9rem; overflow: hidden; text-overflow: ellipsis; }
+  .why .chosen th span { display: none; }
+  #panel[popover] {
+    inset: auto 0 0 0; width: 100%; max-width: none; max-height: 85dvh; border-width: 1px 0 0;
+    border-radius: 1.2rem 1.2rem 0 0;
+  }
+}
+@media (pointer: coarse) {
+  .icon, .acts button, #list .icon, .code .icon { min-width: 2.75rem; min-height: 2.75rem; justify-content: center; }
+  button:not(.hint), summary, input, .picker, select { min-height: 2.75rem; }
+  .composer textarea { padding: .65rem 0; }
+  .hint { position: relative; }
+  .hint::after { content: ""; position: absolute; inset: -.625rem; }
+  .tokens button { min-height: 0; padding: .3rem .1rem; }
+  #list .icon { opacity: 1; }
+  .stats summary { display: flex; align-items: center; }
+}
+@media (hover: hover) {
+  .user { position: relative; }
+  .user .acts { position: absolute; top: 100%; right: 0; opacity: 0; transition: opacity .12s; }
+  .user:hover .acts, .user .acts:focus-within { opacity: 1; }
+}
+@media (prefers-reduced-motion: no-preference) {
+  aside[popover]:popover-open { animation: slide .18s ease-out; }
+  @keyframes slide { from { opacity: 0; translate: 0 .8rem; } }
+}
+@media (prefers-reduced-motion: reduce) {
+  *, *::before, *::after { animation: none !important; transition: none !important; }
+}
+)page";
+
+const std::string_view kPageBody = R"page(
+<svg hidden>
+  <symbol id="i-logo" viewBox="0 0 24 24"><path d="M4 5.5h16M4 10h11M4 14.5h7M4 19h3.5"/></symbol>
+  <symbol id="i-side" viewBox="0 0 24 24"><path d="M4 5h16v14H4zM9.5 5v14"/></symbol>
+  <symbol id="i-new" viewBox="0 0 24 24"><path d="M12 5v14M5 12h14"/></symbol>
+  <symbol id="i-down" viewBox="0 0 24 24"><path d="m6 9.5 6 6 6-6"/></symbol>
+  <symbol id="i-tune" viewBox="0 0 24 24">
+    <path d="M4 8h8m6 0h2M4 16h2m6 0h8"/><circle cx="15" cy="8" r="2.6"/><circle cx="9" cy="16" r="2.6"/>
+  </symbol>
+  <symbol id="i-copy" viewBox="0 0 24 24">
+    <path d="M9 9h10.5v10.5H9zM5.5 15H4.5V4.5H15v1"/>
+  </symbol>
+  <symbol id="i-done" viewBox="0 0 24 24"><path d="m5 12.5 5 5 9.5-11"/></symbol>
+  <symbol id="i-again" viewBox="0 0 24 24"><path d="M19.5 12A7.5 7.5 0 1 1 17 6.4L19.5 9M19.5 4v5h-5"/></symbol>
+  <symbol id="i-edit" viewBox="0 0 24 24"><path d="M5 19v-3.5L15.5 5 19 8.5 8.5 19zM13 7.5l3.5 3.5"/></symbol>
+  <symbol id="i-why" viewBox="0 0 24 24"><path d="M5 6h14M5 12h8.5M5 18h4.5"/></symbol>
+  <symbol id="i-send" viewBox="0 0 24 24"><path d="M12 19V5.5M6 11l6-6 6 6"/></symbol>
+  <symbol id="i-stop" viewBox="0 0 24 24"><path fill="currentColor" d="M7.5 7.5h9v9h-9z"/></symbol>
+  <symbol id="i-close" viewBox="0 0 24 24"><path d="m6 6 12 12M18 6 6 18"/></symbol>
+  <symbol id="i-bin" viewBox="0 0 24 24"><path d="M5 7h14M9.5 7V4.5h5V7M7 7l.8 12.5h8.4L17 7"/></symbol>
+  <symbol id="i-more" viewBox="0 0 24 24"><path d="M6 12h.01M12 12h.01M18 12h.01"/></symbol>
+</svg>
+
+<noscript>
+  <p class="noscript">This page needs JavaScript. Without it, chat in a terminal:
+  <code>nanogpt chat</code></p>
+</noscript>
+
+<a class="skip" href="#text">Skip to the message box</a>
+
+<aside id="chats" aria-label="Conversations" tabindex="-1">
+  <div class="side-head">
+    <span class="brand"><svg><use href="#i-logo"/></svg>nanogpt</span>
+    <button class="icon" id="chats-close" aria-label="Close conversations">
+      <svg><use href="#i-close"/></svg></button>
+  </div>
+  <button class="wide" id="new"><svg><use href="#i-new"/></svg>New chat <kbd>Alt N</kbd></button>
+  <h2 class="small">Conversations</h2>
+  <p id="list-none" class="note">None yet.</p>
+  <ul id="list"></ul>
+  <p id="list-note" class="note">Kept in this browser only. Nobody else sees them here.</p>
+  <details id="keep" class="menu">
+    <summary>Save, load, delete</summary>
+    <button id="save-md">Save this chat as Markdown</button>
+    <button id="save-json">Save all chats as JSON</button>
+    <button id="load-json">Load chats from JSON</button>
+    <button id="delete-all">Delete all chats</button>
+    <input type="file" id="file" accept=".json,application/json" hidden aria-label="JSON file">
+  </details>
+  <div class="side-foot">
+    <button id="theme">Theme: automatic</button>
+    <button id="help-open">Help</button>
+  </div>
+</aside>
+
+<main id="main">
+  <h1 class="sr">nanogpt: chat with nanochat models</h1>
+  <header>
+    <button class="icon" id="chats-open" aria-label="Conversations" aria-controls="chats">
+      <svg><use href="#i-side"/></svg></button>
+    <div class="picker">
+      <span class="picked" aria-hidden="true">
+        <b id="picked-name">Looking for models</b><small id="picked-loss"></small>
+      </span>
+      <svg><use href="#i-down"/></svg>
+      <select id="model" aria-label="Model"></select>
+    </div>
+    <button id="device" hidden aria-haspopup="dialog"></button>
+    <button class="icon" id="panel-open" aria-label="Model and settings" aria-controls="panel">
+      <svg><use href="#i-tune"/></svg></button>
+  </header>
+
+  <div id="banner" role="alert" hidden>
+    <span id="banner-text"></span>
+    <form id="key-form" hidden>
+      <label for="key">Access key</label>
+      <input id="key" type="password" autocomplete="off" required>
+      <button>Use it</button>
+    </form>
+  </div>
+
+  <div id="scroll" tabindex="-1">
+    <section id="empty" aria-labelledby="empty-title" hidden>
+      <svg class="mark"><use href="#i-logo"/></svg>
+      <h2 id="empty-title"></h2>
+      <p id="empty-facts" class="facts"></p>
+      <p id="empty-text"></p>
+      <div id="examples" role="group" aria-label="Examples to start with"></div>
+    </section>
+    <div id="log" role="log" aria-live="off" aria-label="Conversation"></div>
+  </div>
+
+  <footer>
+    <button id="newest" hidden><svg><use href="#i-down"/></svg>Newest</button>
+    <div class="composer">
+      <label class="sr" for="text" id="text-label">Message</label>
+      <textarea id="text" rows="1" enterkeyhint="send" autocomplete="off"></textarea>
+      <button id="send" class="icon" aria-label="Send" disabled>
+        <svg><use href="#i-send"/></svg></button>
+    </div>
+    <p class="below"><span id="hint"></span>
+      <span class="meter"><i id="meter" aria-hidden="true" hidden><i></i></i>
+      <span id="meter-text"></span></span></p>
+  </footer>
+</main>
+
+<aside id="panel" aria-label="Model and settings" tabindex="-1">
+  <div class="side-head">
+    <div role="tablist" aria-label="What to show">
+      <button role="tab" id="tab-model" aria-controls="pane-model" aria-selected="true">Model</button>
+      <button role="tab" id="tab-settings" aria-controls="pane-settings" aria-selected="false"
+        tabindex="-1">Settings</button>
+    </div>
+    <button class="icon" id="panel-close" aria-label="Close model and settings">
+      <svg><use href="#i-close"/></svg></button>
+  </div>
+
+  <div role="tabpanel" id="pane-model" aria-labelledby="tab-model" tabindex="0">
+    <div id="about"></div>
+    <button class="wide" id="all-open" aria-haspopup="dialog">Compare all checkpoints</button>
+    <h3>From the terminal</h3>
+    <div class="code"><pre id="cli" tabindex="0"></pre></div>
+    <h3>From a program</h3>
+    <div class="code"><pre id="curl" tabindex="0"></pre></div>
+  </div>
+
+  <div role="tabpanel" id="pane-settings" aria-labelledby="tab-settings" tabindex="0" hidden>
+    <div class="control">
+      <div class="row"><label for="temperature">Temperature</label>
+        <input type="number" id="temperature" min="0" max="2" step="0.05"></div>
+      <input type="range" id="temperature-slider" min="0" max="2" step="0.05"
+        aria-label="Temperature, slider">
+      <p data-for="temperature">How daring the choice of words is. At 0 the model always takes the
+        likeliest token; the higher, the more often an unlikely one.</p>
+    </div>
+    <div class="control">
+      <div class="row"><label for="top_k">Top-k</label>
+        <span id="top_k-off">off</span>
+        <input type="number" id="top_k" min="0" max="200" step="1"></div>
+      <input type="range" id="top_k-slider" min="0" max="200" step="1" aria-label="Top-k, slider">
+      <p data-for="top_k">Only the k likeliest tokens can be chosen at each step. 0 is off: every
+        token can.</p>
+    </div>
+    <div class="control">
+      <div class="row"><label for="max_tokens">Max tokens</label>
+        <input type="number" id="max_tokens" min="1" max="4096" step="1"></div>
+      <p data-for="max_tokens">The answer is cut after this many tokens. A token is a piece of a
+        word, about four letters of English.</p>
+    </div>
+    <div class="control">
+      <div class="row"><label for="seed">Seed</label>
+        <input type="number" id="seed" min="0" step="1" placeholder="random"></div>
+      <p data-for="seed">Where the dice start. The same seed, question and settings give the same
+        answer again; empty means new dice each time.</p>
+    </div>
+    <div class="control">
+      <div class="row"><label for="system">System text</label></div>
+      <textarea id="system" rows="3" placeholder="None"></textarea>
+      <p data-for="system">Put in front of your first message. Small models follow it only
+        loosely.</p>
+    </div>
+    <button class="wide" id="reset">Reset to defaults</button>
+  </div>
+</aside>
+
+<dialog id="all" aria-labelledby="all-title">
+  <div class="dialog-head"><h2 id="all-title">All checkpoints</h2>
+    <button class="icon" data-close aria-label="Close"><svg><use href="#i-close"/></svg></button>
+  </div>
+  <p class="note">★ marks the lowest loss among checkpoints of the same type whose loss has the same
+    unit. Losses with different units cannot be compared: nats per token depend on the tokenizer,
+    bits per byte do not.</p>
+  <div class="table" tabindex="0" role="region" aria-labelledby="all-title">
+    <table><thead><tr><th>Type</th><th>Model</th><th>Step</th><th>Validation loss</th>
+      <th>Architecture</th><th>Parameters</th><th>Status</th></tr></thead>
+      <tbody id="all-rows"></tbody></table>
+  </div>
+</dialog>
+
+<dialog id="why-device" aria-labelledby="why-device-title">
+  <div class="dialog-head"><h2 id="why-device-title">What computes here</h2>
+    <button class="icon" data-close aria-label="Close"><svg><use href="#i-close"/></svg></button>
+  </div>
+  <div id="why-device-text"></div>
+</dialog>
+
+<dialog id="help" aria-labelledby="help-title">
+  <div class="dialog-head"><h2 id="help-title">Help</h2>
+    <button class="icon" data-close aria-label="Close"><svg><use href="#i-close"/></svg></button>
+  </div>
+  <p>You are talking to a small language model trained with nanochat. It runs on the computer this
+    page comes from; nothing is sent anywhere else. It writes what sounds likely, and that is often
+    wrong.</p>
+  <h3>Keys</h3>
+  <dl class="keys">
+    <dt><kbd>Enter</kbd></dt><dd>send</dd>
+    <dt><kbd>Shift Enter</kbd></dt><dd>new line</dd>
+    <dt><kbd>Esc</kbd></dt><dd>stop the answer</dd>
+    <dt><kbd>↑</kbd></dt><dd>in an empty box: edit your last message</dd>
+    <dt><kbd>Alt N</kbd></dt><dd>new chat</dd>
+    <dt><kbd>Alt M</kbd></dt><dd>choose a model</dd>
+    <dt><kbd>Alt S</kbd></dt><dd>settings</dd>
+    <dt><kbd>?</kbd></dt><dd>this help</dd>
+  </dl>
+  <h3>Commands in the message box</h3>
+  <dl class="keys">
+    <dt><code>/temperature 0.6</code></dt><dd>0 to 2</dd>
+    <dt><code>/topk 50</code></dt><dd>0 to 200</dd>
+    <dt><code>/max 256</code></dt><dd>longest answer in tokens</dd>
+    <dt><code>/seed 42</code></dt><dd>same dice each time; without a number: random</dd>
+    <dt><code>/model d12</code></dt><dd>choose a model by name</dd>
+    <dt><code>/stats</code></dt><dd>how busy the server is</dd>
+    <dt><code>/clear</code></dt><dd>new chat</dd>
+    <dt><code>/help</code></dt><dd>this help</dd>
+  </dl>
+  <h3>Why these words?</h3>
+  <p>Below each answer is a button with this name. It cuts the answer into tokens; choose one to see
+    the ten tokens the model thought likeliest there.</p>
+</dialog>
+
+<div id="toast" role="status" popover="manual"><span id="toast-text"></span>
+  <button id="toast-do"></button></div>
+<p id="status" class="sr" role="status"></p>
+)page";
+
+const std::string_view kPageScript = R"page(
+'use strict';
+// What people and models write gets into the document as text nodes only; nothing here makes HTML
+// of it. Everything is asked of the server the page came from.
+
+// ---- small helpers
+const $ = (id) => document.getElementById(id);
+const count = (n) => n.toLocaleString('en');
+const fresh = () => Date.now().toString(36) + Math.random().toString(36).slice(2, 8);
+const plural = (n, word) => `${count(n)} ${word}${n === 1 ? '' : 's'}`;
+
+// An element with attributes (those named on... are listeners) and children; text is never markup.
+function make(tag, attributes, ...children) {
+  const node = document.createElement(tag);
+  for (const [name, value] of Object.entries(attributes || {})) {
+    if (name.startsWith('on')) node.addEventListener(name.slice(2), value);
+    else if (value !== false && value != null) node.setAttribute(name, value === true ? '' : value);
+  }
+  node.append(...children.filter((child) => child != null && child !== ''));
+  return node;
+}
+
+function icon(name) {
+  const svg = document.createElementNS('http://www.w3.org/2000/svg', 'svg');
+  const use = document.createElementNS('http://www.w3.org/2000/svg', 'use');
+  use.setAttribute('href', '#i-' + name);
+  svg.append(use);
+  svg.setAttribute('aria-hidden', 'true');
+  return svg;
+}
+
+function iconButton(name, label, onclick, kind = 'icon') {
+  return make('button', {class: kind, 'aria-label': label, title: label, onclick}, icon(name));
+}
+
+// For screen readers. Emptied first, so that the same sentence twice is said twice.
+function say(text) {
+  $('status').textContent = '';
+  setTimeout(() => { $('status').textContent = text; }, 50);
+}
+
+let toastTimer = 0;
+function toast(text, label, action) {
+  $('toast-text').textContent = text;
+  $('toast-do').hidden = !action;
+  $('toast-do').textContent = label || '';
+  $('toast-do').onclick = () => { $('toast').hidePopover(); action(); };
+  $('toast').hidePopover();  // so that it comes up above whatever was opened since
+  $('toast').showPopover();
+  clearTimeout(toastTimer);
+  toastTimer = setTimeout(() => $('toast').hidePopover(), action ? 10000 : 5000);
+}
+
+// navigator.clipboard is missing where the page comes over plain http from another computer.
+async function copy(text, button) {
+  try {
+    await navigator.clipboard.writeText(text);
+  } catch {
+    const area = make('textarea', {class: 'sr', 'aria-hidden': 'true'});
+    area.value = text;
+    document.body.append(area);
+    area.select();
+    document.execCommand('copy');
+    area.remove();
+    button.focus();
+  }
+  say('Copied');
+  const old = button.querySelector('use');
+  old.setAttribute('href', '#i-done');
+  setTimeout(() => old.setAttribute('href', '#i-copy'), 1500);
+}
+
+// ---- what the browser keeps: settings, and conversations, each under a name of its own
+const kMaxChats = 50;
+function read(name) {
+  try { return JSON.parse(localStorage.getItem('nanogpt.' + name)); } catch { return null; }
+}
+
+function write(name, value) {
+  try {
+    localStorage.setItem('nanogpt.' + name, JSON.stringify(value));
+    return true;
+  } catch {
+    return false;
+  }
+}
+
+function forget(name) {
+  try { localStorage.removeItem('nanogpt.' + name); } catch { /* then nothing is kept anyway */ }
+}
+
+function storedChats() {
+  let names = [];
+  try { names = Object.keys(localStorage); } catch { /* as above */ }
+  return names.filter((name) => name.startsWith('nanogpt.chat.')).map((name) => read(name.slice(8)))
+    .filter((one) => Array.isArray(one?.messages) && one.messages.length)
+    .sort((a, b) => b.updated - a.updated);
+}
+
+// Keeps a conversation; if there is no room, up to ten of the oldest ones make it.
+function keep(one) {
+  if (!one.messages.length) return;
+  const first = one.messages[0].content.trim().replace(/\s+/g, ' ');
+  one.title = first.length > 60 ? first.slice(0, 59) + '…' : first;
+  one.updated = Date.now();
+  const others = storedChats().filter((other) => other.id !== one.id);
+  while (others.length >= kMaxChats) forget('chat.' + others.pop().id);
+  let kept = write('chat.' + one.id, one);
+  for (let tries = 0; !kept && tries < 10 && others.length; ++tries) {
+    forget('chat.' + others.pop().id);
+    kept = write('chat.' + one.id, one);
+  }
+  $('list-note').textContent = kept ? 'Kept in this browser only. Nobody else sees them here.'
+    : 'The browser keeps nothing more: this chat ends with the page. Save it to keep it.';
+  drawList();
+}
+
+// ---- the server
+let key = '';
+try {
+  key = sessionStorage.getItem('nanogpt.key') || '';
+} catch { /* then it has to be given again after a reload */ }
+
+function useKey(value) {
+  key = value.replace(/[^\x21-\x7e]/g, '');  // a header can hold nothing else
+  try { sessionStorage.setItem('nanogpt.key', key); } catch { /* as above */ }
+}
+if (location.hash.startsWith('#key=')) {
+  try { useKey(decodeURIComponent(location.hash.slice(5))); } catch { /* not a key */ }
+  history.replaceState(null, '', location.pathname + location.search);
+}
+
+// An answer of the server that is not what was asked for, with the server's own sentence.
+class Refusal extends Error {
+  constructor(message, status, wait) {
+    super(message);
+    Object.assign(this, {status, wait});
+  }
+}
+
+async function api(path, body, signal) {
+  const options = {cache: 'no-store', headers: {}, signal};
+  if (key) options.headers.Authorization = 'Bearer ' + key;
+  if (body) {
+    options.method = 'POST';
+    options.headers['Content-Type'] = 'application/json';
+    options.body = JSON.stringify(body);
+  }
+  const response = await fetch(path, options);
+  if (response.ok) return response;
+  let error = {};
+  try {
+    const reply = await response.json();
+    error = reply.error || {message: reply.detail};
+  } catch { /* not JSON: a proxy's page, perhaps */ }
+  if (response.status === 401) askForKey();
+  const message = typeof error.message === 'string' ? error.message
+    : `the server answered ${response.status} ${response.statusText}`;
+  throw new Refusal(message, response.status, Number(response.headers.get('Retry-After')) || 0);
+}
+
+// Reads a stream of events. One decoder for the whole of it, and only whole lines are looked at:
+// the network cuts wherever it likes, also within a letter.
+async function readEvents(response, onData, onComment) {
+  const reader = response.body.getReader();
+  const decoder = new TextDecoder();
+  let rest = '', data = '';
+  for (;;) {
+    const {value, done} = await reader.read();
+    rest += done ? decoder.decode() : decoder.decode(value, {stream: true});
+    let start = 0;
+    for (let end; (end = rest.indexOf('\n', start)) >= 0; start = end + 1) {
+      const line = rest.slice(start, rest[end - 1] === '\r' ? end - 1 : end);
+      if (line.startsWith(':')) onComment(line.slice(1).trim());
+      else if (line.startsWith('data:')) data += (data && '\n') + line.slice(5).trim();
+      else if (line === '' && data) {
+        const event = data;
+        data = '';
+        onData(event);
+      }
+    }
+    rest = rest.slice(start);
+    if (done) return;
+  }
+}
+
+function banner(text, good) {
+  $('banner').hidden = !text;
+  $('banner').className = good ? 'good' : '';
+  if ($('banner-text').textContent !== text) $('banner-text').textContent = text;
+  if (!text) $('key-form').hidden = true;
+}
+
+function askForKey() {
+  banner('This server asks for its access key. It is printed where the server was started.');
+  $('key-form').hidden = false;
+}
+
+// Asks for the checkpoints every ten seconds, for they appear while a model is being trained. It
+// also shows whether the server is there: if not, it is asked after 1, 2, 4 ... 30 seconds.
+let pause = 0, pollTimer = 0, seen = '';
+async function poll() {
+  clearTimeout(pollTimer);
+  try {
+    const list = await (await api('api/v1/inference/models')).json();
+    if (pause) {
+      banner('The server is back.', true);
+      setTimeout(() => { if ($('banner').className === 'good') banner(''); }, 4000);
+    } else if ($('banner').className !== 'good') {
+      banner('');
+    }
+    pause = 0;
+    const text = JSON.stringify([list.models, list.device]), before = seen;
+    seen = text;
+    if (text !== before) takeModels(list);
+  } catch (error) {
+    if (!(error instanceof Refusal)) {
+      banner('The server cannot be reached. What you wrote is still here; the page keeps trying.');
+    } else if (error.status !== 401) {
+      banner(error.message);
+    }
+    pause = Math.min(pause * 2 || 1, 30);
+  }
+  pollTimer = setTimeout(() => { if (!document.hidden) poll(); }, (pause || 10) * 1000);
+}
+
+// ---- models
+const kTypes = [['SFT', 'chats'], ['RL', 'chats, trained on with rewards'],
+  ['MID', 'between base and chat'], ['BASE', 'continues text']];
+let models = [], model = null, device = null;
+const continues = (m) => !!m && (m.type === 'BASE' || m.can_chat === false);
+const nameOf = (m) => `${m.tag} · step ${count(m.step)}`;
+const lossOf = (m) => m.loss ? `${m.loss.value.toFixed(3)} ${m.loss.unit}` : 'loss not known';
+const shapeOf = (m) => m.architecture
+  ? `${m.architecture.n_layer} layers × ${count(m.architecture.n_embd)}` : '';
+const bestOf = (m) => `★ best ${m.type} in ${m.loss.unit}`;
+
+function big(n) {
+  if (n >= 1e9) return (n / 1e9).toFixed(2) + ' billion';
+  return n >= 1e6 ? (n / 1e6).toFixed(n < 1e7 ? 1 : 0) + ' million' : count(n);
+}
+const bytes = (n) => n >= 1e9 ? (n / 1e9).toFixed(2) + ' GB' : (n / 1e6).toFixed(0) + ' MB';
+
+function takeModels(list) {
+  models = list.models;
+  device = list.device;
+  const groups = kTypes.map(([type, what]) => make('optgroup', {label: `${type} · ${what}`},
+    ...models.filter((m) => m.type === type).map((m) => {
+      const usable = m.status === 'ready';
+      const parts = usable ? [nameOf(m), lossOf(m), shapeOf(m)]
+        : [nameOf(m), `cannot be used: ${m.reason || m.status}`];
+      const label = parts.filter(Boolean).join(' · ') + (m.best && usable ? ' · ★ best' : '');
+      return make('option', {value: m.id, disabled: !usable}, label);
+    })));
+  $('model').replaceChildren(...groups.filter((group) => group.children.length));
+  const wanted = (id) => models.find((m) => m.id === id && m.status === 'ready');
+  choose(wanted(model && model.id) || wanted(read('model')) || wanted(list.default) ||
+    models.find((m) => m.status === 'ready') || null);
+  drawDevice();
+  drawAll();
+}
+
+function choose(m) {
+  model = m;
+  $('model').disabled = !m;
+  if (m) $('model').value = m.id;
+  $('picked-name').replaceChildren(
+    ...(m ? [make('span', {class: 'badge'}, m.type), ' ' + nameOf(m)] : ['No model']));
+  $('picked-loss').textContent = m ? lossOf(m) + (m.best ? ' · ★ best' : '') : '';
+  const label = !m ? 'No model to write to'
+    : continues(m) ? 'Write the beginning of a text' : `Message ${m.tag}`;
+  $('text').placeholder = label;
+  $('text-label').textContent = label;
+  drawAbout();
+  drawEmpty();
+  drawMeter();
+  drawSend();
+}
+
+function pick(m) {
+  choose(m);
+  write('model', m.id);
+  drawAll();
+}
+
+function drawDevice() {
+  const d = device || {};
+  const gpu = d.type === 'cuda';
+  const parts = gpu
+    ? [d.name, d.compute_capability && 'sm_' + d.compute_capability.replace('.', ''), d.dtype]
+    : [d.name || 'CPU', d.dtype];
+  const text = parts.filter(Boolean).join(' · ');
+  $('device').hidden = false;
+  $('device').className = gpu ? '' : 'fallback';
+  $('device').textContent = text + (d.fallback_reason ? ' — why?' : '');
+  $('why-device-text').replaceChildren(make('p', {}, gpu
+    ? `The models run on the graphics card: ${text}.` : `The models run on the processor: ${text}.`),
+    make('p', {class: 'note'}, d.fallback_reason
+      ? `The graphics card is not used: ${d.fallback_reason}`
+      : 'Answers come from the computer this page comes from, and from no other.'));
+}
+
+function lossSentence({value, unit}) {
+  if (unit.startsWith('nats')) {
+    return `On text it was not trained on, the model is as unsure about the next token as if it had
+      to guess among ${Math.exp(value).toFixed(1)} equally likely ones. Lower is better.`;
+  }
+  return `On text it was not trained on, the model needs ${value.toFixed(3)} bits for each byte, and
+    a letter of English is one byte. Lower is better.`;
+}
+
+function factsList(pairs) {
+  return make('dl', {class: 'facts-list'}, ...pairs.filter(([, value]) => value != null &&
+    value !== '').flatMap(([name, value]) => [make('dt', {}, name), make('dd', {}, String(value))]));
+}
+
+function drawAbout() {
+  const m = model;
+  if (!m) {
+    $('about').replaceChildren(make('p', {class: 'note'}, 'No checkpoint can be used yet.'));
+    return;
+  }
+  const a = m.architecture || {};
+  const saved = Date.parse(m.modified) ? new Date(m.modified) : null;
+  const metrics = Object.entries(m.metrics || {}).filter(([, value]) => typeof value === 'number');
+  $('about').replaceChildren(
+    make('h2', {}, make('span', {class: 'badge'}, m.type), ' ' + nameOf(m)),
+    make('p', {class: 'note'}, continues(m)
+      ? 'This model continues text; it was not trained to chat.' : 'This model was trained to chat.'),
+    make('div', {class: 'loss'},
+      make('b', {}, m.loss ? m.loss.value.toFixed(3) : '—'), ' ' + (m.loss ? m.loss.unit : ''),
+      m.best ? make('div', {class: 'best note'}, bestOf(m)) : null,
+      make('p', {}, m.loss ? lossSentence(m.loss)
+        : 'No validation loss was saved with this checkpoint.')),
+    factsList([
+      ['Parameters', m.parameters && big(m.parameters)],
+      ['Layers × width', a.n_layer && `${a.n_layer} × ${count(a.n_embd)}`],
+      ['Heads × size', a.n_head && `${a.n_head} × ${a.head_dim}`],
+      ['Key-value heads', a.n_kv_head],
+      ['Context', a.sequence_len && plural(a.sequence_len, 'token')],
+      ['Vocabulary', a.vocab_size && plural(a.vocab_size, 'token')],
+      ['Window pattern', a.window_pattern],
+      ['Format', [a.generation, a.saved_by && `(${a.saved_by})`].filter(Boolean).join(' ')],
+      ...metrics.map(([name, value]) => [name.replaceAll('_', ' '), +value.toFixed(4)]),
+      ['Saved', saved ? saved.toLocaleString('en-GB', {dateStyle: 'medium', timeStyle: 'short'}) : ''],
+      ['File size', bytes(m.size_bytes)],
+      ['In memory', m.memory_bytes && bytes(m.memory_bytes)],
+      ['Status', m.status + (m.loaded ? ', loaded' : '')],
+      // A line of a long path may end after a slash.
+      ['File', m.file.replaceAll('/', '/\u200b')],
+    ]));
+  const flags = `-i ${m.source} -g ${m.tag} -s ${m.step}`;
+  $('cli').textContent = continues(m) ? `nanogpt sample ${flags} -p "Once upon a time"`
+    : `nanogpt chat ${flags}`;
+  const example = continues(m) ? {model: m.id, prompt: 'Once upon a time'}
+    : {model: m.id, messages: [{role: 'user', content: 'Why is the sky blue?'}]};
+  const where = location.origin + (continues(m) ? '/v1/completions' : '/v1/chat/completions');
+  $('curl').textContent = `curl ${where} ${key ? '-H "Authorization: Bearer $KEY" ' : ''}` +
+    `-H 'Content-Type: application/json' -d '${JSON.stringify(example)}'`;
+}
+
+function drawAll() {
+  $('all-rows').replaceChildren(...models.map((m) => make('tr', {class: m === model && 'current'},
+    make('td', {}, make('span', {class: 'badge'}, m.type)),
+    make('td', {}, m.status !== 'ready' ? m.tag : make('button', {
+      'aria-label': `Use ${m.type} ${nameOf(m)}`,
+      onclick: () => { pick(m); $('all').close(); },
+    }, m.tag)),
+    make('td', {}, count(m.step)),
+    make('td', {}, lossOf(m), m.best ? make('span', {class: 'best'}, ' ★ best') : null),
+    make('td', {}, shapeOf(m)),
+    make('td', {}, m.parameters ? big(m.parameters) : ''),
+    make('td', {class: 'reason'}, m.status === 'ready' ? (m.loaded ? 'ready, loaded' : 'ready')
+      : `${m.status}: ${m.reason || ''}`))));
+}
+
+// ---- settings
+const kDefaults = {temperature: 0.8, top_k: 50, max_tokens: 512, seed: null, system: ''};
+const settings = {...kDefaults, ...read('settings')};
+
+// The value of a number field as it may be used: within its limits; the seed may be empty.
+function clean(name, value) {
+  const field = $(name);
+  if (name === 'system') return String(value);
+  if (value === '' || value == null || !Number.isFinite(Number(value))) return kDefaults[name];
+  const most = name === 'seed' ? Number.MAX_SAFE_INTEGER : Number(field.max);
+  const number = Math.min(Math.max(Number(value), Number(field.min)), most);
+  return name === 'temperature' ? Math.round(number * 100) / 100 : Math.round(number);
+}
+
+function set(name, value, from) {
+  settings[name] = clean(name, value);
+  write('settings', settings);
+  const slider = $(name + '-slider');
+  if (slider && from !== slider) slider.value = settings[name];
+  if (from !== $(name)) $(name).value = settings[name] ?? '';
+  $('top_k-off').hidden = settings.top_k !== 0;
+}
+
+function openSettings() {
+  for (const name of Object.keys(kDefaults)) {
+    set(name, settings[name]);
+    for (const field of [$(name), $(name + '-slider')].filter(Boolean)) {
+      field.addEventListener('input', () => set(name, field.value, field));
+      field.addEventListener('change', () => set(name, field.value));
+    }
+    // The sentence of explanation comes on demand, next to the label.
+    const text = document.querySelector(`[data-for="${name}"]`);
+    text.id = name + '-hint';
+    text.hidden = true;
+    const label = document.querySelector(`label[for="${name}"]`);
+    label.after(make('button', {class: 'hint', 'aria-expanded': 'false',
+      'aria-label': `What is ${label.textContent.toLowerCase()}?`, 'aria-controls': text.id,
+      onclick: (event) => {
+        text.hidden = !text.hidden;
+        event.target.setAttribute('aria-expanded', String(!text.hidden));
+      }}, '?'));
+    $(name).setAttribute('aria-describedby', text.id);
+  }
+  $('reset').onclick = () => {
+    for (const name of Object.keys(kDefaults)) set(name, kDefaults[name]);
+    say('Settings are the defaults again');
+  };
+}
+
+// ---- a small part of Markdown, made node by node
+const kCall =
+  /<\|python_start\|>([^<]{0,400})(<\|python_end\|>)?(?:<\|output_start\|>([^<]{0,200})(?:<\|output_end\|>)?)?/g;
+
+// Calculator calls as a person reads them; whole and unfinished ones.
+const callText = (sum, end, result) =>
+  result !== undefined ? `${sum} = ${result}` : `${sum} ${end ? '= ?' : '…'}`;
+const readable = (text) => text.replace(kCall,
+  (all, sum, end, result) => `[${callText(sum, end, result)}]`);
+
+function inline(text, into) {
+  let at = 0;
+  for (const call of text.matchAll(kCall)) {
+    emphasis(text.slice(at, call.index), into, 0);
+    into.append(make('span', {class: 'calc'}, make('b', {}, 'calculator:'), ' ' +
+      callText(call[1], call[2], call[3])));
+    at = call.index + call[0].length;
+  }
+  emphasis(text.slice(at), into, 0);
+  return into;
+}
+
+// `code`, **bold**, *italics*. A mark without its partner is an ordinary letter. Looking for a
+// partner that is not there happens once for each mark, so the time stays linear.
+function emphasis(text, into, depth) {
+  const mark = /(`+)|(\*\*|__)(?=\S)|([*_])(?=\S)/g;
+  const missing = new Set();
+  let at = 0;
+  for (let found; (found = mark.exec(text));) {
+    const [open, code] = found, begin = found.index + open.length;
+    if (missing.has(open) || (!code && depth > 3)) continue;
+    if (!code && /\w/.test(text[found.index - 1] || '')) continue;  // snake_case, 3*4
+    let end = text.indexOf(open, begin);
+    if (code) {
+      while (end >= 0 && (text[end + open.length] === '`' || text[end - 1] === '`')) {
+        end = text.indexOf(open, end + 1);
+      }
+    } else {
+      while (end >= 0 && (end === begin || /\s/.test(text[end - 1]) ||
+          /[\w*]/.test(text[end + open.length] || ''))) {
+        end = text.indexOf(open, end + 1);
+      }
+    }
+    if (end < 0) {
+      missing.add(open);
+      continue;
+    }
+    into.append(text.slice(at, found.index));
+    const inner = text.slice(begin, end);
+    const node = make(code ? 'code' : open.length === 2 ? 'strong' : 'em');
+    if (code) node.append(inner);
+    else emphasis(inner, node, depth + 1);
+    into.append(node);
+    at = mark.lastIndex = end + open.length;
+  }
+  into.append(text.slice(at));
+}
+
+// The text cut into blocks: [kind, source, more]. The source tells whether a block has changed.
+function blocks(text) {
+  if (text.length > 100000) return [['text', text]];
+  const out = [], lines = text.split('\n');
+  const item = /^( {0,12})(?:[-*+]|(\d{1,9})[.)]) +(.*)$/;
+  for (let i = 0; i < lines.length;) {
+    const line = lines[i], begin = i;
+    const fence = /^ {0,3}(`{3,}|~{3,}) *([\w+#.-]*)[^`]*$/.exec(line);
+    const heading = /^(#{1,6}) +(.+)$/.exec(line);
+    if (line.trim() === '') {
+      ++i;
+    } else if (fence) {
+      do ++i; while (i < lines.length && !lines[i].trim().startsWith(fence[1]));
+      const inside = lines.slice(begin + 1, i).join('\n');
+      ++i;
+      out.push(['code', inside, fence[2]]);
+    } else if (heading) {
+      ++i;
+      out.push([heading[1].length < 3 ? 'h3' : 'h4', heading[2]]);
+    } else if (item.test(line)) {
+      const items = [];
+      for (; i < lines.length && lines[i].trim() !== ''; ++i) {
+        const found = item.exec(lines[i]);
+        if (found) items.push({depth: found[1].length, number: found[2], text: found[3]});
+        else if (/^\s/.test(lines[i])) items.at(-1).text += '\n' + lines[i].trim();
+        else break;
+      }
+      out.push(['list', lines.slice(begin, i).join('\n'), items]);
+    } else {
+      do ++i; while (i < lines.length && lines[i].trim() !== '' && !item.test(lines[i]) &&
+        !/^ {0,3}(```|~~~)|^#{1,6} /.test(lines[i]));
+      out.push(['p', lines.slice(begin, i).join('\n')]);
+    }
+  }
+  return out;
+}
+
+function listNode(items) {
+  const open = [];  // the lists an item of this depth is in, outermost first
+  for (const {depth, number, text} of items) {
+    while (open.length > 1 && open.at(-1).depth > depth) open.pop();
+    if (!open.length || open.at(-1).depth + 1 < depth) {
+      const node = make(number ? 'ol' : 'ul', {start: number !== '1' && number});
+      const last = open.length && open.at(-1).node.lastChild;
+      if (last) last.append(node);
+      open.push({depth, node});
+    }
+    open.at(-1).node.append(make('li', {}, inline(text, make('span'))));
+  }
+  return open[0].node;
+}
+
+function codeNode(text, language) {
+  const box = make('div', {class: 'code'}, make('pre', {tabindex: '0',
+    'aria-label': `Code ${language || ''}`}, make('code', {}, text)));
+  const button = iconButton('copy', 'Copy this code', () => copy(text, button));
+  box.append(button);
+  return box;
+}
+
+// Shows text in a node, and leaves the blocks alone that have not changed: a selection stays.
+function showMarkdown(text, into) {
+  const wanted = blocks(text);
+  wanted.forEach((block, i) => {
+    const [kind, source, more] = block, old = into.children[i];
+    const same = kind + ' ' + source + (kind === 'code' ? more : '');
+    if (old && old.source === same) return;
+    const node = kind === 'code' ? codeNode(source, more) : kind === 'list' ? listNode(more)
+      : kind === 'text' ? make('p', {}, source) : inline(source, make(kind));
+    node.source = same;
+    if (old) old.replaceWith(node);
+    else into.append(node);
+  });
+  while (into.children.length > wanted.length) into.lastChild.remove();
+}
+
+// ---- the conversation
+// chat.messages: {role, content}, and at an answer `about`: model, seed, usage and so on. `text` is
+// set where a base model continued a text.
+let chat = {id: fresh(), messages: []};
+let run = null;              // the answer being written: {message, controller, ...}
+const views = new Map();     // message -> its nodes
+const whys = new WeakMap();  // message -> its tokens, once they were asked for
+
+function answerButtons(message) {
+  const about = message.about || {};
+  const copyButton = iconButton('copy', 'Copy', () => copy(
+    (message.text ? promptOf(message) : '') + readable(message.content), copyButton), '');
+  const whyButton = make('button', {'aria-pressed': String(whys.has(message)),
+    'aria-label': 'Why these words?',
+    onclick: () => toggleWhy(message)}, icon('why'), 'Why', make('span', {}, 'these words?'));
+  const usage = about.usage || {};
+  const speed = about.speed ? ` · ${about.speed.toFixed(about.speed < 10 ? 1 : 0)} tok/s` : '';
+  const seed = about.seed == null ? null : make('button', {onclick: () => {
+    set('seed', about.seed);
+    toast(`The next answers use the seed ${about.seed}.`);
+  }}, 'Use this seed again');
+  return [
+    copyButton,
+    iconButton('again', 'Regenerate', () => regenerate(message), ''),
+    message.text ? iconButton('edit', 'Edit the beginning', () => edit(message), '') : null,
+    message.text || !message.content ? null : whyButton,
+    about.tokens ? make('details', {class: 'stats'},
+      make('summary', {}, plural(about.tokens, 'token') + speed),
+      factsList([
+        ['Model', about.model], ['Seed', about.seed], ['Ended', ending(about)],
+        ['Prompt', usage.prompt_tokens && plural(usage.prompt_tokens, 'token')],
+        ['Answer', plural(about.tokens, 'token')],
+        ['First token after', about.first && count(Math.round(about.first)) + ' ms'],
+        ['Speed', about.speed && about.speed.toFixed(1) + ' tokens/s'],
+      ]), seed) : null,
+  ].filter(Boolean);
+}
+
+function ending({finish, error}) {
+  if (error) return 'by an error';
+  return {stop: 'by the model', length: 'at the limit', stopped: 'by you'}[finish] || finish;
+}
+
+function promptOf(message) {
+  return chat.messages[chat.messages.indexOf(message) - 1]?.content || '';
+}
+
+function drawTurn(message) {
+  if (message.role === 'user') {
+    if (message.text && chat.messages[chat.messages.indexOf(message) + 1]) return;
+    const copyButton = iconButton('copy', 'Copy', () => copy(message.content, copyButton), '');
+    const node = make('article', {class: 'turn user', 'aria-label': 'You'},
+      make('div', {class: 'bubble', dir: 'auto'}, message.content),
+      make('div', {class: 'acts'},
+        iconButton('edit', 'Edit this message', () => edit(message), ''), copyButton));
+    views.set(message, {node});
+    $('log').append(node);
+    return;
+  }
+  const found = models.find((m) => m.id === message.about?.model);
+  const view = {
+    name: make('span', {}, found ? `${found.type} ${nameOf(found)}` : message.about?.model || ''),
+    body: make('div', {class: 'body', dir: 'auto'}),
+    wait: make('div', {class: 'waiting', hidden: true}),
+    trouble: make('div', {hidden: true}),
+    why: make('div', {hidden: true}),
+    acts: make('div', {class: 'acts'}),
+  };
+  view.node = make('article', {class: 'turn', 'aria-label': 'Answer'},
+    make('div', {class: 'who'}, icon('logo'), view.name),
+    view.body, view.why, view.wait, view.trouble, view.acts);
+  views.set(message, view);
+  $('log').append(view.node);
+  drawBody(message);
+  drawFoot(message);
+}
+
+function drawBody(message) {
+  const view = views.get(message);
+  if (!view) return;
+  const live = run?.message === message;
+  // Half of a mark such as <|python_start|> is not shown while the other half may still come.
+  const text = live ? message.content.replace(/<(\|\w{0,14}\|?)?$/, '') : message.content;
+  if (message.text) {
+    if (!view.body.firstChild) {
+      view.body.append(make('p', {class: 'plain'}, make('span', {class: 'prompt'}), make('span')));
+    }
+    const [prompt, rest] = view.body.firstChild.children;
+    prompt.textContent = promptOf(message);
+    rest.textContent = text;
+  } else {
+    showMarkdown(text, view.body);
+  }
+  view.body.classList.toggle('live', live && text !== '');
+  view.wait.hidden = !live || !!run.shown;
+}
+
+function drawFoot(message) {
+  const view = views.get(message);
+  if (!view) return;
+  const live = run?.message === message, about = message.about || {};
+  view.acts.hidden = live;
+  view.acts.replaceChildren(...(live ? [] : answerButtons(message)));
+  const part = message.content !== '';
+  const note = live ? '' : about.error || (about.finish === 'stopped' ? 'Stopped.'
+    : about.finish === 'length' ? `Cut off after ${plural(about.tokens || 0, 'token')}.`
+    : part ? '' : 'The model had nothing to say.');
+  view.trouble.hidden = !note;
+  view.trouble.className = about.error ? 'trouble' : 'trouble calm';
+  view.trouble.replaceChildren(note, ...(note && part
+    ? [make('button', {onclick: () => proceed(message)}, 'Continue')] : []),
+    ...(note && (about.error || !part)
+      ? [make('button', {onclick: () => regenerate(message)}, 'Try again')] : []));
+  drawWhy(message);
+}
+
+function drawChat() {
+  views.clear();
+  $('log').replaceChildren();
+  chat.messages.forEach(drawTurn);
+  drawDropped();
+  drawEmpty();
+  drawMeter();
+  toEnd();
+}
+
+// The server leaves out the oldest messages if the context is full, and says how many.
+function drawDropped() {
+  $('log').querySelector('.notice')?.remove();
+  const dropped = chat.messages.at(-1)?.about?.dropped;
+  if (!dropped) return;
+  views.get(seenBy(chat.messages)[dropped])?.node.before(make('p', {class: 'notice'},
+    'What stands above no longer fits into the context: the model does not see it.'));
+}
+
+function drawEmpty() {
+  const m = model;
+  $('log').hidden = chat.messages.length === 0;
+  $('empty').hidden = !$('log').hidden || !seen;  // nothing is said before the list is known
+  if (!m) {
+    $('empty-title').textContent = models.length ? 'No checkpoint can be used yet'
+      : 'There is no checkpoint yet';
+    $('empty-facts').textContent = models.map((one) => `${one.id}: ${one.reason || one.status}`)
+      .join(' · ');
+    $('empty-text').replaceChildren('The server looks in the folder given with ',
+      make('code', {}, '--base-dir'), ', else in ', make('code', {}, '$NANOCHAT_BASE_DIR'),
+      ', else in ', make('code', {}, '~/.cache/nanochat'), ', for ',
+      make('code', {}, 'chatsft_checkpoints/<tag>/model_<step>.pt'), ' with ',
+      make('code', {}, 'meta_<step>.json'), ' beside it (also base_, mid_ and chatrl_checkpoints)',
+      ' and for ', make('code', {}, 'tokenizer/tokenizer.pkl'),
+      '. A new checkpoint appears here by itself.');
+    $('examples').replaceChildren();
+    return;
+  }
+  const chats = !continues(m);
+  $('empty-title').textContent = chats ? `Ask ${m.tag} something` : `Let ${m.tag} continue a text`;
+  $('empty-facts').replaceChildren(make('span', {class: 'badge'}, m.type),
+    ' ' + ['step ' + count(m.step), m.parameters && big(m.parameters) + ' parameters', lossOf(m)]
+      .filter(Boolean).join(' · '), ...(m.best ? [' ', make('span', {class: 'best'}, '★ best')] : []));
+  $('empty-text').textContent = chats
+    ? `A small language model, trained with nanochat. It writes what sounds likely, which is often
+      wrong. Ask twice, and look at why it chose its words.`
+    : `This model continues text; it was not trained to chat. Give it a beginning, not a question.`;
+  const examples = chats
+    ? [['Why is the sky blue?', 'Something it should know'],
+      ['How many r are in strawberry?', 'It may use its calculator'],
+      ['Tell me a short story about a robot.', 'Another one each time']]
+    : [['The capital of France is', 'A fact to complete'],
+      ['Once upon a time, there was a small robot who', 'A story to go on with'],
+      ['Ingredients:\n- 2 eggs\n- 200 g flour\n-', 'A list to fill']];
+  $('examples').replaceChildren(...examples.map(([text, why]) => make('button', {
+    onclick: () => send(text)}, text, make('small', {}, why))));
+}
+
+// Tokens of the context in use: as the last answer's count says, and those coming in now.
+function drawMeter() {
+  const size = model?.architecture?.sequence_len;
+  const last = chat.messages.findLast((m) => m.about?.usage);
+  const used = (last?.about.usage.total_tokens || 0) + (run?.tokens || 0);
+  $('meter').hidden = !size || !used;
+  $('meter').firstChild.style.width = `${size ? Math.min(used / size, 1) * 100 : 0}%`;
+  $('meter-text').textContent = !size ? '' : used
+    ? `${run ? 'about ' : ''}${count(used)} of ${plural(size, 'token')}`
+    : `context: ${plural(size, 'token')}`;
+  $('hint').textContent = continues(model) ? 'The model goes on where you stop.'
+    : 'It is often wrong. Check what matters.';
+}
+
+function drawSend() {
+  const busy = !!run;
+  const use = $('send').querySelector('use');
+  use.setAttribute('href', busy ? '#i-stop' : '#i-send');
+  $('send').setAttribute('aria-label', busy ? 'Stop' : 'Send');
+  $('send').title = busy ? 'Stop (Esc)' : 'Send';
+  $('send').disabled = !busy && (!model || $('text').value.trim() === '');
+  $('log').setAttribute('aria-busy', String(busy));
+}
+
+// ---- scrolling: along with the answer, unless the reader went elsewhere
+let following = true;
+const atEnd = () => $('scroll').scrollHeight - $('scroll').scrollTop - $('scroll').clientHeight < 40;
+function toEnd() {
+  following = true;
+  $('scroll').scrollTop = $('scroll').scrollHeight;
+  $('newest').hidden = true;
+}
+function stay() {
+  if (following) $('scroll').scrollTop = $('scroll').scrollHeight;
+  $('newest').hidden = following || atEnd();
+}
+
+// ---- asking
+// What the model is to see: no continued texts, no question without an answer but the last.
+function seenBy(messages) {
+  return messages.filter((m, i) => {
+    const answer = m.role === 'user' ? messages[i + 1] : m;
+    return !m.text && (!answer || answer.content !== '');
+  });
+}
+
+const kMost = {messages: 500, characters: 32000, each: 8000};  // the server takes no more
+function wordsOf(messages, system) {
+  const words = messages.map((m) => ({role: m.role, content: m.content}));
+  return system ? [{role: 'system', content: system}, ...words] : words;
+}
+
+function requestFor(message) {
+  const at = chat.messages.indexOf(message), {about} = message;
+  const {temperature, top_k, max_tokens, seed} = settings;
+  const body = {model: about.model, temperature, top_k, max_tokens};
+  if (seed !== null) body.seed = seed;
+  if (message.text) {
+    // The answer to this request does not tell the seed, so that the page throws the dice.
+    about.seed = body.seed ??= Math.floor(Math.random() * 2 ** 32);
+    Object.assign(body, {prompt: promptOf(message) + message.content, stream: true,
+      stream_options: {include_usage: true}});
+    return ['v1/completions', body];
+  }
+  // A long conversation loses its beginning; the server leaves out more if the context is full.
+  const told = seenBy(chat.messages.slice(0, message.content ? at + 1 : at));
+  const tooMuch = () => told.length >= kMost.messages ||
+    told.slice(0, -1).some((m) => m.content.length > kMost.each) ||
+    told.reduce((sum, m) => sum + m.content.length, about.system?.length || 0) > kMost.characters;
+  about.dropped = 0;
+  while (told.length > 2 && tooMuch()) {
+    told.splice(0, 2);
+    about.dropped += 2;
+  }
+  body.messages = wordsOf(told, about.system);
+  return ['chat/completions', body];
+}
+
+function waitLine(text, percent) {
+  const view = views.get(run.message);
+  if (!view) return;
+  view.wait.hidden = false;
+  view.wait.replaceChildren(
+    percent === undefined ? make('span', {class: 'dots'}, make('i'), make('i'), make('i'))
+      : make('progress', {max: '100', value: String(percent), 'aria-label': 'Loading the model'}),
+    text);
+  stay();
+}
+
+function onComment(text) {
+  const [word, n] = text.split(' ');
+  if (word === 'queued') waitLine(Number(n) > 0 ? `waiting, ${n} before you` : 'next in the queue');
+  else if (word === 'loading') waitLine(`loading the model… ${n}%`, n);
+  else if (word === 'ping' || run.shown) return;
+  else waitLine('reading your prompt');
+}
+
+// Draws at most once per frame, and in long answers less often than drawing takes.
+function drawSoon() {
+  if (run.frame) return;
+  const job = run;
+  job.frame = setTimeout(() => requestAnimationFrame(() => {
+    job.frame = 0;
+    if (run !== job) return;
+    const begin = performance.now();
+    drawBody(job.message);
+    drawMeter();
+    stay();
+    job.rest = Math.min((performance.now() - begin) * 4, 1000);
+  }), job.rest || 0);
+}
+
+// One request, read to its end. Throws if it was refused or broke off.
+async function stream(job) {
+  const {message, controller} = job;
+  const about = message.about;
+  const begin = performance.now();
+  let last = begin, ended = false, events = 0;
+  const response = await api(...requestFor(message), controller.signal);
+  job.begun = true;
+  onComment('reading');
+  await readEvents(response, (text) => {
+    if (run !== job) throw new Error('stopped');
+    if (text === '[DONE]') {
+      ended = true;
+      return;
+    }
+    const event = JSON.parse(text);
+    if (event.error) throw new Refusal(event.error.message || 'the server gave up', 0);
+    const choice = event.choices?.[0];
+    const piece = event.token ?? choice?.text ?? '';
+    if (piece !== '') {
+      last = performance.now();
+      if (!events++) about.first = last - begin;
+      if (!job.shown) say('Answer started');
+      job.shown = true;
+      message.content += piece;
+      about.tokens = (job.before || 0) + events;
+      job.tokens = events;
+      // Tokens may come in one packet: too short a time says nothing about the speed.
+      const took = last - begin - about.first;
+      about.speed = events > 9 && took > 150 ? (events - 1) / took * 1000 : 0;
+      drawSoon();
+    }
+    if (choice?.finish_reason) about.finish = event.choices[0].finish_reason;
+    if (event.done) {
+      ended = true;
+      about.finish = event.finish_reason || 'stop';
+      about.dropped += event.dropped_messages || 0;
+    }
+    if (event.seed != null) about.seed = event.seed;
+    if (event.model) about.model = event.model;
+    if (event.usage) {
+      about.usage = event.usage;
+      about.tokens = (job.before || 0) + event.usage.completion_tokens;
+    }
+    if (event.timings?.tokens_per_second) about.speed = event.timings.tokens_per_second;
+  }, onComment);
+  if (!ended) throw new TypeError('closed too early');
+}
+
+// Gets an answer into `message`, the last of the chat. A server that is busy is asked again when it
+// says, up to five times.
+async function answer(message) {
+  const job = run = {message, controller: new AbortController(), tokens: 0,
+    before: message.about.tokens || 0};
+  const about = message.about;
+  delete about.error;
+  delete about.finish;
+  drawSend();
+  drawFoot(message);
+  waitLine('waiting for the server');
+  toEnd();
+  for (let tries = 1; run === job; ++tries) {
+    try {
+      await stream(job);
+      break;
+    } catch (error) {
+      if (run !== job) return;  // stopped
+      if ((error.status === 503 || error.status === 429) && error.wait && tries <= 5) {
+        for (let left = Math.min(error.wait, 60); left > 0 && run === job; --left) {
+          waitLine(`${error.message}. Trying again in ${left} s (${tries} of 5)`);
+          await new Promise((resolve) => setTimeout(resolve, 1000));
+        }
+        continue;
+      }
+      about.error = error instanceof Refusal ? error.message
+        : job.tokens || job.begun ? `Connection lost after ${plural(job.tokens, 'token')}.`
+        : 'The server cannot be reached.';
+      if (!(error instanceof Refusal)) poll();
+      break;
+    }
+  }
+  if (run === job) finish(job);
+}
+
+function finish(job) {
+  clearTimeout(job.frame);
+  run = null;
+  const {message} = job, {about} = message;
+  drawBody(message);
+  drawFoot(message);
+  drawDropped();
+  drawMeter();
+  drawSend();
+  stay();
+  keep(chat);
+  const words = message.content.split(/\s+/).filter(Boolean).length;
+  say(about.error ? `Error: ${about.error}` : about.finish === 'stopped' ? 'Stopped'
+    : `Answer complete, ${plural(words, 'word')}`);
+}
+
+function stop() {
+  if (!run) return;
+  run.message.about.finish = 'stopped';
+  run.controller.abort();
+  finish(run);
+}
+
+// Puts a question and an empty answer at the end, and asks.
+function ask(content) {
+  stop();
+  focusBox();
+  const text = continues(model) || undefined;
+  const message = {role: 'assistant', content: '', text, about: {model: model.id}};
+  if (settings.system.trim() && !text) message.about.system = settings.system.trim();
+  chat.messages.push({role: 'user', content, text}, message);
+  keep(chat);
+  drawChat();
+  answer(message);
+}
+
+function send(content) {
+  if (!model || content.trim() === '') return;
+  if (run) {
+    toast('The model is still writing. Esc stops it.');
+    return;
+  }
+  if ($('text').value.trim() === content.trim()) {
+    $('text').value = '';
+    grow();
+  }
+  ask(content.trimEnd());
+}
+
+// Everything from `at` on goes; what else is lost than the answer itself can be brought back.
+function cut(at, lost) {
+  stop();
+  const before = [...chat.messages], id = chat.id;
+  chat.messages.length = at;
+  if (before.length - at > lost) {
+    toast('The messages after it were removed.', 'Undo', () => {
+      if (chat.id !== id) return;
+      stop();
+      chat.messages = before;
+      keep(chat);
+      drawChat();
+    });
+  }
+}
+
+function regenerate(message) {
+  if (!model) return;
+  const at = chat.messages.indexOf(message);
+  const question = chat.messages[at - 1].content;
+  cut(at - 1, 2);
+  ask(question);
+}
+
+function proceed(message) {
+  const at = chat.messages.indexOf(message);
+  cut(at + 1, 0);
+  whys.delete(message);
+  drawChat();
+  focusBox();
+  answer(message);
+}
+
+// A user message becomes a box to write in; sending it asks anew from there.
+function edit(message) {
+  const at = chat.messages.indexOf(message) - (message.role === 'user' ? 0 : 1);
+  const question = chat.messages[at];
+  const view = views.get(message);
+  const area = make('textarea', {'aria-label': 'Your message', rows: '3', dir: 'auto'});
+  area.value = question.content;
+  const back = () => { box.replaceWith(...old); view.node.querySelector('.acts button')?.focus(); };
+  const again = () => {
+    if (area.value.trim() === '' || !model) return;
+    const content = area.value.trimEnd();
+    cut(at, 2);
+    ask(content);
+  };
+  const box = make('div', {class: 'editing', onkeydown: (event) => {
+    if (event.key === 'Escape') {
+      event.stopPropagation();
+      back();
+    } else if (entersText(event)) {
+      event.preventDefault();
+      again();
+    }
+  }}, area, make('div', {class: 'row'}, make('button', {onclick: back}, 'Cancel'),
+    make('button', {class: 'solid', onclick: again}, 'Send')));
+  const old = [...view.node.children];
+  old[0].before(box);
+  for (const node of old) node.remove();
+  area.style.height = Math.min(area.scrollHeight + 4, 400) + 'px';
+  area.focus();
+  area.setSelectionRange(area.value.length, area.value.length);
+}
+
+// ---- why these words?
+function visible(token) {
+  if (token.text == null) {
+    return token.bytes.map((b) => b.toString(16).padStart(2, '0')).join(' ') + ' (bytes)';
+  }
+  return token.text.replaceAll(' ', '␣').replaceAll('\n', '↵').replaceAll('\t', '⇥')
+    .replace(/[\u0000-\u001f\u007f-\u009f\u200b-\u200f\u202a-\u202e\u2066-\u2069]/g,
+      (c) => '\\u' + c.charCodeAt(0).toString(16).padStart(4, '0'));
+}
+const percent = (p) => p >= 0.9995 ? '> 99.9%' : p < 0.001 ? '< 0.1%' : (p * 100).toFixed(1) + '%';
+
+async function askWhy(message, position) {
+  const at = chat.messages.indexOf(message);
+  const {model, system, dropped = 0} = message.about;
+  const messages = wordsOf(seenBy(chat.messages.slice(0, at + 1)).slice(dropped), system);
+  const body = {model, messages, position};
+  return (await api('api/v1/inference/why', body)).json();
+}
+
+async function toggleWhy(message) {
+  if (!whys.delete(message)) try {
+    const {tokens} = await askWhy(message, null);
+    if (message.about.finish !== 'stop') tokens.pop();  // it was cut off: nobody chose the end
+    whys.set(message, {tokens, position: null});
+    say('Choose a token to see what else was likely');
+  } catch (error) {
+    toast(error.message);
+  }
+  drawFoot(message);
+  views.get(message)?.acts.querySelector('[aria-pressed]').focus();  // it was drawn anew
+}
+
+async function showToken(message, position) {
+  const why = whys.get(message);
+  why.wanted = position;
+  try {
+    const reply = await askWhy(message, position);
+    if (why.wanted !== position || !views.has(message)) return;  // something else was chosen
+    Object.assign(why, {position, chosen: reply.chosen, candidates: reply.candidates});
+    drawWhy(message);
+    say(`${visible(reply.chosen)} had ${percent(reply.chosen.probability)}`);
+  } catch (error) {
+    toast(error.message);
+  }
+}
+
+function drawWhy(message) {
+  const view = views.get(message), why = whys.get(message);
+  view.body.hidden = !!why;
+  view.why.hidden = !why;
+  if (!why) {
+    view.why.replaceChildren();
+    return;
+  }
+  const focused = view.why.contains(document.activeElement);
+  const buttons = why.tokens.map((token, i) => make('button', {
+    'aria-pressed': String(i === why.position), tabindex: i === (why.position || 0) ? '0' : '-1',
+    onclick: () => showToken(message, i)},
+    token.text == null ? make('span', {class: 'mark'}, visible(token))
+      : token.text.replaceAll('\n', '↵\n')));
+  const strip = make('div', {class: 'tokens', dir: 'auto', role: 'group',
+    'aria-label': 'Tokens of the answer', onkeydown: (event) => {
+      const now = buttons.indexOf(document.activeElement);
+      const to = {ArrowRight: now + 1, ArrowLeft: now - 1, Home: 0, End: buttons.length - 1}[event.key];
+      if (to === undefined || !buttons[to]) return;
+      event.preventDefault();
+      buttons[now].tabIndex = -1;
+      buttons[to].tabIndex = 0;
+      buttons[to].focus();
+    }}, ...buttons);
+  view.why.replaceChildren(strip, why.position == null
+    ? make('p', {class: 'note'}, 'Each box is a token. Choose one to see the ten likeliest there.')
+    : whyCard(why));
+  if (focused) buttons[why.position || 0]?.focus();
+}
+
+function whyCard({tokens, position, chosen, candidates}) {
+  const most = Math.max(...candidates.map((c) => c.probability));
+  const row = (c) => {
+    const bar = make('div', {class: 'bar'});
+    bar.style.width = `${c.probability / most * 100}%`;
+    const mine = c.id === chosen.id;
+    return make('tr', {class: mine && 'chosen'},
+      make('th', {scope: 'row'}, make('code', {}, visible(c)), mine ? ' ✓' : null,
+        mine ? make('span', {}, ' chosen') : null),
+      make('td', {}, bar), make('td', {}, percent(c.probability)));
+  };
+  const rows = candidates.map(row);
+  if (!candidates.some((c) => c.id === chosen.id)) rows.push(row(chosen));
+  const others = 1 - candidates.reduce((sum, c) => sum + c.probability, 0);
+  return make('div', {class: 'why'},
+    make('h3', {}, `Token ${position + 1} of ${tokens.length}: `, make('code', {}, visible(chosen))),
+    make('table', {}, make('tbody', {}, ...rows)),
+    make('p', {class: 'note'}, `All other tokens together: ${percent(Math.max(others, 0))}. These are
+      the model's own probabilities, before temperature and top-k. ␣ is a space, ↵ a new line.`));
+}
+
+// ---- the list of conversations
+function drawList() {
+  const all = storedChats();
+  $('list').replaceChildren(...all.map((one) => make('li',
+    {class: one.id === chat.id && 'current'},
+    make('button', {class: 'open', 'aria-current': one.id === chat.id && 'true',
+      onclick: () => openChat(one)}, one.title || 'Untitled'),
+    iconButton('bin', `Delete ${one.title}`, () => {
+      forget('chat.' + one.id);
+      if (one.id === chat.id) newChat();
+      drawList();
+      $('new').focus();
+      toast('Chat deleted.', 'Undo', () => { write('chat.' + one.id, one); drawList(); });
+    }))));
+  $('delete-all').textContent = `Delete all chats (${all.length})`;
+  $('list-none').hidden = all.length > 0;
+}
+
+function openChat(one) {
+  stop();
+  chat = one;
+  drawChat();
+  drawList();
+  show($('chats'), false, true);
+}
+
+function newChat() {
+  stop();
+  chat = {id: fresh(), messages: []};
+  drawChat();
+  drawList();
+  show($('chats'), false, true);
+  focusBox();
+}
+
+function saveFile(name, type, text) {
+  const link = make('a', {href: URL.createObjectURL(new Blob([text], {type})), download: name});
+  link.click();
+  setTimeout(() => URL.revokeObjectURL(link.href), 10000);
+}
+
+function asMarkdown(one) {
+  const turns = one.messages.map((m) => `**${m.role === 'user' ? 'You'
+    : m.about?.model || 'Model'}:**\n\n${readable(m.content)}\n`);
+  return `# ${one.title || 'Chat'}\n\n${turns.join('\n')}`;
+}
+
+// Takes only what it knows from a file: roles, texts, and numbers or names about an answer.
+function fromFile(text) {
+  const list = JSON.parse(text).chats;
+  if (!Array.isArray(list)) throw new Error('it has no list named chats');
+  const taken = [];
+  for (const one of list.slice(0, kMaxChats)) {
+    const good = (Array.isArray(one?.messages) ? one.messages : []).filter((m) =>
+      (m?.role === 'user' || m?.role === 'assistant') && typeof m.content === 'string');
+    // Question and answer take turns everywhere else, so they must here.
+    if (!good.length || good.some((m, i) => (m.role === 'user') !== (i % 2 === 0))) continue;
+    const messages = good.map((m) => {
+      const about = {};
+      for (const [name, value] of Object.entries(m.about || {})) {
+        if (typeof value === 'number' || typeof value === 'string') about[name] = value;
+      }
+      return {role: m.role, content: m.content, text: m.text === true || undefined,
+        ...(m.role === 'assistant' ? {about} : {})};
+    });
+    taken.push({id: fresh(), messages});
+  }
+  if (!taken.length) throw new Error('there is no conversation in it');
+  return taken;
+}
+
+function openKeeping() {
+  const day = () => new Date().toISOString().slice(0, 10);
+  $('save-md').onclick = () => saveFile(`chat-${day()}.md`, 'text/markdown', asMarkdown(chat));
+  $('save-json').onclick = () => saveFile(`chats-${day()}.json`, 'application/json',
+    JSON.stringify({format: 'nanogpt chats', version: 1, chats: storedChats()}, null, 1));
+  $('load-json').onclick = () => $('file').click();
+  $('file').onchange = async () => {
+    const [file] = $('file').files;
+    if (!file) return;
+    try {
+      const taken = fromFile(await file.text());
+      for (const one of taken) keep(one);
+      toast(`${plural(taken.length, 'chat')} loaded.`);
+    } catch (error) {
+      toast(`This file cannot be loaded: ${error.message}`);
+    }
+    $('file').value = '';
+  };
+  let sure = false;
+  $('delete-all').onclick = () => {
+    if (!sure) {
+      sure = true;
+      $('delete-all').textContent = `Really delete all ${storedChats().length}?`;
+      setTimeout(() => { sure = false; drawList(); }, 5000);
+      return;
+    }
+    sure = false;
+    for (const one of storedChats()) forget('chat.' + one.id);
+    newChat();
+    toast('All chats are deleted.');
+  };
+}
+
+// ---- the two sides: beside the conversation where there is room, else over it
+const kSides = [['chats', '(min-width: 900px)'], ['panel', '(min-width: 1200px)']];
+const docked = (side) => !side.hasAttribute('popover');
+
+function show(side, open, onlyOver) {
+  if (docked(side)) {
+    if (onlyOver) return;
+    side.hidden = !open;
+    write('side.' + side.id, open);
+  } else {
+    side.togglePopover(open);
+  }
+  markSide(side);
+}
+
+function isOpen(side) {
+  return docked(side) ? !side.hidden : side.matches(':popover-open');
+}
+
+function markSide(side) {
+  const open = isOpen(side);
+  $(side.id + '-open').setAttribute('aria-expanded', String(open));
+  $(side.id + '-open').hidden = open && docked(side);
+  // While one is over the page, nothing else can be reached.
+  $('main').inert = kSides.some(([id]) => !docked($(id)) && isOpen($(id)));
+}
+
+function openSides() {
+  for (const [id, room] of kSides) {
+    const side = $(id), media = matchMedia(room);
+    const settle = () => {
+      if (media.matches) side.removeAttribute('popover');
+      else side.setAttribute('popover', 'auto');
+      side.hidden = media.matches && read('side.' + id) === false;
+      markSide(side);
+    };
+    media.addEventListener('change', settle);
+    settle();
+    side.addEventListener('toggle', () => {
+      markSide(side);
+      if (isOpen(side) && !side.contains(document.activeElement)) side.focus();
+      else if (!isOpen(side) && document.activeElement === document.body) $(id + '-open').focus();
+    });
+    $(id + '-open').onclick = () => { show(side, true); if (docked(side)) side.focus(); };
+    $(id + '-close').onclick = () => { show(side, false); $(id + '-open').focus(); };
+  }
+}
+
+function showTab(name, focus) {
+  for (const one of ['model', 'settings']) {
+    $('tab-' + one).setAttribute('aria-selected', String(one === name));
+    $('tab-' + one).tabIndex = one === name ? 0 : -1;
+    $('pane-' + one).hidden = one !== name;
+  }
+  if (focus) $('tab-' + name).focus();
+}
+
+// ---- keys and commands
+const touch = matchMedia('(hover: none) and (pointer: coarse)');
+
+// Enter that means "send". Not while an input method is composing: there it chooses a word.
+function entersText(event) {
+  return event.key === 'Enter' && !event.shiftKey && !event.isComposing && event.keyCode !== 229 &&
+    !touch.matches;
+}
+
+const kNumbers = {temperature: 'temperature', topk: 'top_k', max: 'max_tokens', seed: 'seed'};
+
+// Each says whether it is done: then the box is emptied.
+const kCommands = {
+  clear: () => { newChat(); return true; },
+  help: () => { $('help').showModal(); return true; },
+  stats: () => {
+    api('stats').then((reply) => reply.json()).then((s) => toast(`${s.busy_workers} of
+      ${s.total_workers} places are busy on the server.`)).catch((error) => toast(error.message));
+    return true;
+  },
+  model: (text) => {
+    const found = models.find((m) => m.status === 'ready' && [m.id, m.name, m.tag,
+      `${m.source}/${m.tag}`, m.source].includes(text.toLowerCase()));
+    if (!found) {
+      toast(text ? `No model that can be used is named ${text}.` : `The model is ${model?.id}.`);
+      return !text;
+    }
+    pick(found);
+    toast(`The model is now ${found.type} ${nameOf(found)}.`);
+    return true;
+  },
+};
+
+// /temperature, /temperature 0.6 and so on: tells the value, or sets it if it is one.
+function numberCommand(name, text) {
+  const field = $(name), value = Number(text);
+  const good = value >= Number(field.min) && value <= Number(field.max || Number.MAX_SAFE_INTEGER);
+  if (text && !good) {
+    toast(`${name} is a number from ${field.min}${field.max ? ` to ${field.max}` : ' up'}.`);
+    return false;
+  }
+  if (text || name === 'seed') set(name, text);
+  toast(`${name} is ${settings[name] ?? 'random'}.`);
+  return true;
+}
+
+// Whether the text was a command. One that is wrong stays in the box.
+function command(text) {
+  const found = /^\/([a-z]+)(?: +(.*))?$/.exec(text.trim());
+  if (!found) return false;
+  const [, name, rest = ''] = found;
+  let done = false;
+  if (Object.hasOwn(kNumbers, name)) done = numberCommand(kNumbers[name], rest.trim());
+  else if (Object.hasOwn(kCommands, name)) done = kCommands[name](rest.trim());
+  else toast(`There is no command /${name}. /help shows them.`);
+  if (done) {
+    $('text').value = '';
+    grow();
+  }
+  return true;
+}
+
+function focusBox() {
+  if (!touch.matches) $('text').focus({preventScroll: true});  // else the keyboard would come up
+}
+
+function grow() {
+  const area = $('text');
+  area.style.height = 'auto';
+  area.style.height = area.scrollHeight + 'px';
+  drawSend();
+}
+
+function submit() {
+  if (!command($('text').value)) send($('text').value);
+}
+
+function onKey(event) {
+  const nothing = event.target === $('text') && $('text').value === '' && !chat.messages.length;
+  const writing = /^(INPUT|TEXTAREA|SELECT)$/.test(event.target.tagName) && !nothing;
+  const dialog = document.querySelector('dialog[open]');
+  if (event.altKey && !event.ctrlKey && !event.metaKey && !dialog) {
+    const act = {
+      KeyN: newChat,
+      KeyM: () => {
+        $('model').focus();
+        try { $('model').showPicker(); } catch { /* then it is only focused */ }
+      },
+      KeyS: () => { showTab('settings'); show($('panel'), true); $('temperature').focus(); },
+    }[event.code];
+    if (act) {
+      event.preventDefault();
+      act();
+    }
+  } else if (event.key === 'Escape' && run && !dialog && !$('main').inert && !event.isComposing) {
+    stop();
+  } else if (event.key === '?' && !writing && !dialog) {
+    event.preventDefault();
+    $('help').showModal();
+  }
+}
+
+function openKeys() {
+  document.addEventListener('keydown', onKey);
+  $('text').addEventListener('input', grow);
+  $('text').addEventListener('keydown', (event) => {
+    if (entersText(event)) {
+      event.preventDefault();
+      submit();
+    } else if (event.key === 'ArrowUp' && $('text').value === '' && !run) {
+      const last = chat.messages.findLast((m) => m.role === (m.text ? 'assistant' : 'user'));
+      if (last) {
+        event.preventDefault();
+        edit(last);
+      }
+    }
+  });
+  $('send').onclick = () => { if (run) stop(); else submit(); focusBox(); };
+  if (touch.matches) $('text').enterKeyHint = 'enter';
+}
+
+// ---- start
+const kThemes = ['automatic', 'light', 'dark'];
+function theme(name) {
+  if (name === 'automatic') delete document.documentElement.dataset.theme;
+  else document.documentElement.dataset.theme = name;
+  $('theme').textContent = `Theme: ${name}`;
+  write('theme', name);
+}
+
+function start() {
+  theme(kThemes.includes(read('theme')) ? read('theme') : 'automatic');
+  $('theme').onclick = () => theme(kThemes[(kThemes.indexOf(read('theme')) + 1) % 3]);
+  openSettings();
+  openKeeping();
+  openSides();
+  openKeys();
+  for (const name of ['model', 'settings']) {
+    $('tab-' + name).onclick = () => showTab(name);
+    $('tab-' + name).onkeydown = (event) => {
+      if (/^Arrow(Left|Right)$/.test(event.key)) showTab(name === 'model' ? 'settings' : 'model', true);
+    };
+  }
+  for (const id of ['cli', 'curl']) {
+    const button = iconButton('copy', 'Copy', () => copy($(id).textContent, button));
+    $(id).after(button);
+  }
+  for (const button of document.querySelectorAll('[data-close]')) {
+    button.onclick = () => button.closest('dialog').close();
+  }
+  for (const dialog of document.querySelectorAll('dialog')) {
+    dialog.addEventListener('click', (event) => { if (event.target === dialog) dialog.close(); });
+  }
+  $('model').onchange = () => pick(models.find((m) => m.id === $('model').value));
+  $('all-open').onclick = () => $('all').showModal();
+  $('device').onclick = () => $('why-device').showModal();
+  $('help-open').onclick = () => $('help').showModal();
+  $('new').onclick = newChat;
+  $('newest').onclick = toEnd;
+  $('scroll').addEventListener('scroll', () => {
+    following = atEnd();
+    $('newest').hidden = following;
+  });
+  $('key-form').onsubmit = (event) => {
+    event.preventDefault();
+    useKey($('key').value);
+    $('key').value = '';
+    poll();
+  };
+  // On iOS the keyboard covers the page instead of making it smaller.
+  const viewport = window.visualViewport;
+  viewport?.addEventListener('resize', () => {
+    const covered = viewport.scale === 1 ? Math.max(innerHeight - viewport.height, 0) : 0;
+    document.documentElement.style.setProperty('--keyboard', `${covered}px`);
+  });
+  document.addEventListener('visibilitychange', () => { if (!document.hidden) poll(); });
+  addEventListener('storage', drawList);
+  addEventListener('pagehide', stop);
+  drawList();
+  drawChat();
+  poll();
+  focusBox();
+}
+start();
+)page";
+
+}  // namespace
+}  // namespace nanogpt::demo

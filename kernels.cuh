@@ -2633,6 +2633,7 @@ public:
         return gpu_.name + " (sm_" + std::to_string(gpu_.major) + std::to_string(gpu_.minor) + ")";
     }
     DType dtype() const override { return DType::bf16; }
+    bool decode_equals_prompt() const override { return false; }
     std::unique_ptr<Sequence> new_sequence(int capacity) override;
     std::span<const float> step(std::span<const Chunk> batch, Observer* observer) override;
     std::span<const Token> sample(std::span<const Chunk> batch,

@@ -4459,6 +4459,8 @@ struct Backend {  // one device
     virtual const Config& config() const = 0;
     virtual std::string device() const = 0;  // for people, such as "CPU (avx512, 8 threads)"
     virtual DType dtype() const = 0;         // of the weights
+    // whether a token's keys and values are the same bits, read in a prompt or one by one
+    virtual bool decode_equals_prompt() const { return true; }
     virtual std::unique_ptr<Sequence> new_sequence(int capacity) = 0;
     // One step of every sequence in the batch, each at most once; returns the logits (batch, V)
     // after the last token of each, valid until the next step. A step that throws leaves all
@@ -4586,32 +4588,61 @@ struct Generated {
     bool forced;  // by the tool; the sampled token was discarded
 };
 
+// What happens to an answer between two steps; one that steps many answers at once keeps one of
+// these for each. `stream` is the sampler's (one per sample of a prompt).
+class Continuation {
+public:
+    Continuation(const GenerateParams& params, Tool* tool, std::uint64_t stream = 0)
+        : params_(params), tool_(tool), stream_(stream), sampler_(params.sampling, stream) {}
+    Sampler& sampler() { return sampler_; }
+    int count() const { return count_; }                          // tokens so far
+    std::span<const Token> last() const { return {&token_, 1}; }  // what the next step reads
+    // Draws anew what a step that failed has drawn.
+    void restart_sampler() {
+        sampler_ = Sampler(params_.sampling, stream_);
+        for (int i = 0; i < count_; ++i) sampler_.skip();
+    }
+    // Takes the token drawn, or the tool's in its place: the generator goes on in both cases.
+    // Returns why the answer ends with it, if it does.
+    template <class OnToken>
+    std::optional<StopReason> take(const Sequence& sequence, Token sampled, OnToken&& on_token) {
+        const std::optional<Token> forced = tool_ != nullptr ? tool_->next_forced() : std::nullopt;
+        token_ = forced.value_or(sampled);
+        ++count_;
+        if (tool_ != nullptr) tool_->on_token(token_);
+        const bool go_on = on_token(Generated{token_, forced.has_value()});
+        if (std::find(params_.stop.begin(), params_.stop.end(), token_) != params_.stop.end())
+            return StopReason::stop_token;
+        if (!go_on) return StopReason::cancelled;
+        if (count_ >= params_.max_tokens) return StopReason::max_tokens;
+        if (sequence.tokens().size() >= static_cast<std::size_t>(sequence.capacity()))
+            return StopReason::context_full;
+        return std::nullopt;
+    }
+
+private:
+    const GenerateParams& params_;
+    Tool* tool_;
+    std::uint64_t stream_;
+    Sampler sampler_;
+    Token token_ = 0;
+    int count_ = 0;
+};
+
 // Continues `prompt` (the whole prefix; what the sequence holds of it is reused). on_token sees
 // every token of the answer, a stop token included, as nanochat yields it; returning false cancels.
-// The last token given to on_token is not read by the model. `stream` is the sampler's (one per
-// sample of a prompt).
+// The last token given to on_token is not read by the model.
 inline StopReason generate(Backend& backend, Sequence& sequence, std::span<const Token> prompt,
                            const GenerateParams& params,
                            const std::function<bool(Generated)>& on_token, Tool* tool = nullptr,
                            std::uint64_t stream = 0) {
-    Sampler sampler(params.sampling, stream);
-    Sampler* const samplers[] = {&sampler};
+    Continuation answer(params, tool, stream);
+    Sampler* const samplers[] = {&answer.sampler()};
     Chunk chunk = detail::read_prompt(backend, sequence, prompt);
-    Token token = 0;
-    for (int n = 0; n < params.max_tokens; ++n) {
-        // also before a forced token: the generator goes on
+    while (params.max_tokens > 0) {
         const Token sampled = backend.sample({&chunk, 1}, samplers)[0];
-        const std::optional<Token> forced = tool != nullptr ? tool->next_forced() : std::nullopt;
-        token = forced.value_or(sampled);
-        if (tool != nullptr) tool->on_token(token);
-        const bool go_on = on_token({token, forced.has_value()});
-        if (std::find(params.stop.begin(), params.stop.end(), token) != params.stop.end())
-            return StopReason::stop_token;
-        if (!go_on) return StopReason::cancelled;
-        if (n + 1 == params.max_tokens) break;
-        if (sequence.tokens().size() >= static_cast<std::size_t>(sequence.capacity()))
-            return StopReason::context_full;
-        chunk = {&sequence, {&token, 1}};
+        if (const auto reason = answer.take(sequence, sampled, on_token)) return *reason;
+        chunk = {&sequence, answer.last()};
     }
     return StopReason::max_tokens;
 }
@@ -5005,13 +5036,15 @@ inline std::vector<Token> chat_stop_tokens(const Tokenizer& tokenizer) {
 
 // Tokens in, text out as soon as it is certain: whole characters (one may spread over several
 // tokens), no special tokens, nothing of a stop text. A call of the calculator reads "[37*41 =
-// 1517] ". What could still become a stop text is held back. However a text is cut into tokens, the
-// joined pieces are the same.
+// 1517] ", or its special tokens stay as their names (`literal`, as nanochat's chat_web sends them).
+// What could still become a stop text is held back. However a text is cut into tokens, the joined
+// pieces are the same.
 class TextStream {
 public:
     // Throws usage unless there are at most 8 stop texts of 1 to 64 bytes of UTF-8.
-    explicit TextStream(const Tokenizer& tokenizer, std::vector<std::string> stop_texts = {})
-        : tokenizer_(tokenizer), stop_texts_(std::move(stop_texts)) {
+    explicit TextStream(const Tokenizer& tokenizer, std::vector<std::string> stop_texts = {},
+                        bool literal = false)
+        : tokenizer_(tokenizer), stop_texts_(std::move(stop_texts)), literal_(literal) {
         const bool good = std::all_of(stop_texts_.begin(), stop_texts_.end(), [](const auto& s) {
             return !s.empty() && s.size() <= detail::kMaxStopText && detail::is_utf8(s);
         });
@@ -5040,6 +5073,8 @@ private:
     }
     // "[" expression " = " result "]"; without a result, "]" comes before whatever comes instead.
     std::string tool_mark(std::string_view special) {
+        const bool tool = special.starts_with("<|python_") || special.starts_with("<|output_");
+        if (literal_) return std::string(tool ? special : "");
         if (special == "<|python_end|>") {
             called_ = open_;
             return {};
@@ -5083,7 +5118,7 @@ private:
     std::vector<std::string> stop_texts_;
     Utf8Stream utf8_;
     std::string held_;
-    bool stopped_ = false;
+    bool literal_ = false, stopped_ = false;
     bool open_ = false, called_ = false;  // inside a call's brackets; its expression has ended
 };
 

@@ -431,7 +431,7 @@ TEST_CASE("cli: help and version go to stdout with exit 0") {
     }
     const std::string all = run("help").out;
     for (const char* command : {"chat", "sample", "models", "show", "tokenize", "detokenize",
-                                "logits", "bench", "check", "doctor", "help", "version"}) {
+                                "logits", "bench", "check", "doctor", "help", "version", "serve"}) {
         CAPTURE(std::string(command));
         CHECK(contains(all, std::string("nanogpt ") + command));
         CHECK(run(Words{"help", command}).out.starts_with(std::string("nanogpt ") + command));

@@ -1,0 +1,240 @@
+#!/usr/bin/env bash
+# tools/nginx.conf for real: nginx in front of two servers. Streams go through as they come, a client
+# stays with its server, others go where fewer requests are, a server that is gone or draining is left
+# out and comes back, a client that goes away is gone for the server too.
+#
+#   nginx.sh NANOGPT SOURCE_DIR
+#
+# Only the loopback address is used. The last line is "N passed, N failed"; exit code 77 with the
+# reason if nginx or curl is not installed.
+set -euo pipefail
+
+binary=$1 source=$2
+PATH=$PATH:/usr/sbin
+for program in nginx curl; do
+    if ! command -v "$program" >/dev/null 2>&1; then
+        echo "skipped: $program is not installed"
+        exit 77
+    fi
+done
+
+dir=$(mktemp -d)
+declare -A pids=()
+nginx_pid=
+cleanup() {
+    [ -z "$nginx_pid" ] || kill "$nginx_pid" 2>/dev/null || true  # its workers go with it
+    for pid in "${pids[@]}"; do kill -9 "$pid" 2>/dev/null || true; done
+    wait 2>/dev/null || true
+    rm -rf "$dir"
+}
+trap cleanup EXIT
+export CUDA_VISIBLE_DEVICES=-1
+
+passed=0 failed=0
+check() { # check <name> <command...>
+    local name=$1
+    shift
+    if "$@"; then
+        passed=$((passed + 1))
+    else
+        failed=$((failed + 1))
+        echo "FAILED: $name"
+    fi
+}
+
+# Four ports that are free now.
+read -r front one two < <(python3 - <<'PY' 2>/dev/null || echo "$((20000 + $$ % 20000)) $((20001 + $$ % 20000)) $((20002 + $$ % 20000))"
+import socket
+sockets = [socket.socket() for _ in range(3)]
+for s in sockets:
+    s.bind(("127.0.0.1", 0))
+print(*(s.getsockname()[1] for s in sockets))
+PY
+)
+
+start() { # start <port> [flags]: a server, ready when this returns
+    local port=$1
+    shift
+    "$binary" serve --port "$port" --base-dir "$source/tools/sample" --trust-proxy "$@" \
+        >"$dir/out.$port" 2>"$dir/log.$port" &
+    pids[$port]=$!
+    for _ in $(seq 600); do
+        curl -sf -o /dev/null "http://127.0.0.1:$port/health" && return
+        sleep 0.05
+    done
+    echo "FAILED: the server on its port does not become ready"
+    cat "$dir/log.$port"
+    exit 1
+}
+stop() { # stop <port> [signal]
+    kill "-${2:-TERM}" "${pids[$1]}" 2>/dev/null || true
+    wait "${pids[$1]}" 2>/dev/null || true
+    unset "pids[$1]"
+}
+proxy() { # proxy [sed expressions]: nginx with the example configuration on these ports
+    if [ -n "$nginx_pid" ]; then
+        kill "$nginx_pid"
+        wait "$nginx_pid" 2>/dev/null || true
+    fi
+    mkdir -p "$dir/nginx_temp"
+    sed -e "s/127\.0\.0\.1:8080/127.0.0.1:$front/; s/127\.0\.0\.1:8001/127.0.0.1:$one/" \
+        -e "s/127\.0\.0\.1:8002/127.0.0.1:$two/" \
+        -e "1i daemon off; user $(id -un);" "$@" "$source/tools/nginx.conf" >"$dir/nginx.conf"
+    nginx -p "$dir" -c "$dir/nginx.conf" 2>"$dir/nginx.err" &
+    nginx_pid=$!
+    for _ in $(seq 100); do
+        curl -s -o /dev/null "http://127.0.0.1:$front/health" && return
+        sleep 0.05
+    done
+    echo "FAILED: nginx does not answer"
+    cat "$dir/nginx.err"
+    exit 1
+}
+
+ask() { # ask <path> <max_tokens> [curl options]: a POST through nginx
+    local path=$1 tokens=$2
+    shift 2
+    curl -sN --max-time 60 "http://127.0.0.1:$front$path" -H 'Content-Type: application/json' "$@" \
+        -d "{\"messages\":[{\"role\":\"user\",\"content\":\"Tell me a story about a dog.\"}],\"prompt\":\"The\",\"temperature\":1,\"seed\":3,\"max_tokens\":$tokens}"
+}
+hits() { grep -c " POST $2 $3" "$dir/log.$1" || true; } # hits <port> <path> <code>
+both() { echo "$(hits "$one" "$1" 200) $(hits "$two" "$1" 200)"; }
+active() { curl -s "http://127.0.0.1:$1/health" | sed 's/.*"active":\([0-9]*\).*/\1/'; }
+is_idle() {
+    for _ in $(seq 100); do
+        [ "$(active "$one")$(active "$two")" = 00 ] && return
+        sleep 0.05
+    done
+    return 1
+}
+
+start "$one"
+start "$two"
+proxy
+chat=/chat/completions openai=/v1/chat/completions completion=/v1/completions
+
+# ---- what goes through -----------------------------------------------------------------------------
+direct=$(curl -sN "http://127.0.0.1:$one$chat" -H 'Content-Type: application/json' \
+    -d '{"messages":[{"role":"user","content":"Hello"}],"temperature":0,"seed":1}')
+through=$(curl -sN "http://127.0.0.1:$front$chat" -H 'Content-Type: application/json' \
+    -H "Origin: http://127.0.0.1:$front" -H 'Sec-Fetch-Site: same-origin' \
+    -d '{"messages":[{"role":"user","content":"Hello"}],"temperature":0,"seed":1}')
+tokens_of() { grep -o '"token": "[^"]*"' <<<"$1"; }
+check "a stream is the same through nginx" [ "$(tokens_of "$direct")" = "$(tokens_of "$through")" ]
+check "the page comes" grep -q '<html' <(curl -s "http://127.0.0.1:$front/")
+check "the list comes" grep -q 'sft/d4/2600' <(curl -s "http://127.0.0.1:$front/v1/models")
+check "errors come as they are" grep -q '"code":"invalid_json"' <(curl -s "http://127.0.0.1:$front$openai" \
+    -H 'Content-Type: application/json' -d '{')
+check "another site is refused" [ "$(curl -s -o /dev/null -w '%{http_code}' "http://127.0.0.1:$front$openai" \
+    -H 'Content-Type: application/json' -H 'Origin: http://evil.example' -d '{}')" = 403 ]
+
+# Unbuffered: the first token is here long before the last.
+first=$(ask "$chat" 150 -o "$dir/stream" -w '%{time_starttransfer} %{time_total}')
+check "tokens go on as they come ($first s)" awk '{ exit !($1 < 0.5 * $2) }' <<<"$first"
+
+# ---- a client stays with its server ----------------------------------------------------------------
+moved=0 at_one=0
+for client in 1 2 3 4 5 6 7 8 9 10 11 12; do
+    before=$(hits "$one" "$chat" 200)
+    for _ in 1 2 3; do ask "$chat" 1 -H "X-Client-Id: tab-$client" >/dev/null; done
+    sleep 0.05
+    case $(($(hits "$one" "$chat" 200) - before)) in
+        0) ;;
+        3) at_one=$((at_one + 1)) ;;
+        *) moved=$((moved + 1)) ;;
+    esac
+done
+check "no client moves" [ $moved -eq 0 ]
+check "clients are spread ($at_one of 12 at the first)" [ $at_one -ge 1 -a $at_one -le 11 ]
+say='{"role":"user","content":"Tell me about the sea, the wind and the old harbour where the ships come in."}'
+turn() { # turn <messages>: how much of it was kept
+    curl -s "http://127.0.0.1:$front$openai" -H 'Content-Type: application/json' -H 'X-Client-Id: tab-1' \
+        -d "{\"messages\":[$1],\"temperature\":0,\"max_tokens\":8}" | sed 's/.*"cached_tokens":\([0-9]*\).*/\1/'
+}
+turn "$say" >/dev/null
+kept=$(turn "$say,{\"role\":\"assistant\",\"content\":\"It is\"},{\"role\":\"user\",\"content\":\"Go on.\"}")
+check "the second turn finds what the first computed ($kept tokens)" [ "$kept" -ge 15 ]
+
+# ---- others go where fewer requests are ------------------------------------------------------------
+before=($(both "$completion"))
+for _ in 1 2 3 4 5 6; do ask "$completion" 200 -o /dev/null & waiting+=($!); done
+for pid in "${waiting[@]}"; do wait "$pid"; done
+sleep 0.1
+after=($(both "$completion"))
+check "six at once are three and three" [ "$((after[0] - before[0])) $((after[1] - before[1]))" = "3 3" ]
+
+# ---- a client that goes away -----------------------------------------------------------------------
+ask "$chat" 900 -o /dev/null &
+gone=$!
+sleep 0.3
+check "a stream runs" [ "$(($(active "$one") + $(active "$two")))" -eq 1 ]
+kill $gone
+wait $gone 2>/dev/null || true
+check "it is cancelled with its client" is_idle
+
+# ---- a server that is gone, and comes back ---------------------------------------------------------
+answered() { # answered <requests>: whether all were answered by somebody
+    local good=0
+    for i in $(seq "$1"); do
+        ask "$chat" 1 -H "X-Client-Id: other-$i" | grep -q '"done": true' && good=$((good + 1))
+        ask "$completion" 1 | grep -q text_completion && good=$((good + 1))
+    done
+    [ $good -eq $((2 * $1)) ]
+}
+stop "$one" KILL
+check "one server killed: all is answered by the other" answered 10
+start "$one"
+sleep 5.5 # fail_timeout
+before=$(hits "$one" "$completion" 200)
+check "it is back: all is answered" answered 6
+sleep 0.1
+check "also by it" [ "$(hits "$one" "$completion" 200)" -gt "$before" ]
+
+# A server told to stop: its stream ends in peace, all others are answered elsewhere.
+for n in $(seq 20); do # a client of the first server
+    before=$(hits "$one" "$chat" 200)
+    ask "$chat" 1 -H "X-Client-Id: stay-$n" >/dev/null
+    sleep 0.05
+    [ "$(hits "$one" "$chat" 200)" -eq "$before" ] || break
+done
+ask "$chat" 300 -H "X-Client-Id: stay-$n" >"$dir/last" &
+last=$!
+sleep 0.3
+kill -TERM "${pids[$one]}"
+check "one server drains: all is answered by the other" answered 6
+wait $last || true
+check "its stream came to its end" grep -q '"done": true' "$dir/last"
+status=0
+wait "${pids[$one]}" || status=$?
+unset "pids[$one]"
+check "it ended with 0" [ $status -eq 0 ]
+
+# A full queue is a reason to ask the other one.
+start "$one" --slots 1 --queue 1
+sleep 5.5
+full=0
+waiting=()
+for i in 1 2 3 4 5 6; do
+    ask "$completion" 60 >"$dir/full.$i" & waiting+=($!)
+done
+for pid in "${waiting[@]}"; do wait "$pid" || true; done
+for i in 1 2 3 4 5 6; do grep -q text_completion "$dir/full.$i" && full=$((full + 1)); done
+check "a full server passes on what it cannot take ($full of 6)" [ $full -eq 6 ]
+
+# ---- the other variant: least_conn for all ---------------------------------------------------------
+stop "$one"
+start "$one"
+sleep 5.5
+proxy -e 's/nanogpt_stay;$/nanogpt_least;/'
+before=($(both "$chat"))
+waiting=()
+for _ in 1 2 3 4 5 6; do ask "$chat" 150 -H 'X-Client-Id: one' -o /dev/null & waiting+=($!); done
+for pid in "${waiting[@]}"; do wait "$pid"; done
+sleep 0.1
+after=($(both "$chat"))
+check "least_conn for all: six of one client are three and three" \
+    [ "$((after[0] - before[0])) $((after[1] - before[1]))" = "3 3" ]
+check "both are idle" is_idle
+
+echo "$passed passed, $failed failed"
+[ $failed -eq 0 ]

@@ -1,0 +1,2457 @@
+// `nanogpt serve` over real sockets: HTTP by hand, every split of good requests, each field of each
+// request, who may ask, the streams byte by byte, the same answer on every way to it, cancelling,
+// draining, keys. Models: the bundled sample, and one written here whose answers are known.
+#include <doctest/doctest.h>
+
+#include <sys/ioctl.h>
+
+#include <functional>
+#include <map>
+#include <memory>
+#include <set>
+
+#include "helpers.hpp"
+#include "http.hpp"
+
+#ifndef NANOGPT_BINARY
+#define NANOGPT_BINARY ""
+#endif
+
+namespace {
+
+namespace fs = std::filesystem;
+using http::ask;
+using http::at;
+using http::Clock;
+using http::Connection;
+using http::get;
+using http::json_of;
+using http::json_string;
+using http::number_at;
+using http::post;
+using http::read_stream;
+using http::Response;
+using http::Server;
+using http::Stream;
+using http::text_at;
+using http::Words;
+using nanogpt::Json;
+using test::contains;
+
+bool no_binary() {
+    if (std::string_view(NANOGPT_BINARY).empty()) MESSAGE("skipped: the program was not built");
+    return std::string_view(NANOGPT_BINARY).empty();
+}
+
+// Groups of the product's table, told when all is over; each case tells its part at once.
+std::map<std::string, std::pair<std::size_t, std::size_t>>& tallies() {
+    static std::map<std::string, std::pair<std::size_t, std::size_t>> all;
+    return all;
+}
+void tally(const std::string& part, std::size_t passed, std::size_t total) {
+    auto& sum = tallies()[part.substr(0, part.find(' '))];
+    sum.first += passed;
+    sum.second += total;
+    if (contains(part, " ")) test::report(part.c_str(), passed, total);
+}
+
+// ---- a model whose answers are known ------------------------------------------------------------
+
+// Each token of a chain makes the next one certain; so the model says what is written here, one
+// token after the other, whatever it was asked. Single bytes are tokens, so every border between
+// the bytes of a character is a border between tokens. A token may stand in one chain only.
+const Words kAnswer = {"H",    "\xC3", "\xA9", "l",    "lo",   " ", "\xF0", "\x9F",
+                       "\x91", "\x8B", "a",    "b",    "c",    "d", "e",    "f",
+                       "\xFF", "g",    "\xE2", "\x82", "\xAC", "!", "\xC2", "h"};
+const int kAnswerTokens = 25;  // with the token that ends it
+const std::string kAnswerText = "H\u00e9llo \U0001F44Babcdef\uFFFDg\u20ac!\uFFFDh";
+const Words kCompletion = {"X", "Y", "Z"};  // ends after Z
+const Words kLoop = {"q", "r", "s"};        // never ends: "qrsqrs..."
+
+int id_of(const std::string& piece) {
+    const test::TokenizerSpec tokenizer = test::make_tokenizer(512);
+    for (const auto& [bytes, id] : tokenizer.ranks)
+        if (bytes == piece) return static_cast<int>(id);
+    for (const auto& [name, id] : tokenizer.specials)
+        if (name == piece) return static_cast<int>(id);
+    throw std::runtime_error("no token is " + piece);
+}
+std::vector<std::pair<int, int>> steps() {  // from token to token
+    std::vector<std::pair<int, int>> out;
+    const auto chain = [&](Words pieces) {
+        for (std::size_t i = 1; i < pieces.size(); i++)
+            out.emplace_back(id_of(pieces[i - 1]), id_of(pieces[i]));
+    };
+    Words answer = {"<|assistant_start|>"};
+    answer.insert(answer.end(), kAnswer.begin(), kAnswer.end());
+    answer.push_back("<|assistant_end|>");
+    chain(answer);
+    chain({"X", "Y", "Z", "<|bos|>"});
+    chain({"q", "r", "s", "q"});
+    return out;
+}
+test::CheckpointSpec chain_model(const std::string& directory, const std::string& tag, int layers,
+                                 int width) {
+    test::CheckpointSpec spec;
+    spec.gen = test::Gen::g0;
+    spec.shape = {4096, 512, layers, 4, 4, width, "L"};
+    spec.save = test::Save::bf16;
+    spec.directory = directory;
+    spec.tag = tag;
+    spec.step = 100;
+    // Nothing is added to the residual: after the norms it is the embedding, a one at the step's
+    // number, and there the output has the next token's weight.
+    spec.fill = [width](std::string_view name, std::span<float> values) {
+        const bool in = name == "transformer.wte.weight", out = name == "lm_head.weight";
+        if (!in && !out) return;
+        std::size_t number = 0;
+        for (const auto& [from, to] : steps()) {
+            const auto row = static_cast<std::size_t>(in ? from : to);
+            values[row * static_cast<std::size_t>(width) + number++] = in ? 1.0f : 4.0f;
+        }
+    };
+    return spec;
+}
+
+// sft/d9 answers at once, sft/d2 says the same with a thousand times the work, base/d9 completes;
+// base/d20 is still being written.
+const fs::path& zoo() {
+    static const test::TempDir dir;
+    static const bool made = [] {
+        test::make_checkpoint(dir.path(), chain_model("chatsft_checkpoints", "d9", 1, 64));
+        test::make_checkpoint(dir.path(), chain_model("chatsft_checkpoints", "d2", 6, 256));
+        test::make_checkpoint(dir.path(), chain_model("base_checkpoints", "d9", 1, 64));
+        test::write_file(dir / "base_checkpoints" / "d20" / "model_000040.pt", "PK");
+        return true;
+    }();
+    return made ? dir.path() : dir.path();
+}
+const std::string kChain = "sft/d9/100", kSlow = "sft/d2/100", kSample = "sft/d4/2600";
+
+// ---- servers ------------------------------------------------------------------------------------
+
+const test::TempDir& logs() {
+    static const test::TempDir dir;
+    return dir;
+}
+std::unique_ptr<Server> start(const fs::path& base, const Words& more = {}) {
+    static int number = 0;
+    Words args = {"--base-dir", base.string()};
+    args.insert(args.end(), more.begin(), more.end());
+    auto s = std::make_unique<Server>(NANOGPT_BINARY, args,
+                                      (logs() / ("log" + std::to_string(number++))).string(),
+                                      Words{"CUDA_VISIBLE_DEVICES=-1"});
+    const auto begin = Clock::now();  // it listens before the model is in memory
+    while (contains(ask(s->port(), get("/health")).body, "loading") &&
+           http::ms_since(begin) < 60'000)
+        http::sleep_ms(5);
+    return s;
+}
+// The two that most cases share; the last case ends them.
+std::unique_ptr<Server>& shared(bool sample) {
+    static std::unique_ptr<Server> servers[2];
+    if (!servers[sample]) servers[sample] = start(sample ? test::sample_dir() : zoo());
+    return servers[sample];
+}
+int port() { return shared(false)->port(); }
+int sample_port() { return shared(true)->port(); }
+
+// ---- requests -----------------------------------------------------------------------------------
+
+const std::string kHi = R"("messages":[{"role":"user","content":"Hi"}])";
+std::string chat_body(std::string_view more = "") {
+    return "{" + kHi + R"(,"temperature":0)" + std::string(more) + "}";
+}
+std::string chat(std::string_view more = "") {
+    return post("/v1/chat/completions", chat_body(more));
+}
+std::string nanochat(std::string_view more = "") {
+    return post("/chat/completions", chat_body(more));
+}
+// Goes on with an answer that never ends.
+std::string endless(int tokens, std::string_view more = "", const std::string& model = kChain) {
+    return post(
+        "/v1/chat/completions",
+        R"({"model":")" + model +
+            R"(","messages":[{"role":"user","content":"Hi"},{"role":"assistant","content":"q"}],)"
+            R"("temperature":0,"max_tokens":)" +
+            std::to_string(tokens) + std::string(more) + "}");
+}
+
+std::string shown(std::string_view bytes) {  // for messages
+    std::string out = json_string(bytes.substr(0, 300));
+    return bytes.size() > 300 ? out + "... (" + std::to_string(bytes.size()) + " bytes)" : out;
+}
+// "" if the body is the documented error, in both forms, and says nothing that it should not.
+std::string fault_of_error(const Response& r) {
+    const Json json = json_of(r.body);
+    if (r.field("content-type").rfind("application/json", 0) != 0) return "not JSON: " + r.body;
+    for (const char* path : {"error.message", "error.type", "error.code", "detail", "request_id"}) {
+        const Json* value = at(json, path);
+        if (value == nullptr || value->kind != Json::Kind::string || value->string.empty())
+            return std::string(path) + " is missing: " + r.body;
+    }
+    if (at(json, "error.param") == nullptr) return "error.param is missing: " + r.body;
+    if (text_at(json, "error.message") != text_at(json, "detail")) return "detail: " + r.body;
+    if (text_at(json, "request_id") != r.field("x-request-id")) return "request_id: " + r.body;
+    if (contains(r.body, zoo().string())) return "a path: " + r.body;
+    for (const char c : r.body)
+        if (static_cast<unsigned char>(c) < 0x20 && c != '\n') return "a control: " + r.body;
+    return text_at(json, "error.message").size() > 600 ? "too long: " + r.body : "";
+}
+std::string code_of(const Response& r) { return text_at(json_of(r.body), "error.code"); }
+
+// Waits until nothing is running or waiting; false if that takes longer than `ms`.
+bool idle(int where, double ms = 5'000) {
+    for (const auto start = Clock::now(); http::ms_since(start) < ms; http::sleep_ms(5)) {
+        const Json json = json_of(ask(where, get("/health")).body);
+        if (number_at(json, "active") == 0 && number_at(json, "queued") == 0) return true;
+    }
+    return false;
+}
+
+// ---- HTTP by hand -------------------------------------------------------------------------------
+
+struct Hand {
+    std::string name, bytes;
+    int status;
+    char after;  // 'o': the connection stays open, 'c': it is closed
+};
+using Table = std::vector<Hand>;
+
+// Sends the bytes; "" if exactly one response comes, as expected, and the connection is as said.
+std::string fault_of(const Hand& c, int where) {
+    Connection connection(where);
+    if (!connection.is_open()) return "no connection";
+    connection.send(c.bytes);
+    const Response r = connection.receive(20'000, c.bytes.starts_with("HEAD "));
+    if (r.status != c.status) return "status " + std::to_string(r.status) + " " + r.body;
+    if (!r.broken.empty()) return r.broken;
+    if (!r.complete) return "incomplete: " + r.body;
+    for (const char* name : {"date", "server", "x-request-id"})
+        if (!r.has(name)) return std::string("no field ") + name;
+    if (r.status >= 400 && !c.bytes.starts_with("HEAD ") && !fault_of_error(r).empty())
+        return fault_of_error(r);
+    if (r.says_close() != (c.after == 'c'))
+        return c.after == 'c' ? "does not say close" : "says close: " + r.body;
+    if (c.after == 'c') return connection.ends() ? "" : "goes on with " + shown(connection.rest());
+    if (!connection.rest().empty()) return "and then " + shown(connection.rest());
+    connection.send(get("/health"));
+    return connection.receive(10'000).status == 200 ? "" : "the next request fails";
+}
+void run_table(const char* group, const Table& table, int where = port()) {
+    std::size_t passed = 0;
+    for (const Hand& c : table) {
+        const std::string fault = fault_of(c, where);
+        INFO(c.name);
+        INFO(shown(c.bytes));
+        CHECK(fault == "");
+        passed += fault.empty();
+    }
+    tally(group, passed, table.size());
+}
+
+std::string head_of(std::string_view line, std::string_view fields = "Host: localhost\r\n") {
+    return std::string(line) + "\r\n" + std::string(fields) + "\r\n";
+}
+std::string with_field(std::string_view field) {  // one more line, with its line end
+    return get("/health", field);
+}
+const std::string kBody = chat_body(R"(,"max_tokens":1)");
+// A POST with these fields instead of Content-Length, and what follows the head.
+std::string with_body(std::string_view fields, std::string_view body,
+                      std::string_view version = "1.1") {
+    return "POST /v1/chat/completions HTTP/" + std::string(version) +
+           "\r\nHost: localhost\r\nContent-Type: application/json\r\n" + std::string(fields) +
+           "\r\n" + std::string(body);
+}
+std::string chunk(std::string_view bytes, std::string_view extension = "") {
+    char size[16];
+    std::snprintf(size, sizeof size, "%zx", bytes.size());
+    return size + std::string(extension) + "\r\n" + std::string(bytes) + "\r\n";
+}
+const std::string kChunked = "Transfer-Encoding: chunked\r\n", kLast = "0\r\n\r\n";
+std::string in_chunks(std::string_view chunks, std::string_view more = "") {
+    return with_body(kChunked + std::string(more), chunks);
+}
+std::string length_of(std::size_t n) { return "Content-Length: " + std::to_string(n) + "\r\n"; }
+const std::string kLength = length_of(kBody.size());
+
+std::string repeated(std::string_view text, int count) {
+    std::string out;
+    for (int i = 0; i < count; i++) out += text;
+    return out;
+}
+std::string one(char c) { return std::string(1, c); }
+std::string hex(int byte) {
+    char text[8];
+    std::snprintf(text, sizeof text, "0x%02x", static_cast<unsigned>(byte));
+    return text;
+}
+
+Table request_lines() {
+    Table t;
+    const auto add = [&](std::string line, int status, char after) {
+        t.push_back({"line " + line.substr(0, 60), head_of(line), status, after});
+    };
+    add("GET /health HTTP/1.1", 200, 'o');
+    add("HEAD /health HTTP/1.1", 200, 'o');
+    add("GET /health HTTP/1.0", 200, 'c');
+    for (const char* method : {"PUT", "DELETE", "PATCH", "POST", "TRACE", "get", "X",
+                               "G-E.T_~!#$%&'*+", "ABCDEFGHIJKLMNOP"})
+        add(std::string(method) + " /health HTTP/1.1", std::string(method) == "POST" ? 411 : 405,
+            std::string(method) == "POST" ? 'c' : 'o');
+    add("GET /v1/chat/completions HTTP/1.1", 405, 'o');
+    add("HEAD /chat/completions HTTP/1.1", 405, 'o');
+    add("DELETE /v1/models HTTP/1.1", 405, 'o');
+    for (const char* line : {"GET  /health HTTP/1.1",
+                             "GET /health  HTTP/1.1",
+                             " GET /health HTTP/1.1",
+                             "GET\t/health HTTP/1.1",
+                             "GET /health\tHTTP/1.1",
+                             "GET /health HTTP/1.1 ",
+                             "GET /health HTTP/1.1 x",
+                             "GET /health",
+                             "GET",
+                             "/health HTTP/1.1",
+                             "GET HTTP/1.1",
+                             "GET /health HTTP/1.10",
+                             "GET /health HTTP/11",
+                             "GET /health HTTP/1",
+                             "GET /health HTTP/x.y",
+                             "GET /health http/1.1",
+                             "GET /health HTTP /1.1",
+                             "GET /health HTTP/1.1x",
+                             "GET /health HTTP/01.1",
+                             "GET /health HTTP/-1.1",
+                             "GET /health HTTP/",
+                             "GET /health XTTP/1.1",
+                             "GET /health HTTP/1,1",
+                             "ABCDEFGHIJKLMNOPQ /health HTTP/1.1",
+                             "",
+                             "\xff\xfe\xfd"})
+        add(line, 400, 'c');
+    for (const char* version : {"HTTP/2.0", "HTTP/3.0", "HTTP/0.9", "HTTP/9.9"})
+        add(std::string("GET /health ") + version, 505, 'c');
+    for (int c = 0; c < 128; c++) {  // in the method: what is no character of a token
+        const bool token =
+            std::isalnum(c) ||
+            std::string("!#$%&'*+-.^_`|~").find(static_cast<char>(c)) != std::string::npos;
+        if (token || c == '\r' || c == '\n' || c == ' ' || c == '\t') continue;
+        add("G" + one(static_cast<char>(c)) + "T /health HTTP/1.1", 400, 'c');
+        t.back().name = "method with " + hex(c);
+    }
+    return t;
+}
+
+Table targets() {
+    Table t;
+    const auto add = [&](std::string target, int status, char after) {
+        t.push_back({"target " + target.substr(0, 60), head_of("GET " + target + " HTTP/1.1"),
+                     status, after});
+    };
+    for (const char* target :
+         {"/health?", "/health?a=b&c=%20", "/h%65alth", "/%68%65%61lth", "http://localhost/health",
+          "http://LOCALHOST/health", "/health?x=/../"})
+        add(target, 200, 'o');
+    for (const char* target :
+         {"/nothing", "/health/", "/HEALTH", "/health%c3%a9", "/health%2f", "/health;x",
+          "/index.html", "/etc/passwd", "/v1", "/v1/", "/v1/models/none", "/%252e%252e/x",
+          "/.git/config", "/api/v1/inference/models/none", "/health%20"})
+        add(target, 404, 'o');
+    for (const char* target : {"health",
+                               "*",
+                               "localhost:80",
+                               "https://localhost/health",
+                               "ftp://localhost/health",
+                               "//health",
+                               "/health//",
+                               "/../health",
+                               "/a/../health",
+                               "/..",
+                               "/%2e%2e/health",
+                               "/%2E./health",
+                               "/.%2e/health",
+                               "/health%00",
+                               "/%00",
+                               "/health%",
+                               "/health%2",
+                               "/health%zz",
+                               "/health%2g",
+                               "/health%-1",
+                               "/health%ff",
+                               "/health%c3",
+                               "/health%c0%af",
+                               "/health%ed%a0%80",
+                               "/health%f4%90%80%80",
+                               "/he\\alth",
+                               "/he%5calth",
+                               "/%2fhealth",
+                               "/v1%2f%2fmodels",
+                               "/v1/models/..%2f..%2fetc",
+                               "/v1/models/..%252f",
+                               "/health#x",
+                               "?x",
+                               "http://",
+                               "http://localhost",
+                               "/a%2f..%2fb"})
+        add(target, 400, 'c');
+    for (int c = 1; c < 256; c++) {  // raw, within the target
+        const bool line = c == '\r' || c == '\n' || c == ' ';
+        if (line || (c > 0x20 && c < 0x7f) || (c >= 0x80 && c % 16 != 0)) continue;
+        add("/he" + one(static_cast<char>(c)) + "alth", 400, 'c');
+        t.back().name = "target with " + hex(c);
+    }
+    return t;
+}
+
+Table field_lines() {
+    Table t;
+    const auto add = [&](std::string name, std::string field, int status, char after) {
+        t.push_back({"field " + name, with_field(field), status, after});
+    };
+    const auto fine = [&](std::string field) { add(field, field + "\r\n", 200, 'o'); };
+    for (const char* field :
+         {"X: y", "X:y", "X:", "X: ", "X:  y  ", "X:\ty\t", "x: a\tb", "X: \xe9", "X: \x80\xff",
+          "X-1_2.3~!#$%&'*+^`|: y", "X: a: b", "Cookie: a=b; c=d", "Upgrade: websocket",
+          "Connection: Upgrade, HTTP2-Settings", "Connection: keep-alive", "X: \"unclosed",
+          "Content-Length: 0", "Accept: */*", "Referer: http://x/y"})
+        fine(field);
+    for (const char* field : {"Connection: close", "connection: CLOSE",
+                              "Connection: keep-alive, close", "Connection: close, x"})
+        add(field, std::string(field) + "\r\n", 200, 'c');
+    for (const char* field :
+         {"X : y", "X\t: y", ": y", " X: y", "\tX: y", "garbage", "X y: z", "X", "=", "X\x80: y",
+          "Host : localhost", "X: y\r\n folded", "X: y\r\n\tfolded", "X: y\r\n : z"})
+        add(field, std::string(field) + "\r\n", 400, 'c');
+    for (int c = 0; c < 128; c++) {  // in the name: what is no character of a token
+        const bool token =
+            std::isalnum(c) ||
+            std::string("!#$%&'*+-.^_`|~").find(static_cast<char>(c)) != std::string::npos;
+        if (token || c == '\r' || c == '\n' || c == ':') continue;
+        add("name with " + hex(c), "X" + one(static_cast<char>(c)) + "Y: z\r\n", 400, 'c');
+    }
+    for (int c = 0; c < 128; c++)  // in the value: controls
+        if ((c < 0x20 || c == 0x7f) && c != '\r' && c != '\n' && c != '\t')
+            add("value with " + hex(c), "X: a" + one(static_cast<char>(c)) + "b\r\n", 400, 'c');
+    add("value with a bare CR", "X: a\rb\r\n", 400, 'c');
+    add("value with a bare CR at its end", "X: a\r\r\n", 400, 'c');
+    add("a bare LF", "X: a\n", 400, 'c');
+    add("a bare LF within", "X: a\nY: b\r\n", 400, 'c');
+    t.push_back({"all line ends are LF", "GET /health HTTP/1.1\nHost: localhost\n\n", 400, 'c'});
+    t.push_back(
+        {"the last line end is LF", "GET /health HTTP/1.1\r\nHost: localhost\r\n\n", 400, 'c'});
+    t.push_back(
+        {"the first line end is LF", "GET /health HTTP/1.1\nHost: localhost\r\n\r\n", 400, 'c'});
+    t.push_back(
+        {"a bare CR ends the line", "GET /health HTTP/1.1\rHost: localhost\r\n\r\n", 400, 'c'});
+    t.push_back({"no Host", head_of("GET /health HTTP/1.1", ""), 400, 'c'});
+    t.push_back({"no Host in 1.0", head_of("GET /health HTTP/1.0", ""), 400, 'c'});
+    t.push_back({"two Hosts", with_field("Host: localhost\r\n"), 400, 'c'});
+    t.push_back({"two Hosts that differ", with_field("Host: evil.example\r\n"), 400, 'c'});
+    t.push_back({"1.0 that stays",
+                 head_of("GET /health HTTP/1.0", "Host: localhost\r\nConnection: keep-alive\r\n"),
+                 200, 'o'});
+    return t;
+}
+
+Table bodies() {
+    Table t;
+    const auto add = [&](std::string name, std::string bytes, int status, char after) {
+        t.push_back({name, bytes, status, after});
+    };
+    add("a length", with_body(kLength, kBody), 200, 'o');
+    add("a length in 1.0", with_body(kLength, kBody, "1.0"), 200, 'c');
+    add("a length with blanks around",
+        with_body("Content-Length:  " + std::to_string(kBody.size()) + " \t\r\n", kBody), 200, 'o');
+    const std::string zeros = std::string(18, '0') + std::to_string(kBody.size());
+    add("a length of 18 digits",
+        with_body("Content-Length: " + zeros.substr(zeros.size() - 18) + "\r\n", kBody), 200, 'o');
+    add("a length of 19 digits",
+        with_body("Content-Length: " + zeros.substr(zeros.size() - 19) + "\r\n", kBody), 400, 'c');
+    add("the largest length", with_body("Content-Length: 999999999999999999\r\n", ""), 413, 'c');
+    add("a length of 2^64", with_body("Content-Length: 18446744073709551616\r\n", ""), 400, 'c');
+    add("neither length nor chunks", with_body("", ""), 411, 'c');
+    const std::string n = std::to_string(kBody.size());
+    for (const std::string& value :
+         {std::string(""), "+" + n, "-" + n, n + " " + n, n + "," + n, n + ", " + n, "0x" + n,
+          n + ".0", n + "e0", n + "x", std::string("x"), std::string("-1"), std::string("\"5\""),
+          n + ";", std::string("\xd9\xa1")})
+        add("length " + value, with_body("Content-Length: " + value + "\r\n", kBody), 400, 'c');
+    add("two lengths", with_body(kLength + kLength, kBody), 400, 'c');
+    add("two lengths that differ", with_body(kLength + "Content-Length: 0\r\n", kBody), 400, 'c');
+    add("a body of no bytes", with_body(length_of(0), ""), 400, 'o');
+    add("a GET with a body", get("/health", length_of(5)) + "hello", 200, 'o');
+    add("a GET with chunks", get("/health", kChunked) + chunk("hello") + kLast, 200, 'o');
+    // It is refused before its body is read, and then nobody knows where the next one would begin.
+    add("the body of a request that is refused", post("/nothing", kBody), 404, 'c');
+
+    add("a chunk", in_chunks(chunk(kBody) + kLast), 200, 'o');
+    std::string singles;
+    for (const char c : kBody) singles += chunk(one(c));
+    add("chunks of one byte", in_chunks(singles + kLast), 200, 'o');
+    add("capital hex digits",
+        in_chunks("0000002A\r\n" + kBody.substr(0, 42) + "\r\n" + chunk(kBody.substr(42)) + kLast),
+        200, 'o');
+    add("small hex digits",
+        in_chunks("2a\r\n" + kBody.substr(0, 42) + "\r\n" + chunk(kBody.substr(42)) + kLast), 200,
+        'o');
+    add("a last chunk of 8 zeros", in_chunks(chunk(kBody) + "00000000\r\n\r\n"), 200, 'o');
+    add("a last chunk of 9 zeros", in_chunks(chunk(kBody) + "000000000\r\n\r\n"), 400, 'c');
+    for (const char* size :
+         {"+2a", "-2a", " 2a", "2a ", "2a\t", "0x2a", "", "g", "2g", "2a.", "2 a", "00000002a",
+          "FFFFFFFFF", "123456789", ";", ";a", "\x80", "'2a'"})
+        add(std::string("chunk size ") + size,
+            in_chunks(std::string(size) + "\r\n" + kBody.substr(0, 42) + "\r\n" +
+                      chunk(kBody.substr(42)) + kLast),
+            400, 'c');
+    for (const char* size : {"100001", "7fffffff", "80000000", "ffffffff"})
+        add(std::string("chunk size ") + size, in_chunks(std::string(size) + "\r\nx"), 413, 'c');
+    add("chunks beyond the limit in sum", in_chunks(chunk(std::string(600'000, ' ')) + "70000\r\n"),
+        413, 'c');
+    for (const char* extension : {";a", ";a=b", ";a=\"b c\"", ";a;b;c=d"})
+        add(std::string("extension ") + extension, in_chunks(chunk(kBody, extension) + kLast), 200,
+            'o');
+    add("an extension of 256 bytes", in_chunks(chunk(kBody, ";" + std::string(255, 'x')) + kLast),
+        200, 'o');
+    add("an extension of 257 bytes", in_chunks(chunk(kBody, ";" + std::string(256, 'x')) + kLast),
+        400, 'c');
+    add("extensions of 256 bytes on every chunk",
+        in_chunks(chunk(kBody.substr(0, 9), ";" + std::string(255, 'x')) +
+                  chunk(kBody.substr(9), ";" + std::string(255, 'y')) + kLast),
+        200, 'o');
+    for (const char* extension : {";a\x01", ";a\rb", ";a\n", ";a\x7f"})
+        add("extension " + shown(extension), in_chunks(chunk(kBody, extension) + kLast), 400, 'c');
+    add("a chunk size that ends in LF", in_chunks("2a\n" + kBody.substr(0, 42) + "\r\n" + kLast),
+        400, 'c');
+    add("a chunk that ends in LF",
+        in_chunks(chunk(kBody).substr(0, chunk(kBody).size() - 2) + "\n" + kLast), 400, 'c');
+    add("a chunk that is longer than its size",
+        in_chunks("29\r\n" + kBody.substr(0, 42) + "\r\n" + kLast), 400, 'c');
+    add("a chunk that is shorter than its size",
+        in_chunks("2b\r\n" + kBody.substr(0, 42) + "\r\n" + kLast), 400, 'c');
+    add("a trailer", in_chunks(chunk(kBody) + "0\r\nX: y\r\n\r\n"), 200, 'o');
+    add("a trailer that lies",
+        in_chunks(chunk(kBody) + "0\r\nContent-Length: 5\r\nHost: x\r\n\r\n"), 200, 'o');
+    add("a trailer of 4,000 bytes",
+        in_chunks(chunk(kBody) + "0\r\nX: " + std::string(3'995, 'y') + "\r\n\r\n"), 200, 'o');
+    add("a trailer beyond 4 KiB",
+        in_chunks(chunk(kBody) + "0\r\nX: " + std::string(4'096, 'y') + "\r\n\r\n"), 400, 'c');
+    for (const char* line : {"X : y", "garbage", " X: y", ": y"})  // nobody looks at them
+        add(std::string("trailer ") + line, in_chunks(chunk(kBody) + "0\r\n" + line + "\r\n\r\n"),
+            200, 'o');
+    add("a trailer with a control", in_chunks(chunk(kBody) + "0\r\nX: \x01\r\n\r\n"), 400, 'c');
+    for (const std::size_t size : {4'090u, 4'091u, 4'092u, 4'093u, 4'094u, 4'095u, 4'096u})
+        add("trailers, one of them of " + std::to_string(size) + " bytes, beyond 4 KiB",
+            in_chunks(chunk(kBody) + "0\r\n" + std::string(size, 'x') + "\r\n" +
+                      std::string(9'000, 'y') + "\r\n\r\n"),
+            400, 'c');
+    add("many trailers beyond 4 KiB",
+        in_chunks(chunk(kBody) + "0\r\n" + repeated("X: y\r\n", 700) + "\r\n"), 400, 'c');
+    add("a trailer that ends in LF", in_chunks(chunk(kBody) + "0\r\nX: y\n\r\n"), 400, 'c');
+    add("a last chunk that ends in LF", in_chunks(chunk(kBody) + "0\r\n\n"), 400, 'c');
+
+    for (const char* value : {"gzip", "gzip, chunked", "chunked, gzip", "chunked, chunked",
+                              "identity", "chunked, identity", "chunked;q=1", "xchunked",
+                              "chunkedx", "chunked,", ",chunked", "\"chunked\"",
+                              "\x0b"
+                              "chunked",
+                              "chunked\x0b", "", "chun ked"})
+        add("Transfer-Encoding " + shown(value),
+            with_body("Transfer-Encoding: " + std::string(value) + "\r\n", chunk(kBody) + kLast),
+            400, 'c');
+    add("two Transfer-Encodings", with_body(kChunked + kChunked, chunk(kBody) + kLast), 400, 'c');
+    add("two that differ",
+        with_body("Transfer-Encoding: identity\r\n" + kChunked, chunk(kBody) + kLast), 400, 'c');
+    add("chunks in 1.0", with_body(kChunked, chunk(kBody) + kLast, "1.0"), 400, 'c');
+    add("Transfer-Encoding with a blank",
+        with_body("Transfer-Encoding : chunked\r\n", chunk(kBody) + kLast), 400, 'c');
+    add("Expect what nobody knows", with_body("Expect: the-unexpected\r\n" + kLength, kBody), 417,
+        'c');
+    return t;
+}
+
+// A second request hidden in what one reader takes for a body: only one response ever comes.
+Table smuggling() {
+    const std::string hidden = get("/v1/models");
+    Table t;
+    const auto add = [&](std::string name, std::string fields, std::string body) {
+        t.push_back({"smuggling: " + name, with_body(fields, body), 400, 'c'});
+    };
+    const std::string whole = chunk(kBody) + kLast;
+    add("length, then chunks", length_of(whole.size()) + kChunked, whole + hidden);
+    add("chunks, then length", kChunked + length_of(whole.size()), whole + hidden);
+    add("a length for the chunks' head", length_of(4) + kChunked, whole + hidden);
+    add("length zero and chunks", length_of(0) + kChunked, kLast + hidden);
+    add("length and a chunked that is spelt oddly", kLength + "Transfer-Encoding: Chunked\r\n",
+        kBody + hidden);
+    add("length and xchunked", kLength + "Transfer-Encoding: xchunked\r\n", kBody + hidden);
+    add("length and identity", kLength + "Transfer-Encoding: identity\r\n", kBody + hidden);
+    add("length and an empty encoding", kLength + "Transfer-Encoding:\r\n", kBody + hidden);
+    add("a blank before the colon", kLength + "Transfer-Encoding : chunked\r\n", kBody + hidden);
+    add("a tab before the colon", kLength + "Transfer-Encoding\t: chunked\r\n", kBody + hidden);
+    add("a folded encoding", kLength + "Transfer-Encoding:\r\n chunked\r\n", kBody + hidden);
+    add("a line feed hides the encoding", kLength + "X: y\nTransfer-Encoding: chunked\r\n",
+        kBody + hidden);
+    add("a carriage return hides it", kLength + "X: y\rTransfer-Encoding: chunked\r\n",
+        kBody + hidden);
+    add("a zero hides it", kLength + "X: y" + one('\0') + "\r\nTransfer-Encoding: chunked\r\n",
+        kBody + hidden);
+    add("two lengths, one for each reader", kLength + length_of(kBody.size() + hidden.size()),
+        kBody + hidden);
+    add("a length with a sign", "Content-Length: +" + std::to_string(kBody.size()) + "\r\n",
+        kBody + hidden);
+    add("a length in a list", "Content-Length: " + std::to_string(kBody.size()) + ", 0\r\n",
+        kBody + hidden);
+    add("a length of digits that are none", "Content-Length: 1_0\r\n", kBody + hidden);
+    add("a length cut by a zero", "Content-Length: 5" + one('\0') + "0\r\n", kBody + hidden);
+    add("a chunk size that wraps around", kChunked, "100000000\r\n" + hidden);
+    add("a chunk size with an odd end", kChunked, "0\r\r\n\r\n" + hidden);
+    add("a chunk extension with a line feed", kChunked, "2;a\nxx\r\n0\r\n\r\n" + hidden);
+    add("an underscore for the dash", "Content_Length: 5\r\nTransfer-Encoding: chunked, x\r\n",
+        whole + hidden);
+    return t;
+}
+
+}  // namespace
+
+TEST_CASE("server: http: the request line is exact or refused") {
+    if (no_binary()) return;
+    run_table("B1 lines", request_lines());
+}
+TEST_CASE("server: http: a target is a path that is known, or a refusal") {
+    if (no_binary()) return;
+    run_table("B1 targets", targets());
+}
+TEST_CASE("server: http: fields are exact or refused") {
+    if (no_binary()) return;
+    run_table("B1 fields", field_lines());
+}
+TEST_CASE("server: http: bodies are as long as exactly one field says") {
+    if (no_binary()) return;
+    run_table("B1 bodies", bodies());
+}
+TEST_CASE("server: http: no second request hides in a first one") {
+    if (no_binary()) return;
+    run_table("B1 smuggling", smuggling());
+}
+
+// ---- limits, order, interim answers -------------------------------------------------------------
+
+namespace {
+
+// A line of so many bytes, without its end; the method and the version stay what they are.
+std::string line_of(std::size_t bytes) {
+    return "GET /" + std::string(bytes - 14, 'x') + " HTTP/1.1";
+}
+// A head whose fields take so many bytes with their line ends.
+std::string fields_of(std::size_t bytes) {
+    const std::string host = "Host: localhost\r\n";
+    return host + "X: " + std::string(bytes - host.size() - 5, 'y') + "\r\n";
+}
+std::string many_fields(int count) {
+    std::string out = "Host: localhost\r\n";
+    for (int i = 1; i < count; i++) out += "X" + std::to_string(i) + ": y\r\n";
+    return out;
+}
+// A good body, made so long with blanks.
+std::string padded(std::size_t bytes) { return kBody + std::string(bytes - kBody.size(), ' '); }
+
+constexpr std::size_t kLine = 8192, kFields = 16384, kBodyLimit = 1048576;
+
+Table limits() {
+    Table t;
+    const auto add = [&](std::string name, std::string bytes, int status, char after) {
+        t.push_back({name, bytes, status, after});
+    };
+    add("a line of 8 KiB - 1", head_of(line_of(kLine - 1)), 404, 'o');
+    add("a line of 8 KiB", head_of(line_of(kLine)), 404, 'o');
+    add("a line of 8 KiB + 1", head_of(line_of(kLine + 1)), 414, 'c');
+    add("a line without end", "GET /" + std::string(3 * kLine, 'x'), 414, 'c');
+    add("fields of 16 KiB - 1", head_of("GET /health HTTP/1.1", fields_of(kFields - 1)), 200, 'o');
+    add("fields of 16 KiB", head_of("GET /health HTTP/1.1", fields_of(kFields)), 200, 'o');
+    add("fields of 16 KiB + 1", head_of("GET /health HTTP/1.1", fields_of(kFields + 1)), 431, 'c');
+    add("fields without end", "GET /health HTTP/1.1\r\nX: " + std::string(3 * kFields, 'x'), 431,
+        'c');
+    add("line and fields at their limits", head_of(line_of(kLine), fields_of(kFields)), 404, 'o');
+    add("63 fields", head_of("GET /health HTTP/1.1", many_fields(63)), 200, 'o');
+    add("64 fields", head_of("GET /health HTTP/1.1", many_fields(64)), 200, 'o');
+    add("65 fields", head_of("GET /health HTTP/1.1", many_fields(65)), 431, 'c');
+    add("1,000 fields", head_of("GET /health HTTP/1.1", many_fields(1000)), 431, 'c');
+    add("a method of 16", head_of("ABCDEFGHIJKLMNOP /health HTTP/1.1"), 405, 'o');
+    add("a method of 17", head_of("ABCDEFGHIJKLMNOPQ /health HTTP/1.1"), 400, 'c');
+    add("a body of 1 MiB - 1", with_body(length_of(kBodyLimit - 1), padded(kBodyLimit - 1)), 200,
+        'o');
+    add("a body of 1 MiB", with_body(length_of(kBodyLimit), padded(kBodyLimit)), 200, 'o');
+    add("a body of 1 MiB + 1", with_body(length_of(kBodyLimit + 1), padded(kBodyLimit + 1)), 413,
+        'c');
+    add("a body of 1 MiB + 1 that never comes", with_body(length_of(kBodyLimit + 1), ""), 413, 'c');
+    add("chunks of 1 MiB", in_chunks(chunk(padded(kBodyLimit)) + kLast), 200, 'o');
+    add("chunks of 1 MiB in two", in_chunks(chunk(padded(kBodyLimit - 1)) + chunk(" ") + kLast),
+        200, 'o');
+    add("chunks of 1 MiB + 1", in_chunks(chunk(padded(kBodyLimit + 1)) + kLast), 413, 'c');
+    add("chunks of 1 MiB + 1 in two", in_chunks(chunk(padded(kBodyLimit)) + chunk(" ") + kLast),
+        413, 'c');
+    return t;
+}
+
+}  // namespace
+
+TEST_CASE("server: http: every limit holds at its border") {
+    if (no_binary()) return;
+    run_table("B1 limits", limits());
+}
+
+TEST_CASE("server: http: requests that come together are answered in order") {
+    if (no_binary()) return;
+    for (const int count : {2, 8, 9, 30}) {
+        CAPTURE(count);
+        Connection c(port());
+        std::string all;
+        for (int i = 0; i < count; i++) {
+            all += i % 3 == 1 ? chat(R"(,"max_tokens":1)")
+                              : get(i % 3 == 0 ? "/nothing/" + std::to_string(i) : "/v1/models");
+        }
+        c.send(all);
+        for (int i = 0; i < count; i++) {
+            CAPTURE(i);
+            const Response r = c.receive();
+            CHECK(r.status == (i % 3 == 0 ? 404 : 200));
+            const char* has[] = {"no_such_route", "chat.completion", "\"list\""};
+            CHECK(contains(r.body, has[i % 3]));
+        }
+        CHECK(c.rest() == "");
+        c.send(get("/health"));
+        CHECK(c.receive().status == 200);
+    }
+    Connection closing(port());  // what follows a request that closes is not looked at
+    closing.send(get("/health", "Connection: close\r\n") + get("/v1/models"));
+    CHECK(closing.receive().status == 200);
+    CHECK(closing.ends());
+    Connection after(port());  // a stream, then another request
+    after.send(chat(R"(,"stream":true)") + get("/health"));
+    CHECK(read_stream(after.receive().body).done);
+    CHECK(after.receive().status == 200);
+    Connection garbage(port());
+    garbage.send(in_chunks(chunk(kBody) + kLast) + "garbage\r\n\r\n");
+    CHECK(garbage.receive().status == 200);
+    CHECK(garbage.receive().status == 400);
+    CHECK(garbage.ends());
+}
+
+TEST_CASE("server: http: 100-continue comes after the checks, or not at all") {
+    if (no_binary()) return;
+    const std::string expect = "Expect: 100-continue\r\n";
+    for (const std::string& fields : {expect + kLength, "eXPECT: 100-Continue\r\n" + kLength}) {
+        Connection c(port());
+        c.send(with_body(fields, ""));
+        CHECK(c.receive(5'000).status == 100);
+        c.send(kBody);
+        CHECK(c.receive().status == 200);
+        c.send(get("/health"));
+        CHECK(c.receive().status == 200);
+    }
+    Connection chunks(port());
+    chunks.send(in_chunks("", expect));
+    CHECK(chunks.receive(5'000).status == 100);
+    chunks.send(chunk(kBody) + kLast);
+    CHECK(chunks.receive().status == 200);
+    const std::vector<std::pair<std::string, int>> refused = {
+        {with_body(expect + length_of(kBodyLimit + 1), ""), 413},
+        {with_body(expect + kLength + kChunked, ""), 400},
+        {"POST /nothing HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n" +
+             expect + kLength + "\r\n",
+         404},
+        {"POST /v1/models HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n" +
+             expect + kLength + "\r\n",
+         405},
+        {"POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\n" + expect + kLength + "\r\n",
+         415},
+        {"POST /v1/chat/completions HTTP/1.1\r\nHost: evil.example\r\nContent-Type: "
+         "application/json\r\n" +
+             expect + kLength + "\r\n",
+         403}};
+    for (const auto& [bytes, status] : refused) {
+        INFO(shown(bytes));
+        Connection c(port());
+        c.send(bytes);
+        CHECK(c.receive(5'000).status == status);
+        CHECK(c.ends());  // nobody knows whether the body comes
+    }
+    Connection whole(port());  // it did not wait
+    whole.send(with_body(expect + kLength, kBody));
+    Response r = whole.receive();
+    if (r.status == 100) r = whole.receive();
+    CHECK(r.status == 200);
+    CHECK(ask(port(), get("/health", expect)).status == 200);
+}
+
+TEST_CASE("server: http: HEAD is GET without the body, and a wrong method is told the right ones") {
+    if (no_binary()) return;
+    for (const char* path : {"/", "/inference", "/health", "/stats", "/v1/models",
+                             "/v1/models/sft/d9/100", "/api/v1/inference/models", "/nothing"}) {
+        CAPTURE(std::string(path));
+        const std::string whole = get(path);
+        Connection c(port());
+        c.send("HEAD" + whole.substr(3));
+        const Response head = c.receive(10'000, true);
+        c.send(whole);
+        const Response r = c.receive();
+        CHECK(head.status == r.status);
+        CHECK(head.field("content-type") == r.field("content-type"));
+        CHECK(head.has("content-length") == r.has("content-length"));
+        CHECK(r.complete);
+    }
+    const std::vector<std::pair<std::string, std::string>> wrong = {
+        {"POST /health", "GET"},
+        {"DELETE /v1/models", "GET"},
+        {"PUT /", "GET"},
+        {"GET /chat/completions", "POST"},
+        {"GET /v1/chat/completions", "POST"},
+        {"GET /v1/completions", "POST"},
+        {"PATCH /api/v1/inference/models", "GET"}};
+    for (const auto& [line, allow] : wrong) {
+        CAPTURE(line);
+        const Response r = ask(port(), head_of(line + " HTTP/1.1",
+                                               "Host: localhost\r\nContent-Length: 0\r\n"
+                                               "Content-Type: application/json\r\n"));
+        CHECK(r.status == 405);
+        CHECK(code_of(r) == "method_not_allowed");
+        CHECK(contains(r.field("allow"), allow));
+    }
+}
+
+// ---- every split --------------------------------------------------------------------------------
+
+namespace {
+
+// What a stream tells while one waits may be there or not.
+std::string without_comments(std::string body) {
+    for (std::size_t begin = 0; (begin = body.find("\n: ")) != std::string::npos;) {
+        const std::size_t end = body.find("\n\n", begin + 1);
+        body.erase(begin + 1, end == std::string::npos ? end : end + 1 - begin);
+    }
+    if (body.starts_with(": ")) body.erase(0, body.find("\n\n") + 2);
+    return body;
+}
+// Without what differs from answer to answer.
+std::string constant_part(std::string body) {
+    body = without_comments(body);
+    for (const char* key : {"\"id\":", "\"created\":", "\"request_id\":", "\"uptime_s\":",
+                            "\"scanned_at\":", "\"queue_ms\":", "\"prefill_ms\":", "\"decode_ms\":",
+                            "\"ttft_ms\":", "\"tokens_per_second\":", "\"cached_tokens\":",
+                            "\"available_workers\":", "\"busy_workers\":", "\"active\":"})
+        for (std::size_t begin = 0; (begin = body.find(key, begin)) != std::string::npos;) {
+            begin += std::strlen(key);
+            body.erase(begin, body.find_first_of(",}", begin) - begin);
+        }
+    return body;
+}
+
+// What a browser's head is like.
+const std::string kBrowser =
+    "User-Agent: Mozilla/5.0 (X11; Linux x86_64; rv:140.0) Gecko/20100101 Firefox/140.0\r\n"
+    "Accept: text/html,application/xhtml+xml,*/*;q=0.8\r\nAccept-Language: "
+    "de,en-US;q=0.7,en;q=0.3\r\n"
+    "Accept-Encoding: gzip, deflate, br, zstd\r\nDNT: 1\r\nConnection: keep-alive\r\n"
+    "Sec-Fetch-Dest: empty\r\nSec-Fetch-Mode: cors\r\nSec-Fetch-Site: same-origin\r\nPriority: "
+    "u=0\r\n";
+
+std::vector<std::string> good_requests() {
+    const std::string few = R"(,"max_tokens":2,"seed":1)";
+    std::vector<std::string> all = {
+        get("/health"),
+        get("/stats", kBrowser),
+        get("/v1/models", kBrowser),
+        get("/v1/models/sft/d9/100"),
+        get("/v1/models/sft%2Fd9%2F100"),
+        get("/api/v1/inference/models"),
+        get("/nothing", kBrowser),
+        get("/v1/nothing?x=y", kBrowser),
+        get("/health?a=b%20c", kBrowser),
+        get("http://localhost/health"),
+        "HEAD" + get("/health").substr(3),
+        "HEAD" + get("/v1/models").substr(3),
+        get("/health", "X: a\tb\r\nY:\r\nZ:  c  \r\n"),
+        get("/health", "Connection: keep-alive\r\nCookie: a=b\r\n"),
+        get("/health", length_of(5)) + "hello",
+        get("/health", kChunked) + chunk("hello") + kLast,
+        chat(few),
+        nanochat(few),
+        chat(few + R"(,"stream":true)"),
+        chat(few + R"(,"stream":true,"stream_options":{"include_usage":true})"),
+        in_chunks(chunk(chat_body(few)) + kLast),
+        in_chunks(chunk(chat_body(few), ";a=b") + "0\r\nX: y\r\n\r\n"),
+        in_chunks(chunk(chat_body(few).substr(0, 20)) + chunk(chat_body(few).substr(20)) + kLast),
+        post("/v1/chat/completions", chat_body(few + R"(,"user":"\u00e9\ud83d\udc4b h\u00e9")")),
+        post("/v1/completions",
+             R"({"prompt":"X","max_tokens":2,"seed":1,"temperature":0,"model":"base/d9/100"})"),
+        post("/v1/chat/completions", "{"),
+        post("/v1/chat/completions", "[]"),
+        post("/v1/chat/completions", ""),
+        post("/v1/chat/completions", "{}", kBrowser),
+        post("/chat/completions", R"({"messages":[]})", kBrowser),
+        post("/chat/completions", R"({"messages":7})", kBrowser),
+        post("/v1/chat/completions", chat_body(R"(,"model":"no")")),
+        post("/v1/chat/completions", chat_body(R"(,"temperature":7)")),
+        post("/nothing", "{}"),
+        post("/v1/models", "{}", kBrowser),
+        post("/health", "x"),
+        post("/api/v1/inference/tokenize", R"({"text":"Hi there"})"),
+        post("/v1/chat/completions",
+             R"({"messages":[{"role":"user","content":[{"type":"text","text":"Hi"}]}],)"
+             R"("temperature":0,"max_tokens":2,"seed":1})"),
+        head_of("PUT /health HTTP/1.1"),
+        "POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: text/plain\r\n" +
+            length_of(2) + "\r\n{}"};
+    return all;
+}
+
+// Sends each list of pieces on a connection of its own, some at a time, and leaves the server time
+// to read each piece before the next is sent. Returns the answers.
+std::vector<std::string> answers_of(const std::vector<Words>& requests, bool to_head) {
+    std::vector<std::string> out;
+    constexpr std::size_t kAtOnce = 32;
+    for (std::size_t begin = 0; begin < requests.size(); begin += kAtOnce) {
+        const std::size_t end = std::min(begin + kAtOnce, requests.size());
+        std::vector<Connection> open;
+        std::size_t longest = 0;
+        for (std::size_t i = begin; i < end; i++) {
+            open.emplace_back(port(), 2);
+            longest = std::max(longest, requests[i].size());
+        }
+        for (std::size_t piece = 0; piece < longest; piece++) {
+            for (std::size_t i = begin; i < end; i++)
+                if (piece < requests[i].size()) open[i - begin].send(requests[i][piece]);
+            http::sleep_ms(0.3);
+        }
+        for (Connection& c : open) {
+            const Response r = c.receive(20'000, to_head);
+            out.push_back(r.complete && r.broken.empty() && c.rest().empty()
+                              ? std::to_string(r.status) + " " + constant_part(r.body)
+                              : "broken: " + r.broken + c.rest());
+        }
+    }
+    return out;
+}
+
+}  // namespace
+
+TEST_CASE("server: http: a request cut anywhere, or sent byte by byte, is the same request") {
+    if (no_binary()) return;
+    const std::vector<std::string> all = good_requests();
+    CHECK(all.size() == 40);
+    const std::size_t stride = test::quick() ? 23 : 1;
+    std::size_t passed = 0, total = 0;
+    for (const std::string& request : all) {
+        const bool head = request.starts_with("HEAD ");
+        const std::string whole = answers_of({{request}}, head)[0];
+        std::vector<Words> cut;
+        for (std::size_t at = 1; at < request.size(); at += stride)
+            cut.push_back({request.substr(0, at), request.substr(at)});
+        Words bytes;
+        for (const char c : request) bytes.push_back(one(c));
+        cut.push_back(bytes);
+        const std::vector<std::string> answers = answers_of(cut, head);
+        for (std::size_t i = 0; i < cut.size(); i++) {
+            const bool same = answers[i] == whole;
+            passed += same;
+            total++;
+            if (same) continue;
+            INFO("cut into " << shown(cut[i][0]) << " and the rest");
+            CHECK(answers[i] == whole);
+        }
+        const bool answered = whole.size() > 3 && whole[3] == ' ';
+        INFO(shown(request));
+        CHECK(answered);
+    }
+    CHECK(passed == total);
+    tally("B2", passed, total);
+}
+
+// ---- who may ask --------------------------------------------------------------------------------
+
+namespace {
+
+struct Asks {
+    std::string host, fields;  // of a POST; without Content-Type there is none
+    int status;
+    const char* code;  // of the error; "" if there is none
+};
+
+Response ask_as(const Asks& c, bool with_get) {
+    const std::string host = "Host: " + c.host + "\r\n";
+    if (with_get) return ask(port(), "GET /v1/models HTTP/1.1\r\n" + host + c.fields + "\r\n");
+    return ask(port(), "POST /v1/chat/completions HTTP/1.1\r\n" + host + c.fields + kLength +
+                           "\r\n" + kBody);
+}
+
+}  // namespace
+
+TEST_CASE("server: who may ask: this machine's own pages and programs, nobody else's") {
+    if (no_binary()) return;
+    const std::string json = "Content-Type: application/json\r\n", p = ":" + std::to_string(port());
+    const auto origin = [](const std::string& o) { return "Origin: " + o + "\r\n"; };
+    const auto site = [](const std::string& s) { return "Sec-Fetch-Site: " + s + "\r\n"; };
+    std::vector<Asks> t;
+    for (const std::string& host :
+         {std::string("localhost"), "localhost" + p, "LocalHost" + p, std::string("127.0.0.1"),
+          "127.0.0.1" + p, std::string("[::1]"), "[::1]" + p, std::string("127.8.9.10"),
+          std::string("localhost:1")})
+        t.push_back({host, json, 200, ""});
+    for (const char* host :
+         {"evil.example", "evil.example:8000", "localhost.evil.example", "evil.localhost.example",
+          "127.0.0.1.evil.example", "notlocalhost", "192.0.2.1", "0.0.0.0", "2130706433",
+          "0x7f000001", "127.1.evil", "[::2]", "[fe80::1]", "169.254.169.254", "128.0.0.1"})
+        t.push_back({host, json, 403, "host_not_allowed"});
+    for (const char* host : {"", "local host", "a@localhost", "localhost/x", "localhost,evil",
+                             "[::1", "::1", "localhost:80:80"})
+        t.push_back({host, json, 0, ""});  // 400 or 403: refused
+    for (const std::string& o : {"http://localhost" + p, "https://localhost" + p})  // or a proxy's
+        t.push_back({"localhost" + p, json + origin(o), 200, ""});
+    t.push_back({"127.0.0.1" + p, json + origin("http://127.0.0.1" + p), 200, ""});
+    t.push_back({"[::1]" + p, json + origin("http://[::1]" + p), 200, ""});
+    for (const std::string& o :
+         {std::string("null"), std::string("http://evil.example"),
+          std::string("https://evil.example"), std::string("http://localhost:1"),
+          std::string("http://localhost"), "ftp://localhost" + p, "http://localhost" + p + "/",
+          "http://localhost" + p + ".evil.example", "http://evil.example" + p,
+          "http://x@localhost" + p, std::string("file://"), std::string(""),
+          "http://localhost" + p + ", http://evil.example", std::string("chrome-extension://abc"),
+          "http://localhost" + p + "0"})
+        t.push_back({"localhost" + p, json + origin(o), 403, "origin_not_allowed"});
+    t.push_back({"localhost" + p, json + site("same-origin"), 200, ""});
+    t.push_back({"localhost" + p, json + site("none"), 200, ""});
+    t.push_back({"localhost" + p, json + site("cross-site"), 403, "origin_not_allowed"});
+    t.push_back({"localhost" + p, json + site("same-origin") + origin("http://evil.example"), 403,
+                 "origin_not_allowed"});
+    t.push_back({"evil.example", json + origin("http://evil.example"), 403, "host_not_allowed"});
+    for (const char* type :
+         {"application/json", "application/json; charset=utf-8", "APPLICATION/JSON",
+          "application/json;charset=UTF-8", "application/json ; charset=\"utf-8\""})
+        t.push_back({"localhost", "Content-Type: " + std::string(type) + "\r\n", 200, ""});
+    t.push_back({"localhost", "", 415, "unsupported_media_type"});
+    for (const char* type :
+         {"text/plain", "text/plain; application/json", "application/x-www-form-urlencoded",
+          "multipart/form-data; boundary=x", "application/jsonx", "xapplication/json", "json",
+          "application/json-patch+json", "application/ld+json", "", "application/json, text/plain",
+          "text/json"})
+        t.push_back({"localhost", "Content-Type: " + std::string(type) + "\r\n", 415,
+                     "unsupported_media_type"});
+    std::size_t passed = 0;
+    for (const Asks& c : t) {
+        INFO("Host: " << c.host << ", " << shown(c.fields));
+        const Response r = ask_as(c, false);
+        bool good = c.status == 0 ? r.status == 400 || r.status == 403 : r.status == c.status;
+        CHECK_MESSAGE(good, r.status, " ", r.body);
+        if (r.status >= 400) CHECK(fault_of_error(r) == "");
+        if (c.code[0] != '\0') CHECK(code_of(r) == c.code);
+        const Response g = ask_as(c, true);  // reading is no different, but needs no Content-Type
+        const int want = c.status == 415 ? 200 : c.status;
+        const bool same = want == 0 ? g.status == 400 || g.status == 403 : g.status == want;
+        CHECK_MESSAGE(same, g.status, " ", g.body);
+        CHECK(!r.has("access-control-allow-origin"));
+        passed += good && same;
+    }
+    tally("B4", passed, t.size());
+}
+
+// ---- the fields of requests ---------------------------------------------------------------------
+
+namespace {
+
+struct FieldCase {
+    std::string field, value;  // as JSON; the whole body if the field is ""
+    int status;
+    const char* code;   // of the error
+    bool none = false;  // the error names no field
+};
+
+const char* const kRange = "out_of_range";
+const char* const kType = "wrong_type";
+const char* const kJson = "invalid_json";
+const char* const kMissing = "missing_field";
+const char* const kUnsupported = "unsupported_parameter";
+
+std::string nested(int depth) {
+    return std::string(static_cast<std::size_t>(depth), '[') +
+           std::string(static_cast<std::size_t>(depth), ']');
+}
+std::string message(std::string_view role, std::string_view content) {
+    return R"({"role":)" + std::string(role) + R"(,"content":)" + std::string(content) + "}";
+}
+std::string user(std::string_view text) { return message("\"user\"", json_string(text)); }
+std::string many(int count) {
+    std::string out = "[" + user("x");
+    for (int i = 1; i < count; i++)
+        out += "," + message(i % 2 ? "\"assistant\"" : "\"user\"", "\"x\"");
+    return out + "]";
+}
+
+// Bodies that are no request at all, on every route.
+std::vector<FieldCase> no_requests() {
+    std::vector<FieldCase> t;
+    for (const char* body : {"",
+                             "{",
+                             "}",
+                             "[",
+                             "{]",
+                             "nul",
+                             "{\"messages\"}",
+                             "{\"messages\":}",
+                             "{\"a\":1,}",
+                             "{,}",
+                             "{\"a\":1 \"b\":2}",
+                             "{'a':1}",
+                             "{a:1}",
+                             "{\"a\":NaN}",
+                             "{\"a\":Infinity}",
+                             "{\"a\":-Infinity}",
+                             "{\"a\":+1}",
+                             "{\"a\":01}",
+                             "{\"a\":1.}",
+                             "{\"a\":.5}",
+                             "{\"a\":1e}",
+                             "{\"a\":0x1}",
+                             "{\"a\":tru}",
+                             "{\"a\":\"\\x\"}",
+                             "{\"a\":\"\\u12\"}",
+                             "{\"a\":\"\\ud800\"}",
+                             "{\"a\":\"\\udc00\"}",
+                             "{\"a\":\"\\ud800\\u0041\"}",
+                             "{\"a\":\"\xff\"}",
+                             "{\"a\":\"\xc3\"}",
+                             "{\"a\":\"\xed\xa0\x80\"}",
+                             "{\"a\":\"\xc0\x80\"}",
+                             "{\"a\":\"b",
+                             "{\"a\":\"\n\"}",
+                             "{\"a\":\"\t\"}",
+                             "{} {}",
+                             "{}x",
+                             "{} // no",
+                             "/* no */{}",
+                             "{\"a\":1,\"a\":2}",
+                             "\xef\xbb\xbf{}",
+                             "{\"a\":{\"b\":1,\"b\":1}}",
+                             "{\"a\":[1,]}",
+                             "{\"a\":[1 2]}",
+                             "\xff\xfe{\0}\0"})
+        t.push_back({"", body, 400, kJson, true});
+    t.push_back({"", "{\"a\":" + std::string(65, '1') + "}", 400, kJson, true});
+    t.push_back({"", "{\"a\":" + nested(40) + "}", 400, kJson, true});
+    t.push_back({"", nested(100'000), 400, kJson, true});
+    t.push_back({"", "{\"a\":" + std::string("\"") + one('\0') + "\"}", 400, kJson, true});
+    return t;
+}
+
+std::vector<FieldCase> openai_fields() {
+    std::vector<FieldCase> t;
+    const auto fine = [&](const char* field, std::initializer_list<std::string> values) {
+        for (const std::string& value : values) t.push_back({field, value, 200, ""});
+    };
+    const auto bad = [&](const char* field, const char* code,
+                         std::initializer_list<std::string> values) {
+        for (const std::string& value : values) t.push_back({field, value, 400, code});
+    };
+    bad("messages", kMissing, {""});
+    bad("messages", kType,
+        {"7", "\"x\"", "{}", "true", "[7]", "[null]", "[\"x\"]", "[[]]",
+         "[" + message("7", "\"x\"") + "]", "[" + message("\"user\"", "7") + "]",
+         "[" + message("\"user\"", "{}") + "]",
+         "[" + message("\"user\"", R"([{"type":"text","text":7}])") + "]"});
+    bad("messages", kRange, {"[]", many(501)});
+    fine("messages",
+         {many(3), "[" + user("") + "]",
+          "[" + message("\"system\"", "\"x\"") + "," + user("x") + "]",
+          "[" + message("\"developer\"", "\"x\"") + "," + user("x") + "]",
+          "[" + message("\"user\"", R"([{"type":"text","text":"a"},{"type":"text","text":"b"}])") +
+              "]",
+          "[" + user("x") + "," + message("\"assistant\"", "\"q\"") + "]",
+          R"([{"role":"user","content":"x","name":"me","more":[1]}])", "[" + user("<|bos|>") + "]",
+          "[" + user("\xf0\x9f\x91\x8b") + "]"});
+    for (const char* role : {"\"tool\"", "\"function\"", "\"User\"", "\"\""})
+        t.push_back({"messages", "[" + message(role, "\"x\"") + "]", 400, ""});
+    for (const char* content :
+         {"[7]", R"([{"type":"image_url","image_url":{"url":"x"}}])", R"([{"type":"input_audio"}])",
+          R"([{"type":"text"}])", R"([{"text":"x"}])"})
+        t.push_back({"messages", "[" + message("\"user\"", content) + "]", 400, ""});
+    for (const char* part : {R"([{"content":"x"}])", R"([{"role":"user"}])", "[{}]"})
+        t.push_back({"messages", part, 400, ""});
+    t.push_back(
+        {"messages", "[" + user(repeated("xy ", 5'000)) + "]", 400, "context_length_exceeded"});
+    for (const char* name : {"max_tokens", "max_completion_tokens"}) {
+        bad(name, kType, {"\"5\"", "true", "[5]", "{}", "\"\""});
+        bad(name, kRange, {"0", "-1", "99999999999999999999"});
+        for (const char* no : {"2.9", "2.0", "1e1", "1e99", "-1e99"})
+            t.push_back({name, no, 400, ""});
+        fine(name, {"null", "1", "2", "4096"});
+    }
+    bad("temperature", kType, {"\"1\"", "true", "[]", "{}"});
+    bad("temperature", kRange, {"-0.1", "2.01", "7", "1e99", "-1e99"});
+    fine("temperature", {"null", "0", "0.0", "2", "2.0", "1.5", "1e-3", "-0.0"});
+    bad("top_p", kType, {"\"1\"", "true", "[]"});
+    bad("top_p", kRange, {"0", "-1", "1.01", "1e99"});
+    fine("top_p", {"null", "1", "0.5", "0.0001"});
+    bad("top_k", kType, {"\"1\"", "true", "[]"});
+    bad("top_k", kRange, {"-1", "9999999"});
+    for (const char* no : {"1.5", "1e99"}) t.push_back({"top_k", no, 400, ""});
+    fine("top_k", {"null", "0", "1", "50", "512"});
+    bad("seed", kType, {"\"1\"", "true", "[]"});
+    bad("seed", kRange, {"99999999999999999999"});
+    for (const char* no : {"1.5", "1e99"}) t.push_back({"seed", no, 400, ""});
+    fine("seed", {"null", "0", "1", "42", "9007199254740991", "9223372036854775807"});
+    bad("stop", kType, {"7", "true", "{}", "[7]", "[null]", "[[]]"});
+    bad("stop", kRange,
+        {"\"\"", "[\"\"]", R"(["a","b","c","d","e"])", json_string(std::string(65, 'x'))});
+    fine("stop", {"null", "[]", "\"x\"", "[\"x\"]", R"(["w","x","y","z"])",
+                  json_string(std::string(64, 'x'))});
+    bad("stream", kType, {"7", "\"true\"", "[]"});
+    fine("stream", {"null", "false"});
+    bad("stream_options", kType, {"7", "\"x\"", "[]"});
+    fine("stream_options", {"null"});
+    bad("n", kType, {"\"1\"", "true"});
+    for (const char* no : {"0", "-1", "9", "1e99"}) t.push_back({"n", no, 400, ""});
+    fine("n", {"null", "1"});
+    for (const char* name : {"presence_penalty", "frequency_penalty"}) {
+        bad(name, kUnsupported, {"0.5", "-1", "2"});
+        fine(name, {"null", "0", "0.0"});
+        bad(name, kType, {"\"x\""});
+    }
+    bad("logit_bias", kUnsupported, {R"({"5":1})"});
+    fine("logit_bias", {"null", "{}"});
+    bad("tools", kUnsupported, {R"([{"type":"function"}])"});
+    fine("tools", {"null", "[]"});
+    bad("functions", kUnsupported, {R"([{"name":"x"}])"});
+    fine("functions", {"null"});
+    bad("response_format", kUnsupported,
+        {R"({"type":"json_object"})", R"({"type":"json_schema"})"});
+    fine("response_format", {"null", R"({"type":"text"})"});
+    bad("modalities", kUnsupported, {R"(["audio"])", R"(["text","audio"])"});
+    bad("audio", kUnsupported, {R"({"voice":"x"})"});
+    fine("audio", {"null"});
+    for (const char* name : {"user", "metadata", "store", "unknown", "x_y", "parallel_tool_calls"})
+        fine(name, {"null", "\"x\"", "{}", "[1,{\"a\":null}]"});
+    bad("model", kType, {"7", "true", "[]", "{}"});
+    for (const char* model : {"no", "sft/d9/101", "sft/d77", "../d9", "sft/../d9", "/etc/passwd",
+                              "sft/d9/100/x", "d9\\u0000", "rl", "gpt-5"})
+        t.push_back({"model", "\"" + std::string(model) + "\"", 404, "model_not_found"});
+    t.push_back({"model", json_string(std::string(10'000, 'x')), 404, "model_not_found"});
+    t.push_back({"model", "\"base/d20/40\"", 409, "model_not_ready"});
+    fine("model", {"null", "\"sft/d9/100\"", "\"sft/d9\"", "\"sft\"", "\"default\"", "\"nanochat\"",
+                   "\"gpt-3.5-turbo\"", "\"gpt-4o-mini\"", "\"base/d9/100\""});
+    return t;
+}
+
+std::vector<FieldCase> nanochat_fields() {
+    std::vector<FieldCase> t;
+    const auto add = [&](const char* field, int status, std::initializer_list<std::string> values) {
+        for (const std::string& value : values) t.push_back({field, value, status, ""});
+    };
+    const std::string x7999(7'999, 'x'), wide = repeated("\u00e9", 8'000);
+    add("messages", 422,
+        {"", "7", "\"x\"", "{}", "null", "[7]", "[null]", "[\"x\"]", "[{}]", R"([{"content":"x"}])",
+         R"([{"role":"user"}])", "[" + message("7", "\"x\"") + "]",
+         "[" + message("\"user\"", "7") + "]", "[" + message("\"user\"", "null") + "]"});
+    add("messages", 400,
+        {"[]", many(501), "[" + user("") + "]", "[" + user(x7999 + "xx") + "]",
+         "[" + user(wide + "x") + "]", "[" + message("\"tool\"", "\"x\"") + "]",
+         "[" + message("\"\"", "\"x\"") + "]",
+         "[" + repeated(user(x7999) + ",", 4) + user("12345") + "]"});
+    add("messages", 200,
+        {many(3), "[" + user("x") + "]",
+         "[" + message("\"system\"", "\"x\"") + "," + user("x") + "]"});
+    add("temperature", 400, {"-0.1", "2.01", "1e99"});
+    add("temperature", 422, {"\"x\"", "[]", "{}"});
+    add("temperature", 200, {"null", "0", "2", "1.5"});
+    add("top_k", 400, {"-1", "201"});
+    add("top_k", 422, {"\"x\"", "[]", "1.5"});
+    add("top_k", 200, {"null", "0", "1", "200"});
+    add("max_tokens", 400, {"0", "-1", "4097"});
+    add("max_tokens", 422, {"\"x\"", "[]", "2.9"});
+    add("max_tokens", 200, {"null", "1", "4096"});
+    add("seed", 200, {"null", "0", "7"});
+    add("stop", 200, {"null", "\"x\"", "[\"x\",\"y\"]"});
+    add("unknown", 200, {"null", "7", "{}"});
+    t.push_back({"model", "\"no\"", 404, "model_not_found"});
+    t.push_back({"model", "\"base/d20/40\"", 409, "model_not_ready"});
+    return t;
+}
+
+std::vector<FieldCase> completion_fields() {
+    std::vector<FieldCase> t;
+    const auto add = [&](const char* field, int status, const char* code,
+                         std::initializer_list<std::string> values) {
+        for (const std::string& value : values) t.push_back({field, value, status, code});
+    };
+    add("prompt", 400, kMissing, {""});
+    add("prompt", 400, kType, {"7", "{}", "true", "[{}]", "[[1]]"});
+    add("prompt", 400, "", {"[512]", "[-1]", "[1.5]", "[1e99]"});
+    add("prompt", 200, "", {"\"X\"", "[88]", "\"\"", "[72,101,88]"});
+    add("echo", 400, kUnsupported, {"true"});
+    add("best_of", 400, kUnsupported, {"2"});
+    add("suffix", 400, kUnsupported, {"\"x\""});
+    add("echo", 200, "", {"false", "null"});
+    add("suffix", 200, "", {"null"});
+    add("max_tokens", 400, kRange, {"0", "-1"});
+    add("temperature", 400, kRange, {"3"});
+    add("temperature", 400, kType, {"\"x\""});
+    return t;
+}
+
+// The body with one field replaced, or left out where its value is "".
+std::string body_with(const FieldCase& c, const char* asks, const std::string& value) {
+    if (c.field.empty()) return c.value;
+    std::string out = "{";
+    const auto put = [&](const std::string& key, const std::string& json) {
+        const std::string& shown_value = key == c.field ? c.value : json;
+        if (!shown_value.empty())
+            out += (out.size() > 1 ? "," : "") + json_string(key) + ":" + shown_value;
+    };
+    put(asks, value);
+    put("temperature", "0");
+    put("max_tokens", "1");
+    const bool there = c.field == asks || c.field == "temperature" || c.field == "max_tokens";
+    if (!there) put(c.field, "");
+    return out + "}";
+}
+std::string fault_of(const FieldCase& c, const Response& r) {
+    if (r.status != c.status) return "status " + std::to_string(r.status) + " " + r.body;
+    if (r.status == 200) return r.complete ? "" : "incomplete";
+    if (const std::string fault = fault_of_error(r); !fault.empty()) return fault;
+    if (c.code[0] != '\0' && code_of(r) != c.code) return "code " + r.body;
+    const std::string param = text_at(json_of(r.body), "error.param");
+    if (c.none) return param == "(null)" ? "" : "param " + r.body;
+    return param.rfind(c.field, 0) == 0 || c.field.empty() ? "" : "param " + r.body;
+}
+void run_fields(const char* group, const char* route, const char* asks, const std::string& value,
+                const std::vector<FieldCase>& table) {
+    std::size_t passed = 0;
+    Connection c(port(), 3);
+    for (const FieldCase& row : table) {
+        const std::string body = body_with(row, asks, value);
+        c.send(post(route, body));
+        const Response r = c.receive();
+        std::string fault = fault_of(row, r);
+        if (r.says_close() || !r.complete)
+            fault += " the connection is closed", c = Connection(port(), 3);
+        INFO(std::string(route) << " " << row.field << ": " << shown(row.value));
+        CHECK(fault == "");
+        passed += fault.empty();
+    }
+    tally(group, passed, table.size());
+}
+
+}  // namespace
+
+TEST_CASE("server: requests: each field is right, or the error names it") {
+    if (no_binary()) return;
+    run_fields("B3 chat", "/v1/chat/completions", "messages", "[" + user("Hi") + "]",
+               openai_fields());
+    run_fields("B3 nanochat", "/chat/completions", "messages", "[" + user("Hi") + "]",
+               nanochat_fields());
+    run_fields("B3 completions", "/v1/completions", "prompt", "\"X\"", completion_fields());
+    std::vector<FieldCase> form = no_requests();
+    run_fields("B3 JSON", "/v1/chat/completions", "messages", "[]", form);
+    run_fields("B3 JSON completions", "/v1/completions", "prompt", "[]", form);
+    for (const char* body : {"[]", "7", "null", "\"x\"", "true"}) {
+        CAPTURE(std::string(body));
+        CHECK(ask(port(), post("/v1/chat/completions", body)).status == 400);
+        CHECK(ask(port(), post("/chat/completions", body)).status == 422);
+    }
+    for (FieldCase& c : form) c.status = 422;
+    run_fields("B3 JSON nanochat", "/chat/completions", "messages", "[]", form);
+}
+
+TEST_CASE("server: requests: nanochat's limits have nanochat's words") {
+    if (no_binary()) return;
+    const std::vector<std::pair<std::string, std::string>> cases = {
+        {R"({"messages":[]})", "At least one message is required"},
+        {R"({"messages":)" + many(501) + "}",
+         "Too many messages. Maximum 500 messages allowed per request"},
+        {R"({"messages":[)" + user("x") + "," + message("\"assistant\"", "\"\"") + "]}",
+         "Message 1 has empty content"},
+        {R"({"messages":[)" + user("x") + "," + user(std::string(8'001, 'x')) + "]}",
+         "Message 1 is too long. Maximum 8000 characters allowed per message"},
+        {R"({"messages":[)" + repeated(user(std::string(8'000, 'x')) + ",", 4) + user("x") + "]}",
+         "Total conversation is too long. Maximum 32000 characters allowed"},
+        {R"({"messages":[)" + message("\"robot\"", "\"x\"") + "]}",
+         "Message 0 has invalid role. Must be 'user', 'assistant', or 'system'"},
+        {R"({"messages":[)" + user("x") + R"(],"temperature":2.5})",
+         "Temperature must be between 0.0 and 2.0"},
+        {R"({"messages":[)" + user("x") + R"(],"top_k":201})", "top_k must be between 0 and 200"},
+        {R"({"messages":[)" + user("x") + R"(],"max_tokens":4097})",
+         "max_tokens must be between 1 and 4096"}};
+    for (const auto& [body, words] : cases) {
+        INFO(words);
+        const Response r = ask(port(), post("/chat/completions", body));
+        CHECK(r.status == 400);
+        CHECK(text_at(json_of(r.body), "detail") == words);
+        CHECK(fault_of_error(r) == "");
+    }
+}
+
+TEST_CASE("server: requests: what an error shows of a request is short and harmless") {
+    if (no_binary()) return;
+    for (const std::string& value : {std::string(100'000, 'x'), std::string("\x1b[2J\x07\x7f"),
+                                     std::string("\u202e\u2066"), std::string("\u0085\u009b")}) {
+        const Response r = ask(
+            port(), post("/v1/chat/completions", chat_body(R"(,"model":)" + json_string(value))));
+        INFO(shown(r.body));
+        CHECK(r.status == 404);
+        CHECK(fault_of_error(r) == "");
+        CHECK(r.body.size() < 3'000);
+        const std::string says = text_at(json_of(r.body), "error.message");
+        for (const char* raw : {"\x1b", "\x07", "\x7f", "\u202e", "\u2066", "\u0085", "\u009b"})
+            CHECK(!contains(says, raw));
+    }
+}
+
+// ---- streams ------------------------------------------------------------------------------------
+
+namespace {
+
+Response stream_of(const std::string& request, int where = port()) {
+    Response r = ask(where, request);
+    r.body = without_comments(r.body);
+    INFO(r.body);
+    CHECK(r.status == 200);
+    CHECK(r.field("content-type") == "text/event-stream; charset=utf-8");
+    CHECK(r.field("cache-control") == "no-store");
+    CHECK(r.field("x-accel-buffering") == "no");
+    CHECK(r.field("transfer-encoding") == "chunked");
+    CHECK(r.complete);
+    return r;
+}
+// The events of the route of nanochat up to the last, as they must be, from the pieces that came.
+std::string nanochat_events(const Stream& s) {
+    std::string out;
+    for (const std::string& data : s.data)
+        if (const Json* token = at(json_of(data), "token"))
+            out += "data: {\"token\": " + json_string(token->string) + ", \"gpu\": 0}\n\n";
+    return out;
+}
+// The events of OpenAI's, with what only the server knows taken from the first.
+std::string openai_events(const Stream& s, const char* finish, const std::string& usage) {
+    const Json first = json_of(s.data.empty() ? "" : s.data[0]);
+    const std::string begin =
+        "data: {\"id\":" + json_string(text_at(first, "id")) +
+        ",\"object\":\"chat.completion.chunk\",\"created\":" + text_at(first, "created") +
+        ",\"model\":" + json_string(text_at(first, "model")) +
+        ",\"system_fingerprint\":" + json_string(text_at(first, "system_fingerprint")) +
+        ",\"choices\":[";
+    const std::string end = usage.empty() ? "}\n\n" : ",\"usage\":null}\n\n";
+    const auto event = [&](const std::string& delta, const std::string& why) {
+        return begin + "{\"index\":0,\"delta\":" + delta +
+               ",\"logprobs\":null,\"finish_reason\":" + why + "}]" + end;
+    };
+    std::string out = event(R"({"role":"assistant","content":""})", "null");
+    for (std::size_t i = 1; i < s.data.size(); i++)
+        if (const Json* piece = at(json_of(s.data[i]), "choices.0.delta.content"))
+            out += event("{\"content\":" + json_string(piece->string) + "}", "null");
+    out += event("{}", json_string(finish));
+    if (!usage.empty()) out += begin + "],\"usage\":" + usage + "}\n\n";
+    return out + "data: [DONE]\n\n";
+}
+bool is_utf8(const std::string& text) {
+    return json_of(json_string(text)).kind == Json::Kind::string;
+}
+
+}  // namespace
+
+TEST_CASE("server: streams: every byte is as specified, and pieces are whole characters") {
+    if (no_binary()) return;
+    const std::string seed = R"(,"seed":7)";
+    const Response n = stream_of(nanochat(seed));
+    Stream s = read_stream(n.body);
+    CHECK(s.text == kAnswerText);
+    const Json last = json_of(s.data.back());
+    const int prompt = static_cast<int>(number_at(last, "usage.prompt_tokens"));
+    CHECK(prompt >= 5);
+    const std::string tokens = nanochat_events(s);
+    CHECK(n.body.substr(0, tokens.size()) == tokens);
+    CHECK(n.body.substr(tokens.size()).starts_with("data: {\"done\": true, \"finish_reason\""));
+    CHECK(n.body.ends_with("}\n\n"));
+    CHECK(text_at(last, "finish_reason") == "stop");
+    CHECK(text_at(last, "model") == kChain);
+    CHECK(number_at(last, "seed") == 7);
+    CHECK(number_at(last, "usage.completion_tokens") == kAnswerTokens);
+    CHECK(number_at(last, "usage.total_tokens") == prompt + kAnswerTokens);
+    const Response plain = stream_of(chat(seed + R"(,"stream":true)"));
+    s = read_stream(plain.body);
+    CHECK(s.text == kAnswerText);
+    CHECK(plain.body == openai_events(s, "stop", ""));
+    CHECK(s.data.size() > 10);  // in pieces, not at once
+    for (const std::string& data : s.data)
+        if (const Json* piece = at(json_of(data), "choices.0.delta.content"))
+            CHECK(is_utf8(piece->string));
+    const Response usage =
+        stream_of(chat(seed + R"(,"stream":true,"stream_options":{"include_usage":true})"));
+    s = read_stream(usage.body);
+    const Json counted = json_of(s.data.at(s.data.size() - 2));
+    CHECK(number_at(counted, "usage.prompt_tokens") == prompt);
+    CHECK(number_at(counted, "usage.completion_tokens") == double(kAnswerTokens));
+    CHECK(number_at(counted, "usage.total_tokens") == prompt + double(kAnswerTokens));
+    const std::size_t at_usage = usage.body.rfind("\"usage\":");
+    const std::size_t end = usage.body.find("}\n\n", at_usage);
+    CHECK(usage.body ==
+          openai_events(s, "stop", usage.body.substr(at_usage + 8, end - at_usage - 8)));
+    const Response cut = stream_of(chat(seed + R"(,"stream":true,"max_tokens":9)"));
+    CHECK(cut.body == openai_events(read_stream(cut.body), "length", ""));
+    CHECK(read_stream(cut.body).text.rfind("H\u00e9llo ", 0) == 0);
+}
+
+TEST_CASE("server: streams: 1.0 gets a stream too, up to the end of the connection") {
+    if (no_binary()) return;
+    const std::string body = chat_body(R"(,"stream":true,"seed":7)");
+    const Response r = ask(port(), with_body(length_of(body.size()), body, "1.0"));
+    CHECK(r.status == 200);
+    CHECK(!r.has("transfer-encoding"));
+    CHECK(r.says_close());
+    CHECK(r.closed);
+    CHECK(read_stream(r.body).text == kAnswerText);
+    CHECK(read_stream(r.body).done);
+}
+
+TEST_CASE(
+    "server: streams: any cut of the answer is the same text, streamed or not, on every route") {
+    if (no_binary()) return;
+    std::size_t passed = 0, total = 0;
+    for (int tokens = 1; tokens <= kAnswerTokens; tokens++) {
+        CAPTURE(tokens);
+        const std::string limit = R"(,"max_tokens":)" + std::to_string(tokens);
+        const Json json = json_of(ask(port(), chat(limit)).body);
+        const std::string whole = text_at(json, "choices.0.message.content");
+        const Stream a = read_stream(ask(port(), chat(limit + R"(,"stream":true)")).body);
+        const Stream b = read_stream(ask(port(), nanochat(limit)).body);
+        const bool ends = tokens == kAnswerTokens;
+        CHECK(a.text == whole);
+        CHECK(b.text == whole);
+        CHECK(is_utf8(whole));
+        CHECK(a.finish == (ends ? "stop" : "length"));
+        CHECK(b.finish == a.finish);
+        CHECK(text_at(json, "choices.0.finish_reason") == a.finish);
+        CHECK(number_at(json, "usage.completion_tokens") ==
+              std::min<double>(tokens, double(kAnswerTokens)));
+        passed += a.text == whole && b.text == whole && a.done && b.done;
+        total++;
+    }
+    tally("B6 cuts", passed, total);
+}
+
+TEST_CASE(
+    "server: streams: a stop text never appears, nor its beginning, nor is anything else lost") {
+    if (no_binary()) return;
+    const auto until = [](std::string_view text) {
+        return kAnswerText.substr(0, kAnswerText.find(text));
+    };
+    struct Stops {
+        std::string stop, text;
+        const char* finish = "stop";
+    };
+    std::vector<Stops> t = {{R"("def")", until("def")},
+                            {R"("a")", until("a")},
+                            {R"("f")", until("f")},
+                            {R"("H")", ""},
+                            {R"("H\u00e9llo")", ""},
+                            {R"("llo ")", until("llo ")},
+                            {R"("\ud83d\udc4b")", until("\U0001F44B")},
+                            {R"(" \ud83d\udc4ba")", until(" \U0001F44Ba")},
+                            {R"("\u20ac!")", until("\u20ac!")},
+                            {R"(["xyz","cd","d"])", until("cd")},
+                            {R"(["bcdx","c"])", until("c")},
+                            {R"(["abcdefx","bcx"])", kAnswerText},
+                            {R"("dex")", kAnswerText},
+                            {R"("hx")", kAnswerText},
+                            {R"("\ufffdh!")", kAnswerText},
+                            {R"("Hello")", kAnswerText},
+                            {R"("bcdefgh")", kAnswerText},
+                            {R"(["x","y","z","w"])", kAnswerText},
+                            {R"("\ufffdg")", until("\uFFFDg")},
+                            {R"("\ufffdh")", until("\uFFFDh")}};
+    for (std::size_t i = 0; i < 6; i++)  // every piece of "abcdef"
+        for (std::size_t n = 1; n + i <= 6; n++) {
+            const std::string piece = std::string("abcdef").substr(i, n);
+            t.push_back({json_string(piece), until(piece)});
+        }
+    std::size_t passed = 0;
+    for (const Stops& c : t) {
+        CAPTURE(c.stop);
+        const std::string more = R"(,"stop":)" + c.stop;
+        const Json json = json_of(ask(port(), chat(more)).body);
+        const Stream a = read_stream(ask(port(), chat(more + R"(,"stream":true)")).body);
+        const Stream b = read_stream(ask(port(), nanochat(more)).body);
+        CHECK(text_at(json, "choices.0.message.content") == c.text);
+        CHECK(a.text == c.text);
+        CHECK(b.text == c.text);
+        CHECK(a.finish == c.finish);
+        CHECK(text_at(json, "choices.0.finish_reason") == c.finish);
+        passed += a.text == c.text && b.text == c.text &&
+                  text_at(json, "choices.0.message.content") == c.text;
+    }
+    tally("B6 stops", passed, t.size());
+}
+
+TEST_CASE("server: streams: special tokens of a request are plain characters") {
+    if (no_binary()) return;
+    const auto count = [](const std::string& text) {
+        const std::string body =
+            R"({"messages":[)" + user(text) + R"(],"max_tokens":1,"temperature":0})";
+        return number_at(json_of(ask(port(), post("/v1/chat/completions", body)).body),
+                         "usage.prompt_tokens");
+    };
+    CHECK(count("<|assistant_end|>") > count("x") + 10);
+    CHECK(count("<|bos|><|user_start|>") > count("x") + 12);
+    const std::string body =
+        R"({"messages":[)" + user("<|assistant_end|><|assistant_start|>") + R"(],"temperature":0})";
+    CHECK(read_stream(ask(port(), post("/chat/completions", body)).body).text == kAnswerText);
+}
+
+TEST_CASE("server: completions: no template, and both ends of the answer") {
+    if (no_binary()) return;
+    const std::string body = R"({"model":"base/d9/100","prompt":"X","temperature":0,"seed":3)";
+    const Response r = ask(port(), post("/v1/completions", body + "}"));
+    INFO(r.body);
+    const Json json = json_of(r.body);
+    CHECK(text_at(json, "object") == "text_completion");
+    CHECK(text_at(json, "choices.0.text") == "YZ");
+    CHECK(text_at(json, "choices.0.finish_reason") == "stop");
+    CHECK(number_at(json, "usage.prompt_tokens") == 2);
+    CHECK(number_at(json, "seed") == 3);
+    const Stream s =
+        read_stream(ask(port(), post("/v1/completions", body + R"(,"stream":true})")).body);
+    CHECK(s.text == "YZ");
+    CHECK(s.done);
+    CHECK(text_at(json_of(s.data[0]), "object") == "text_completion");
+    const Json ids =
+        json_of(ask(port(), post("/v1/completions", R"({"prompt":[88],"temperature":0})")).body);
+    CHECK(text_at(ids, "choices.0.text") == "YZ");
+    const Stream loop = read_stream(
+        ask(port(), post("/v1/completions",
+                         R"({"prompt":"q","temperature":0,"stream":true,"max_tokens":7})"))
+            .body);
+    CHECK(loop.text == "rsqrsqr");
+    CHECK(loop.finish == "length");
+    CHECK(text_at(json_of(ask(port(), endless(5)).body), "choices.0.message.content") == "rsqrs");
+}
+
+// ---- what else can be asked ---------------------------------------------------------------------
+
+TEST_CASE("server: models: the class's list, OpenAI's list, and one of each") {
+    if (no_binary()) return;
+    const Json all = json_of(ask(port(), get("/api/v1/inference/models")).body);
+    CHECK(number_at(all, "count") == 4);
+    CHECK(text_at(all, "default") == kChain);
+    Words ids, ready;
+    for (const Json& m : at(all, "models")->array) {
+        ids.push_back(text_at(m, "id"));
+        if (text_at(m, "status") == "ready") ready.push_back(ids.back());
+        CHECK(at(m, "can_chat")->boolean ==
+              (text_at(m, "status") == "ready" && text_at(m, "type") != "BASE"));
+        for (const char* key :
+             {"name",       "type",       "source",       "tag",      "step",
+              "val_loss",   "val_bpb",    "loss",         "metrics",  "architecture",
+              "parameters", "size_bytes", "memory_bytes", "file",     "modified",
+              "status",     "reason",     "loaded",       "can_chat", "default"}) {
+            CAPTURE(std::string(key));
+            CHECK(at(m, key) != nullptr);
+        }
+        CHECK(text_at(m, "file").rfind("/", 0) != 0);
+    }
+    CHECK(ids == Words{kChain, kSlow, "base/d20/40", "base/d9/100"});
+    CHECK(number_at(json_of(ask(port(), get("/api/v1/inference/models?type=SFT")).body), "count") ==
+          2);
+    CHECK(number_at(json_of(ask(port(), get("/api/v1/inference/models?refresh=1")).body),
+                    "count") == 4);
+    const Json one_of = json_of(ask(port(), get("/api/v1/inference/models/sft/d9/100")).body);
+    CHECK(text_at(one_of, "id") == kChain);
+    CHECK(at(one_of, "tensors")->array.size() > 5);
+
+    const Json list = json_of(ask(port(), get("/v1/models")).body);
+    CHECK(text_at(list, "object") == "list");
+    Words listed;
+    for (const Json& m : at(list, "data")->array) {
+        listed.push_back(text_at(m, "id"));
+        CHECK(text_at(m, "object") == "model");
+        CHECK(text_at(m, "owned_by") == "local");
+        CHECK(number_at(m, "created") > 1.5e9);
+    }
+    REQUIRE(!listed.empty());
+    CHECK(listed[0] == kChain);
+    CHECK(std::set(listed.begin(), listed.end()) == std::set(ready.begin(), ready.end()));
+    for (const char* path :
+         {"/v1/models/sft/d9/100", "/v1/models/sft%2Fd9%2F100", "/v1/models/sft%2fd9/100"})
+        CHECK(text_at(json_of(ask(port(), get(path)).body), "id") == kChain);
+    CHECK(code_of(ask(port(), get("/v1/models/none"))) == "model_not_found");
+}
+
+TEST_CASE("server: health, stats, slots, props and metrics say what is going on") {
+    if (no_binary()) return;
+    REQUIRE(idle(port()));
+    const Json health = json_of(ask(port(), get("/health")).body);
+    CHECK(text_at(health, "status") == "ok");
+    CHECK(at(health, "ready")->boolean);
+    CHECK(number_at(health, "num_gpus") == 1);
+    CHECK(number_at(health, "available_workers") == 8);
+    CHECK(text_at(health, "device") == "cpu");
+    CHECK(number_at(health, "uptime_s") >= 0);
+    const Json stats = json_of(ask(port(), get("/stats")).body);
+    CHECK(number_at(stats, "total_workers") == 8);
+    CHECK(number_at(stats, "available_workers") == 8);
+    CHECK(number_at(stats, "busy_workers") == 0);
+    CHECK(number_at(stats, "workers.0.gpu_id") == 0);
+    CHECK(at(stats, "workers.0.device") != nullptr);
+    Connection running(port(), 4);
+    running.send(endless(4'000, R"(,"stream":true,"user":"secret words")", kSlow));
+    CHECK(running.receive(60'000, false, 600).status == 200);
+    Json slots;
+    for (int i = 0; i < 100 && (i == 0 || at(slots, "0") == nullptr); i++, http::sleep_ms(20)) {
+        const Response r = ask(port(), get("/slots"));
+        slots = json_of(r.body);
+        if (const Json* list = at(slots, "slots")) slots = Json(*list);
+        CHECK(!contains(r.body, "secret"));
+    }
+    CHECK(text_at(slots, "0.model") == kSlow);
+    const Json busy = json_of(ask(port(), get("/health")).body);
+    CHECK(number_at(busy, "active") == 1);
+    CHECK(number_at(busy, "available_workers") == 7);
+    running.close();
+    CHECK(idle(port()));
+    CHECK(ask(port(), get("/props")).status == 200);
+    const Response metrics = ask(port(), get("/metrics"));
+    CHECK(metrics.field("content-type").rfind("text/plain", 0) == 0);
+    for (const char* name :
+         {"requests_total{", "active_sequences", "queued", "prompt_tokens_total",
+          "generated_tokens_total{", "cancelled_total{", "rejected_total", "kv_blocks_used",
+          "kv_blocks_total", "memory_available_bytes", "connections",
+          "time_to_first_token_seconds_bucket{", "inter_token_seconds_bucket{"}) {
+        CAPTURE(std::string(name));
+        CHECK(contains(metrics.body, std::string("nanogpt_") + name));
+    }
+}
+
+TEST_CASE("server: the page comes with its rules, and again only if it has changed") {
+    if (no_binary()) return;
+    const Response page = ask(port(), get("/"));
+    CHECK(page.status == 200);
+    CHECK(page.field("content-type").rfind("text/html", 0) == 0);
+    CHECK(page.body.size() <= 96 * 1024);
+    const std::string rules = page.field("content-security-policy");
+    for (const char* rule :
+         {"default-src 'none'", "script-src 'nonce-", "style-src 'nonce-", "connect-src 'self'",
+          "base-uri 'none'", "form-action 'none'", "frame-ancestors 'none'"}) {
+        CAPTURE(std::string(rule));
+        CHECK(contains(rules, rule));
+    }
+    CHECK(page.field("x-content-type-options") == "nosniff");
+    CHECK(page.field("referrer-policy") == "no-referrer");
+    CHECK(page.field("cross-origin-opener-policy") == "same-origin");
+    CHECK(page.field("cross-origin-resource-policy") == "same-origin");
+    CHECK(page.field("cache-control") == "no-cache");
+    CHECK(!page.has("set-cookie"));
+    CHECK(ask(port(), get("/inference")).status == 200);
+    const Response same = ask(port(), get("/", "If-None-Match: " + page.field("etag") + "\r\n"));
+    CHECK(same.status == 304);
+    CHECK(same.body.empty());
+    for (const char* path : {"/favicon.ico", "/logo.svg"})
+        CHECK(ask(port(), get(path)).status == 200);
+}
+
+TEST_CASE("server: tokenize and detokenize") {
+    if (no_binary()) return;
+    const Json json = json_of(
+        ask(port(), post("/api/v1/inference/tokenize", "{\"text\":\"H \U0001F44B\"}")).body);
+    CHECK(number_at(json, "count") == 6);
+    CHECK(number_at(json, "tokens.0.id") == 'H');
+    CHECK(text_at(json, "tokens.0.text") == "H");
+    CHECK(text_at(json, "tokens.2.text") == "(null)");
+    CHECK(number_at(json, "tokens.2.bytes.0") == 0xf0);
+    const Response back =
+        ask(port(), post("/api/v1/inference/detokenize", R"({"tokens":[72,240,159,145,139]})"));
+    CHECK(text_at(json_of(back.body), "text") == "H\U0001F44B");
+    for (const char* body : {"{}", R"({"text":7})", R"({"text":null})"})
+        CHECK(ask(port(), post("/api/v1/inference/tokenize", body)).status == 400);
+    for (const char* body : {"{}", R"({"tokens":7})", R"({"tokens":[512]})", R"({"tokens":[-1]})",
+                             R"({"tokens":[1.5]})"})
+        CHECK(ask(port(), post("/api/v1/inference/detokenize", body)).status == 400);
+}
+
+// ---- the same answer on every way ---------------------------------------------------------------
+
+namespace {
+
+std::string from_cli(const Words& args) {  // stdout
+    const test::TempDir dir;
+    const std::string out = (dir / "out").string();
+    const pid_t child = ::fork();
+    if (child == 0) {
+        ::dup2(::open("/dev/null", O_RDWR), 0);
+        ::dup2(::open(out.c_str(), O_WRONLY | O_CREAT, 0600), 1);
+        ::dup2(0, 2);
+        ::setenv("CUDA_VISIBLE_DEVICES", "-1", 1);
+        Words all = {NANOGPT_BINARY, "--base-dir", test::sample_dir().string()};
+        all.insert(all.end(), args.begin(), args.end());
+        std::vector<char*> pointers;
+        for (std::string& word : all) pointers.push_back(word.data());
+        pointers.push_back(nullptr);
+        ::execvp(pointers[0], pointers.data());
+        ::_exit(127);
+    }
+    int status = 0;
+    ::waitpid(child, &status, 0);
+    return test::read_file(out);
+}
+
+struct Draw {
+    std::string prompt;
+    int seed;
+    const char* temperature;
+    int tokens;
+};
+std::string body_of(const Draw& d, std::string_view more = "") {
+    return R"({"messages":[)" + user(d.prompt) + R"(],"temperature":)" + d.temperature +
+           R"(,"top_k":50,"max_tokens":)" + std::to_string(d.tokens) + R"(,"seed":)" +
+           std::to_string(d.seed) + std::string(more) + "}";
+}
+std::string streamed(const Draw& d) {
+    return post("/v1/chat/completions", body_of(d, R"(,"stream":true)"));
+}
+
+std::vector<Draw> draws() {
+    const char* prompts[] = {"Hello", "What is the capital of France?", "Tell me a story.", "12*7?",
+                             "Why is the sky blue?"};
+    const char* temperatures[] = {"0", "0.7", "1.5"};
+    std::vector<Draw> out;
+    for (int i = 0; i < (test::quick() ? 5 : 15); i++)
+        out.push_back({prompts[i % 5], 1 + 997 * i, temperatures[i % 3], 24});
+    return out;
+}
+// Sends all at once, each on its own connection, and returns their texts.
+std::vector<Stream> at_once(const std::vector<std::string>& requests, int where) {
+    std::vector<Connection> open;
+    std::vector<Stream> out;
+    for (std::size_t i = 0; i < requests.size(); i++)
+        open.emplace_back(where, 10 + static_cast<int>(i / 4));
+    for (std::size_t i = 0; i < requests.size(); i++) open[i].send(requests[i]);
+    for (Connection& c : open) out.push_back(read_stream(c.receive(120'000).body));
+    return out;
+}
+
+}  // namespace
+
+TEST_CASE(
+    "server: the same seed gives the same text: terminal, both routes, streamed or not, in any "
+    "company") {
+    if (no_binary()) return;
+    const int where = sample_port();
+    std::size_t passed = 0, total = 0;
+    const auto count = [&](bool good) { passed += good, total++; };
+    std::vector<std::string> solo;
+    const std::vector<Draw> all = draws();
+    for (const Draw& d : all) {
+        INFO(d.prompt << ", seed " << d.seed << ", temperature " << d.temperature);
+        const std::string cli = from_cli({"-p", d.prompt, "-t", d.temperature, "-k", "50", "--seed",
+                                          std::to_string(d.seed), "-m", std::to_string(d.tokens)});
+        const Json json = json_of(ask(where, post("/v1/chat/completions", body_of(d))).body);
+        solo.push_back(text_at(json, "choices.0.message.content"));
+        const Stream a = read_stream(ask(where, streamed(d)).body);
+        const Stream b = read_stream(ask(where, post("/chat/completions", body_of(d))).body);
+        CHECK(cli == solo.back() + "\n");
+        CHECK(a.text == solo.back());
+        CHECK(number_at(json, "seed") == d.seed);
+        CHECK(number_at(json_of(b.data.back()), "seed") == d.seed);
+        // nanochat's route shows a calculator's tokens by name, so only plain answers are equal
+        if (!contains(b.text, "<|")) CHECK(b.text == solo.back());
+        count(cli == solo.back() + "\n"), count(a.text == solo.back());
+        count(b.text == solo.back() || contains(b.text, "<|"));
+    }
+    for (const std::size_t company : {2u, 3u, 8u, 31u}) {
+        CAPTURE(company);
+        std::vector<std::string> requests;
+        for (std::size_t i = 0; i < company; i++)
+            requests.push_back(streamed(all[i * 7 % all.size()]));
+        const std::vector<Stream> texts = at_once(requests, where);
+        for (std::size_t i = 0; i < company; i++) {
+            CHECK(texts[i].text == solo[i * 7 % all.size()]);
+            CHECK(texts[i].done);
+            count(texts[i].text == solo[i * 7 % all.size()]);
+        }
+    }
+    tally("C7", passed, total);
+}
+
+TEST_CASE("server: without a seed each answer has its own, and that gives it again") {
+    if (no_binary()) return;
+    const std::string body =
+        R"({"messages":[)" + user("Tell me a story.") + R"(],"max_tokens":16,"temperature":1)";
+    std::set<double> seeds;
+    for (int i = 0; i < 3; i++) {
+        const Json json =
+            json_of(ask(sample_port(), post("/v1/chat/completions", body + "}")).body);
+        const double seed = number_at(json, "seed");
+        seeds.insert(seed);
+        char text[32];
+        std::snprintf(text, sizeof text, "%.0f", seed);
+        const Json again = json_of(
+            ask(sample_port(), post("/v1/chat/completions", body + R"(,"seed":)" + text + "}"))
+                .body);
+        CHECK(text_at(again, "choices.0.message.content") ==
+              text_at(json, "choices.0.message.content"));
+    }
+    CHECK(seeds.size() == 3);
+}
+
+TEST_CASE("server: nanochat's page would work: its requests in its order") {
+    if (no_binary()) return;
+    CHECK(ask(sample_port(), get("/")).status == 200);
+    const Json health = json_of(ask(sample_port(), get("/health")).body);
+    CHECK(at(health, "ready")->boolean);
+    // the page's own Host, so that Origin is this server's
+    std::string request = post(
+        "/chat/completions",
+        R"({"messages":[)" + user("Hello") + R"(],"temperature":0.8,"top_k":50,"max_tokens":512})",
+        "Origin: http://127.0.0.1:" + std::to_string(sample_port()) + "\r\n");
+    request.replace(request.find("localhost"), 9, "127.0.0.1:" + std::to_string(sample_port()));
+    const Stream first = read_stream(ask(sample_port(), request).body);
+    CHECK(first.done);
+    CHECK(first.text != "");
+    const std::string more = user("Hello") + "," +
+                             message("\"assistant\"", json_string(first.text)) + "," + user("Why?");
+    const Response second =
+        ask(sample_port(),
+            post("/chat/completions",
+                 R"({"messages":[)" + more + R"(],"temperature":0.8,"top_k":50,"max_tokens":64})"));
+    CHECK(read_stream(second.body).done);
+    CHECK(read_stream(second.body).broken == "");
+    for (const std::string& data : read_stream(second.body).data) {  // what the page looks at
+        const Json json = json_of(data);
+        const bool known = at(json, "token") != nullptr || at(json, "done") != nullptr;
+        CHECK(known);
+    }
+}
+
+TEST_CASE("server: the second turn of a conversation reads only what is new, and says the same") {
+    if (no_binary()) return;
+    REQUIRE(idle(sample_port()));
+    const std::string words = repeated("The quick brown fox jumps over the lazy dog. ", 12);
+    const auto turn = [](const std::string& messages, int where) {
+        const std::string body =
+            R"({"messages":[)" + messages + R"(],"temperature":0,"max_tokens":12,"seed":1})";
+        return json_of(ask(where, post("/v1/chat/completions", body)).body);
+    };
+    const Json first = turn(user(words), sample_port());
+    const std::string two =
+        user(words) + "," +
+        message("\"assistant\"", json_string(text_at(first, "choices.0.message.content"))) + "," +
+        user("And then?");
+    const Json second = turn(two, sample_port());
+    const double cached = number_at(second, "usage.prompt_tokens_details.cached_tokens");
+    const double before = number_at(first, "usage.prompt_tokens");
+    CHECK(cached >= before - 16);
+    CHECK(cached < number_at(second, "usage.prompt_tokens"));
+    int kept_some = 0;
+    const auto fresh = start(test::sample_dir());
+    const Json again = turn(two, fresh->port());
+    CHECK(number_at(again, "usage.prompt_tokens_details.cached_tokens") == 0);
+    CHECK(text_at(again, "choices.0.message.content") ==
+          text_at(second, "choices.0.message.content"));
+    // Another end of the same beginning: what the first end left behind is not read.
+    for (const char* end : {"snow", "grass", "a dog", "Paris", "water", "one hundred", "snow"}) {
+        CAPTURE(std::string(end));
+        const Draw d = {
+            "Here is a question about the world for you. Tell me all that you know about " +
+                std::string(end) + ".",
+            5, "1", 24};
+        const Json kept =
+            json_of(ask(sample_port(), post("/v1/chat/completions", body_of(d))).body);
+        CHECK(text_at(kept, "choices.0.message.content") + "\n" ==
+              from_cli({"-p", d.prompt, "-t", "1", "-k", "50", "--seed", "5", "-m", "24"}));
+        kept_some += number_at(kept, "usage.prompt_tokens_details.cached_tokens") >= 15;
+    }
+    CHECK(kept_some >= 5);
+    MESSAGE("cached ", cached, " of ", number_at(second, "usage.prompt_tokens"), " tokens");
+}
+
+// ---- cancelling, waiting, draining --------------------------------------------------------------
+
+TEST_CASE("server: whoever goes away frees the place, and nobody else's") {
+    if (no_binary()) return;
+    REQUIRE(idle(port()));
+    enum class Way { close, reset, half };
+    for (const Way way : {Way::close, Way::reset, Way::half}) {
+        CAPTURE(static_cast<int>(way));
+        for (const bool stream : {true, false}) {
+            CAPTURE(stream);
+            Connection other(port(), 5);
+            other.send(endless(300, R"(,"stream":true)"));
+            std::vector<Connection> leaving;
+            for (int i = 0; i < 12; i++) {  // more than there are slots: some wait
+                leaving.emplace_back(port(), 6);
+                leaving.back().send(endless(4'000, stream ? R"(,"stream":true)" : "", kSlow));
+            }
+            http::sleep_ms(30);
+            for (Connection& c : leaving) {
+                if (way == Way::close) c.close();
+                if (way == Way::reset) c.reset();
+                if (way == Way::half) c.half_close();
+            }
+            CHECK(idle(port(), 20'000));
+            const Stream s = read_stream(other.receive().body);
+            CHECK(s.text.size() == 300);
+            CHECK(s.done);
+            if (way != Way::half) continue;
+            for (Connection& c : leaving) CHECK(c.receive(5'000).closed);
+        }
+    }
+}
+
+TEST_CASE(
+    "server: a full queue and a greedy client are told so, and every request has one outcome") {
+    if (no_binary()) return;
+    const auto small = start(zoo(), {"--slots", "2", "--queue", "4"});
+    std::vector<Connection> open;
+    for (int i = 0; i < 20; i++) {
+        open.emplace_back(small->port(), 10 + i);
+        open.back().send(endless(60, "", kSlow));
+    }
+    int good = 0, full = 0, other = 0;
+    for (Connection& c : open) {
+        const Response r = c.receive(120'000);
+        good += r.status == 200;
+        full += r.status == 503 && code_of(r) == "queue_full" && r.field("retry-after") != "(none)";
+        other += r.status != 200 && r.status != 503;
+    }
+    CHECK(good >= 6);
+    CHECK(full >= 1);
+    CHECK(good + full == 20);
+    CHECK(other == 0);
+    CHECK(idle(small->port()));
+    const auto wide = start(zoo(), {"--slots", "1"});
+    open.clear();
+    for (int i = 0; i < 60; i++) {  // one client: 16 may run and 32 wait, the others are too many
+        open.emplace_back(wide->port(), 9);
+        open.back().send(endless(i == 0 ? 600 : 1, "", kSlow));
+        if (i == 0) http::sleep_ms(300);
+    }
+    int many = 0;
+    good = 0;
+    for (Connection& c : open) {
+        const Response r = c.receive(120'000);
+        good += r.status == 200;
+        many += r.status == 429 && code_of(r) == "too_many_requests" &&
+                r.field("retry-after") != "(none)";
+    }
+    CHECK(good >= 32);
+    CHECK(many >= 12);
+    CHECK(good + many == 60);
+    CHECK(idle(wide->port()));
+}
+
+TEST_CASE("server: a client with many requests does not keep the others waiting") {
+    if (no_binary()) return;
+    const auto one_slot = start(zoo(), {"--slots", "1"});
+    std::vector<Connection> greedy;
+    for (int i = 0; i < 24; i++) {
+        greedy.emplace_back(one_slot->port(), 20);
+        greedy.back().send(endless(60, "", kSlow));
+    }
+    http::sleep_ms(50);
+    Connection modest(one_slot->port(), 21);
+    modest.send(endless(60, "", kSlow));
+    CHECK(modest.receive(120'000).status == 200);
+    int answered = 0;
+    for (Connection& c : greedy) answered += c.receive(0).status == 200;
+    CHECK(answered <= 6);  // round-robin over clients: about 2, and not all 24
+}
+
+TEST_CASE("server: more connections than there may be are refused at once, and the others live") {
+    if (no_binary()) return;
+    std::vector<Connection> open;
+    for (int i = 0; i < 64; i++) open.emplace_back(port(), 30);
+    http::sleep_ms(50);
+    Connection one_more(port(), 30);
+    const Response r = one_more.receive(5'000);
+    CHECK(r.status == 503);
+    CHECK(one_more.ends());
+    open[63].send(get("/health"));
+    CHECK(open[63].receive().status == 200);
+    CHECK(ask(port(), get("/health"), 31).status == 200);
+    open.clear();
+    http::sleep_ms(50);
+    CHECK(ask(port(), get("/health"), 30).status == 200);
+}
+
+TEST_CASE("server: SIGTERM: idle ends at once, a stream may finish, a queue is sent away, exit 0") {
+    if (no_binary()) return;
+    {
+        const auto s = start(zoo());
+        Connection kept(s->port());
+        kept.send(get("/health"));
+        CHECK(kept.receive().status == 200);
+        s->signal(SIGTERM);
+        CHECK(s->wait(10'000) == 0);
+        CHECK(kept.ends());
+    }
+    {
+        const auto s = start(zoo(), {"--slots", "1"});
+        Connection running(s->port(), 2), waiting(s->port(), 3), probe(s->port(), 4);
+        running.send(endless(400, R"(,"stream":true)", kSlow));
+        CHECK(running.receive(60'000, false, 300).status == 200);
+        waiting.send(endless(5, "", kSlow));
+        http::sleep_ms(100);
+        s->signal(SIGTERM);
+        const Response sent_away = waiting.receive(10'000);
+        CHECK(sent_away.status == 503);
+        CHECK(code_of(sent_away) == "draining");
+        CHECK(!Connection(s->port()).is_open());
+        CHECK(s->wait(60'000) == 0);
+    }
+    {
+        const auto s = start(zoo(), {"--drain-seconds", "60"});
+        Connection running(s->port());
+        running.send(endless(200, R"(,"stream":true)", kSlow));
+        http::sleep_ms(300);
+        s->signal(SIGINT);
+        const Stream all = read_stream(running.receive(60'000).body);
+        CHECK(all.done);
+        CHECK(all.text.size() == 200);
+        CHECK(s->wait(60'000) == 0);
+    }
+    {
+        const auto s = start(zoo(), {"--drain-seconds", "1"});
+        Connection running(s->port());
+        running.send(endless(4'000, R"(,"stream":true)", kSlow));
+        http::sleep_ms(500);
+        s->signal(SIGTERM);
+        const Response r = running.receive(60'000);
+        const Stream cut = read_stream(r.body);
+        CHECK(cut.error);
+        CHECK(!cut.done);
+        CHECK(r.closed);
+        CHECK(s->wait(60'000) == 0);
+    }
+    {
+        const auto s = start(zoo(), {"--drain-seconds", "600"});
+        Connection running(s->port());
+        running.send(endless(4'000, R"(,"stream":true)", kSlow));
+        http::sleep_ms(500);
+        s->signal(SIGTERM);
+        http::sleep_ms(100);
+        s->signal(SIGTERM);  // again: at once
+        CHECK(s->wait(10'000) >= 0);
+    }
+    {
+        const auto s = start(zoo());
+        s->signal(SIGHUP);
+        s->signal(SIGPIPE);
+        http::sleep_ms(100);
+        CHECK(ask(s->port(), get("/health")).status == 200);
+        test::make_checkpoint(zoo(), chain_model("mid_checkpoints", "d3", 1, 64));
+        s->signal(SIGHUP);
+        const auto seen = [&] {
+            return contains(ask(s->port(), get("/api/v1/inference/models?refresh=1")).body,
+                            "mid/d3/100");
+        };
+        for (int i = 0; i < 100 && !seen(); i++) http::sleep_ms(50);
+        CHECK(seen());
+        fs::remove_all(zoo() / "mid_checkpoints");
+        CHECK(ask(s->port(), post("/v1/chat/completions", chat_body(R"(,"model":"mid/d3/100")")))
+                  .status >= 400);
+    }
+}
+
+TEST_CASE("server: slow clients are closed in their time, all at once, and a good one is not") {
+    if (no_binary()) return;
+    struct Slow {
+        const char* kind;
+        std::string first, drip;   // sent at once; then again and again
+        double at_least, at_most;  // seconds until it is closed
+        int status;                // before that; 0: nothing
+    };
+    const Slow kinds[] = {
+        {"says nothing", "", "", 14, 19, 0},
+        {"sends half a line", "GET /hea", "", 9, 14, 408},
+        {"sends a field after the other", "GET /health HTTP/1.1\r\n", "X: y\r\n", 9, 14, 408},
+        {"sends a line byte by byte", "", "x", 9, 14, 408},
+        {"sends empty lines", "", "\r\n", 9, 17, 408},
+        {"stops within the body", with_body(kLength, "{"), "", 5, 10, 408},
+        {"sends a body byte by byte", with_body(kLength, "{"), " ", 5, 10, 408},
+        {"stops within a chunk", in_chunks("5\r\n{"), "", 5, 10, 408},
+        {"stays after an answer", get("/health"), "", 14, 19, 200}};
+    struct Open {
+        const Slow* kind;
+        Connection connection;
+        Clock::time_point start = Clock::now();
+        double closed = 0;
+        int status = 0;
+    };
+    std::vector<Open> open;
+    for (const Slow& kind : kinds)
+        for (int i = 0; i < 3; i++) {
+            open.push_back({&kind, Connection(port(), 40)});
+            open.back().connection.send(kind.first);
+        }
+    Connection good(port(), 41);
+    int answered = 0, asked = 0;
+    for (const auto begin = Clock::now(); http::ms_since(begin) < 20'000;) {
+        bool left = false;
+        for (Open& o : open) {
+            if (o.closed > 0) continue;
+            left = true;
+            const Response r = o.connection.receive(0);
+            if (r.status != 0) o.status = r.status;
+            if (o.connection.ends(0)) o.closed = http::ms_since(o.start) / 1000;
+            if (!o.kind->drip.empty() && asked % 5 == 0) o.connection.send(o.kind->drip);
+        }
+        if (!left) break;
+        good.send(get("/health"));
+        answered += good.receive(5'000).status == 200;
+        asked++;
+        http::sleep_ms(100);
+    }
+    CHECK(answered == asked);
+    std::size_t passed = 0;
+    for (const Open& o : open) {
+        INFO(std::string(o.kind->kind)
+             << ": closed after " << o.closed << " s, status " << o.status);
+        const bool status =
+            o.status == o.kind->status || (o.kind->status == 408 && o.status == 0 &&
+                                           std::string_view(o.kind->kind) == "sends empty lines");
+        const double most = o.kind->at_most + (test::quick() ? 5 : 0);
+        const bool in_time = o.closed >= o.kind->at_least && o.closed <= most;
+        CHECK(status);
+        CHECK(in_time);
+        passed += status && in_time;
+    }
+    tally("B5", passed, open.size());
+}
+
+// ---- keys, other origins, the log, wrong usage --------------------------------------------------
+
+TEST_CASE("server: with a key nothing is answered without it but health and the page") {
+    if (no_binary()) return;
+    const auto s = start(zoo(), {"--api-key", "open-sesame"});
+    const auto with = [](const std::string& value) { return "Authorization: " + value + "\r\n"; };
+    for (const char* path : {"/health", "/stats", "/", "/favicon.ico"}) {
+        CAPTURE(std::string(path));
+        CHECK(ask(s->port(), get(path)).status == 200);
+    }
+    for (const char* path :
+         {"/v1/models", "/api/v1/inference/models", "/slots", "/props", "/metrics"}) {
+        CAPTURE(std::string(path));
+        const Response r = ask(s->port(), get(path));
+        CHECK(r.status == 401);
+        CHECK(code_of(r) == "invalid_api_key");
+        CHECK(r.field("www-authenticate").rfind("Bearer", 0) == 0);
+        CHECK(ask(s->port(), get(path, with("Bearer open-sesame"))).status == 200);
+    }
+    for (const char* wrong :
+         {"Bearer wrong", "Bearer open-sesam", "Bearer open-sesame2", "Bearer ",
+          "Basic open-sesame", "open-sesame", "Bearer open-sesame x", "Bearer OPEN-SESAME"}) {
+        CAPTURE(std::string(wrong));
+        CHECK(ask(s->port(), get("/v1/models", with(wrong))).status == 401);
+    }
+    CHECK(ask(s->port(), chat()).status == 401);
+    CHECK(ask(s->port(), nanochat()).status == 401);
+    const std::string body = chat_body();
+    CHECK(ask(s->port(), post("/v1/chat/completions", body, with("Bearer open-sesame"))).status ==
+          200);
+    CHECK(ask(s->port(), post("/v1/chat/completions", body, with("bearer open-sesame"))).status ==
+          200);
+    CHECK(!contains(s->output(), "sesame"));
+}
+
+TEST_CASE("server: another origin may ask if it was allowed, and no other") {
+    if (no_binary()) return;
+    const std::string site = "http://localhost:3006", origin = "Origin: " + site + "\r\n";
+    const auto s = start(zoo(), {"--allow-origin", site, "--allow-host", "chat.example"});
+    const auto preflight = [&](const std::string& from) {
+        return ask(s->port(),
+                   "OPTIONS /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\nOrigin: " + from +
+                       "\r\nAccess-Control-Request-Method: POST\r\n"
+                       "Access-Control-Request-Headers: content-type, authorization\r\n\r\n");
+    };
+    const Response yes = preflight(site);
+    CHECK(yes.status == 204);
+    CHECK(yes.field("access-control-allow-origin") == site);
+    CHECK(contains(yes.field("access-control-allow-methods"), "POST"));
+    CHECK(contains(yes.field("access-control-allow-headers"), "Content-Type"));
+    CHECK(contains(yes.field("access-control-allow-headers"), "Authorization"));
+    CHECK(contains(yes.field("vary"), "Origin"));
+    CHECK(yes.body.empty());
+    for (const char* other :
+         {"http://evil.example", "http://localhost:3007", "https://localhost:3006", "null",
+          "http://localhost:3006.evil.example"}) {
+        CAPTURE(std::string(other));
+        const Response no = preflight(other);
+        CHECK(no.status == 403);
+        CHECK(!no.has("access-control-allow-origin"));
+    }
+    const Response r = ask(s->port(), post("/v1/chat/completions", chat_body(),
+                                           origin + "Sec-Fetch-Site: same-site\r\n"));
+    CHECK(r.status == 200);
+    CHECK(r.field("access-control-allow-origin") == site);
+    CHECK(!r.has("access-control-allow-credentials"));
+    const Response stream = ask(s->port(), post("/chat/completions", chat_body(), origin));
+    CHECK(stream.field("access-control-allow-origin") == site);
+    CHECK(ask(s->port(), post("/v1/chat/completions", "{", origin))
+              .field("access-control-allow-origin") == site);
+    CHECK(ask(s->port(), "GET /health HTTP/1.1\r\nHost: chat.example\r\n\r\n").status == 200);
+    CHECK(ask(s->port(), "GET /health HTTP/1.1\r\nHost: chat.example:8000\r\n\r\n").status == 200);
+    CHECK(ask(s->port(), "GET /health HTTP/1.1\r\nHost: other.example\r\n\r\n").status == 403);
+}
+
+TEST_CASE("server: a proxy on this machine may say whom it asks for, if it was told so") {
+    if (no_binary()) return;
+    const auto s = start(zoo(), {"--trust-proxy", "--slots", "1"});
+    std::vector<Connection> open;
+    for (int i = 0; i < 40; i++) {  // 40 clients behind one address
+        open.emplace_back(s->port(), 1);
+        open.back().send(post("/v1/chat/completions", chat_body(R"(,"max_tokens":3)"),
+                              "X-Forwarded-For: 192.0.2." + std::to_string(i) + "\r\n"));
+    }
+    int good = 0;
+    for (Connection& c : open) good += c.receive().status == 200;
+    CHECK(good == 40);
+}
+
+TEST_CASE("server: one line per request is logged, without its words and without controls") {
+    if (no_binary()) return;
+    const auto s = start(zoo());
+    const std::string secret =
+        R"({"messages":[{"role":"user","content":"xyzzy plugh"}],"temperature":0})";
+    CHECK(ask(s->port(), post("/v1/chat/completions", secret)).status == 200);
+    CHECK(ask(s->port(), post("/chat/completions", secret)).status == 200);
+    CHECK(ask(s->port(), get("/none%1b%5b2J%e2%80%ae")).status >= 400);
+    CHECK(ask(s->port(), get("/health", "User-Agent: \x9b\xe2\x80\xae\r\n")).status == 200);
+    CHECK(ask(s->port(), head_of("GET /\x1b[2J HTTP/1.1")).status == 400);
+    http::sleep_ms(100);
+    const std::string log = s->output();
+    INFO(log);
+    CHECK(contains(log, "POST /v1/chat/completions 200"));
+    CHECK(contains(log, "POST /chat/completions 200"));
+    CHECK(!contains(log, "xyzzy"));
+    CHECK(!contains(log, "llo"));
+    for (const char* raw : {"\x1b", "\u202e", "\x9b"}) CHECK(!contains(log, raw));
+}
+
+TEST_CASE("server: wrong usage and ports that cannot be had") {
+    if (no_binary()) return;
+    const auto exit_of = [](const std::string& flags) {
+        Words all = {NANOGPT_BINARY, "serve"};
+        for (std::string_view rest = flags; !rest.empty();) {
+            const std::size_t end = std::min(rest.find(' '), rest.size());
+            all.emplace_back(rest.substr(0, end));
+            rest.remove_prefix(std::min(end + 1, rest.size()));
+        }
+        const pid_t child = ::fork();
+        if (child == 0) {
+            ::dup2(::open("/dev/null", O_RDWR), 0);
+            ::dup2(0, 1);
+            ::dup2(0, 2);
+            ::alarm(30);
+            ::setenv("CUDA_VISIBLE_DEVICES", "-1", 1);
+            std::vector<char*> pointers;
+            for (std::string& word : all) pointers.push_back(word.data());
+            pointers.push_back(nullptr);
+            ::execvp(pointers[0], pointers.data());
+            ::_exit(127);
+        }
+        int status = 0;
+        ::waitpid(child, &status, 0);
+        return WIFSIGNALED(status) ? 128 + WTERMSIG(status) : WEXITSTATUS(status);
+    };
+    const std::string base = " --base-dir " + zoo().string();
+    for (const char* flags :
+         {"-p 70000", "-p -1", "-p x", "-p 8000x", "-n 2", "-n 0", "--slots 0", "--slots x",
+          "--queue -1", "--max-models 0", "--drain-seconds -1", "--drain-seconds x",
+          "--mem-reserve x", "--host", "--nothing", "extra", "--allow-origin nonsense"}) {
+        CAPTURE(std::string(flags));
+        CHECK(exit_of(flags + base) == 2);
+    }
+    CHECK(exit_of("-p " + std::to_string(port()) + base) == 7);
+    CHECK(exit_of("--host 192.0.2.1 -p 0 --open" + base) == 7);
+    CHECK(exit_of("--host no.such.host.invalid -p 0 --open" + base) == 7);
+}
+
+TEST_CASE("server: with no checkpoint it still serves, and says what is missing") {
+    if (no_binary()) return;
+    const test::TempDir empty;
+    const auto s = start(empty.path());
+    CHECK(ask(s->port(), get("/")).status == 200);
+    CHECK(number_at(json_of(ask(s->port(), get("/api/v1/inference/models")).body), "count") == 0);
+    CHECK(at(json_of(ask(s->port(), get("/v1/models")).body), "data")->array.empty());
+    const Response r = ask(s->port(), chat());
+    CHECK(r.status == 404);
+    CHECK(code_of(r) == "model_not_found");
+    CHECK(fault_of_error(r) == "");
+}
+
+// ---- bytes without sense ------------------------------------------------------------------------
+
+TEST_CASE("server: random changes of good requests never hang or end the server") {
+    if (no_binary()) return;
+    const std::vector<std::string> all = good_requests();
+    test::Random random(20260114);
+    const int count = test::exhaustive() ? 1'000'000 : test::quick() ? 200 : 4'000;
+    int answered = 0, ended = 0;
+    for (int i = 0; i < count; i++) {
+        std::string bytes = all[random.below(all.size())];
+        for (std::size_t n = 1 + random.below(4); n > 0 && !bytes.empty(); n--) {
+            const std::size_t where = random.below(bytes.size());
+            const std::string& other = all[random.below(all.size())];
+            const std::size_t from = random.below(other.size());
+            switch (random.below(5)) {
+                case 0:
+                    bytes[where] = static_cast<char>(random.next());
+                    break;
+                case 1:
+                    bytes.erase(where, random.below(20));
+                    break;
+                case 2:
+                    bytes.insert(where, other, from, random.below(40));
+                    break;
+                case 3:
+                    bytes.insert(where, bytes, where, random.below(30));
+                    break;
+                default:
+                    bytes[where] = static_cast<char>(bytes[where] ^ (1 << random.below(8)));
+            }
+        }
+        Connection c(port(), 50 + i % 8);
+        c.send(bytes);
+        c.half_close();  // so that nothing waits for more
+        for (int k = 0; k < 64; k++) {
+            const Response r = c.receive(10'000);
+            if (r.closed || !r.broken.empty()) break;
+            answered += r.status != 0;
+        }
+        ended += c.drains(10'000);
+        if (ended == i + 1) continue;
+        INFO(shown(bytes));
+        CHECK(ended == i + 1);
+        break;
+    }
+    CHECK(answered > count / 4);
+    CHECK(ask(port(), chat()).status == 200);
+    CHECK(idle(port()));
+    tally("A8 HTTP", static_cast<std::size_t>(ended), static_cast<std::size_t>(count));
+}
+
+TEST_CASE("server: after all that both servers are well, and end with 0") {
+    if (no_binary()) return;
+    for (const bool sample : {false, true}) {
+        if (!shared(sample)) continue;
+        Server& s = *shared(sample);
+        CHECK(!s.has_ended());
+        CHECK(idle(s.port()));
+        CHECK(ask(s.port(), chat(R"(,"max_tokens":1)")).status == 200);
+        s.signal(SIGTERM);
+        CHECK(s.wait(20'000) == 0);
+        const std::string log = s.output();
+        for (const char* sign :
+             {"AddressSanitizer", "runtime error", "LeakSanitizer", "ThreadSanitizer", "terminate"})
+            CHECK_MESSAGE(!contains(log, sign), log.substr(log.find(sign)));
+        shared(sample).reset();
+    }
+    for (const auto& [group, sum] : tallies()) test::report(group.c_str(), sum.first, sum.second);
+}
