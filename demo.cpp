@@ -5714,8 +5714,9 @@ void Server::answered(Connection& c) {
     (at == counts_.end() ? counts_.emplace_back(key, 0) : *at).second++;
     const auto* x = static_cast<const Exchange*>(c.job.get());
     const int prompt = x == nullptr ? 0 : static_cast<int>(x->prompt.size());
-    const bool over = x != nullptr && c.status != 499;
-    std::string_view finish = c.status == 499 ? "cancelled" : "";
+    // What became of a job is the scheduler's until it says so; of a cancelled one nobody waits for that.
+    const bool cancelled = x != nullptr && x->cancelled, over = x != nullptr && !cancelled;
+    std::string_view finish = !cancelled ? "" : draining_ ? "draining" : "cancelled";
     if (over)
         finish = x->failure ? std::string_view(x->failure->code) : finish_word(x->answer.reason);
     const int written = over ? x->answer.completion_tokens : 0;

@@ -2011,7 +2011,7 @@ TEST_CASE(
     std::vector<Connection> open;
     for (int i = 0; i < 20; i++) {
         open.emplace_back(small->port(), 10 + i);
-        open.back().send(endless(60, "", kSlow));
+        open.back().send(endless(test::quick() ? 20 : 60, "", kSlow));
     }
     int good = 0, full = 0, other = 0;
     for (Connection& c : open) {
@@ -2029,7 +2029,7 @@ TEST_CASE(
     open.clear();
     for (int i = 0; i < 60; i++) {  // one client: 16 may run and 32 wait, the others are too many
         open.emplace_back(wide->port(), 9);
-        open.back().send(endless(i == 0 ? 600 : 1, "", kSlow));
+        open.back().send(endless(i > 0 ? 1 : test::quick() ? 100 : 600, "", kSlow));
         if (i == 0) http::sleep_ms(300);
     }
     int many = 0;
