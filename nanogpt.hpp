@@ -234,8 +234,7 @@ inline Utf8Char decode_utf8(std::string_view bytes) {
     return {code, length, false};
 }
 
-// Where the first byte outside ASCII is, from `begin` on; bytes.size() if there is none. Looks at
-// eight bytes at a time.
+// Where the first byte outside ASCII is, from `begin` on, or bytes.size(). Eight bytes at a time.
 inline std::size_t skip_ascii(std::string_view bytes, std::size_t begin) {
     std::size_t i = begin;
     for (std::uint64_t eight; i + 8 <= bytes.size(); i += 8) {
@@ -301,16 +300,14 @@ constexpr bool is_float(DType t) { return t <= DType::f64; }
 
 inline float bf16_to_f32(std::uint16_t h) { return std::bit_cast<float>(std::uint32_t{h} << 16); }
 
-// Round to nearest, ties to even, as torch does; NaN stays NaN (rounding up could carry it into
-// infinity).
+// Round to nearest, ties to even, as torch does; NaN stays NaN (rounding could make it infinity).
 inline std::uint16_t f32_to_bf16(float x) {
     const auto u = std::bit_cast<std::uint32_t>(x);
     if ((u & 0x7fffffffu) > 0x7f800000u) return static_cast<std::uint16_t>(u >> 16 | 0x40u);
     return static_cast<std::uint16_t>((u + 0x7fffu + (u >> 16 & 1u)) >> 16);
 }
 
-// Neither NaN nor an infinity. By bits: under -ffast-math compilers drop comparisons that ask for
-// it.
+// Neither NaN nor an infinity. By bits: -ffast-math drops comparisons that ask for it.
 inline bool is_finite(float x) {
     return (std::bit_cast<std::uint32_t>(x) & 0x7f800000u) != 0x7f800000u;
 }
@@ -396,8 +393,7 @@ inline std::shared_ptr<std::byte> allocate(std::uint64_t bytes, bool large_pages
 
 class File {
 public:
-    // Throws not_found if there is none, refused if it is no regular file (a FIFO would block
-    // forever).
+    // Throws not_found if there is none, refused if it is no regular file: a FIFO blocks forever.
     explicit File(const std::filesystem::path& path) : path_(path) {
         fd_ = ::open(path.c_str(), O_RDONLY | O_CLOEXEC | O_NONBLOCK);
         const int reason = errno;
@@ -429,8 +425,7 @@ public:
     std::uint64_t size() const { return size_; }
     std::int64_t modified() const { return modified_.tv_sec; }  // seconds since 1970
 
-    // Fills `out` from byte `offset` on; throws refused if the file ends before that. Safe from
-    // many threads.
+    // Fills `out` from byte `offset` on; throws refused if the file ends too early. Thread-safe.
     void read(std::uint64_t offset, std::span<std::byte> out) const {
         if (offset > size_ || out.size() > size_ - offset) {
             detail::refuse(
@@ -486,8 +481,7 @@ inline std::vector<std::byte> read_file(const std::filesystem::path& path,
     }
     return read_bytes(file, 0, file.size());
 }
-// The beginning of a file of the kernel (/proc, /sys), whose size reads as 0 or too large; "" if
-// there is none.
+// The beginning of a file of the kernel (/proc, /sys), whose size reads wrong; "" if none is there.
 inline std::string read_kernel_file(const char* path) {
     std::string text(4096, '\0');
     const int fd = ::open(path, O_RDONLY | O_CLOEXEC);
@@ -500,8 +494,7 @@ inline std::string_view as_text(std::span<const std::byte> bytes) {
     return {reinterpret_cast<const char*>(bytes.data()), bytes.size()};
 }
 
-// A number of `Bytes` bytes, low byte first, at bytes[at]; the caller has checked that it is
-// inside.
+// A number of `Bytes` bytes, low byte first, at bytes[at]; the caller knows that it is inside.
 template <int Bytes>
 std::uint64_t little_endian(std::span<const std::byte> bytes, std::size_t at) {
     std::uint64_t value = 0;
@@ -521,8 +514,7 @@ std::uint64_t little_endian(std::span<const std::byte> bytes, std::size_t at) {
 //   central directory | zip64 end | locator | end
 //
 // Sizes are taken from the central directory alone: torch leaves them zero in the local headers.
-// What the local headers say must agree otherwise, no two entries may overlap, and nothing may lie
-// outside.
+// What the local headers say must agree otherwise, and the entries fill the file without overlaps.
 
 namespace detail {
 
@@ -614,8 +606,7 @@ public:
         verify(entry, crc32(bytes));
         return bytes;
     }
-    // Zero means that the writer had checksums switched off
-    // (torch.serialization.set_crc32_options).
+    // 0: the writer had checksums switched off (torch.serialization.set_crc32_options).
     static void verify(const ZipEntry& entry, std::uint32_t crc) {
         if (entry.crc != 0 && crc != entry.crc) {
             refuse("the checksum of entry " + quote(entry.name) +
@@ -730,8 +721,7 @@ private:
             !name.starts_with("../") && !name.ends_with("/..") && name.find("/../") == name.npos;
         if (!safe) refuse("zip: the name " + quote(name) + " is not accepted", at);
     }
-    // Extra field 1 holds, for those 32-bit fields that are saturated, the 64-bit value: in this
-    // order.
+    // Extra field 1 holds the 64-bit values of the 32-bit fields that are saturated, in this order.
     static void read_zip64_extra(ZipEntry& e, std::uint64_t& packed,
                                  std::span<const std::byte> extra, std::int64_t at) {
         while (extra.size() >= 4) {
@@ -807,8 +797,8 @@ private:
 // ==== 7. pickle ==================================================================================
 // torch.save and tiktoken store their data as pickle programs. Run as Python they could call
 // anything, so this is no unpickler: it knows the opcodes that those two writers emit and a list of
-// fourteen names, builds a tree of plain values, and refuses everything else by name and offset. Nothing
-// is looked up or called.
+// fourteen names, builds a tree of plain values, and refuses everything else by name and offset.
+// Nothing is looked up or called.
 //
 // A container that has become part of another one is closed to changes. The writers never change
 // one then, and so no tree can contain itself. Depth costs nothing either: the machine has a stack
@@ -1383,8 +1373,7 @@ private:
         }
         value.string = in_.substr(begin, at_ - begin);
         if (value.string.size() > 64) fail("has a number of more than 64 characters");
-        // "1e999" is out of range: from_chars leaves the value alone, and 0 would be a silent
-        // change
+        // "1e999": from_chars leaves the value alone, and 0 would be a silent change
         const auto result = std::from_chars(
             value.string.data(), value.string.data() + value.string.size(), value.number);
         if (result.ec != std::errc{}) fail("has a number out of range");
@@ -1424,8 +1413,7 @@ inline Json parse_json(std::string_view text, JsonDialect dialect = JsonDialect:
 //
 //   (sig: sigmoid; *: rounded up to a multiple of 128)
 //
-// What leaves no trace at all has a rule here, a warning where it matters, and a switch in
-// Overrides.
+// What leaves no trace has a rule here, a warning where it matters, and a switch in Overrides.
 
 enum class Generation : std::uint8_t { g0, g1, g2, g2e, g3, g4 };
 
@@ -1451,8 +1439,7 @@ struct Config {
     bool bf16_rope_tables = false;
 
     int head_dim() const { return n_embd / n_head; }  // hd
-    // A query sees the keys at most this many positions back (inclusive). The last layer is always
-    // L.
+    // A query sees keys at most this many positions back (inclusive). The last layer is always L.
     int window(int layer) const {
         if (generation == Generation::g0) return INT_MAX;
         const char c = window_pattern[static_cast<std::size_t>(layer) % window_pattern.size()];
@@ -1919,8 +1906,7 @@ inline std::vector<std::filesystem::path> list(const std::filesystem::path& dir)
     return paths;
 }
 
-// The file <prefix><step><suffix> of a directory with this step, or with the largest if `wanted` is
-// -1; "" if none.
+// The file <prefix><step><suffix> of a directory, step being `wanted` or (-1) the last; "" if none.
 inline std::filesystem::path find_step(const std::filesystem::path& dir, std::string_view prefix,
                                        std::string_view suffix, std::int64_t wanted = -1) {
     std::filesystem::path best;
@@ -1932,8 +1918,7 @@ inline std::filesystem::path find_step(const std::filesystem::path& dir, std::st
     return best;
 }
 
-// The metadata of the base model of the same tag: it tells when the run was, and its window
-// pattern.
+// Metadata of the base model of the same tag: it tells when the run was, and its window pattern.
 inline Json base_sibling(const ModelInfo& info) {
     const auto own = full_path(info.model_file).parent_path();
     const auto dir = own.parent_path().parent_path() / "base_checkpoints" / own.filename();
@@ -1954,8 +1939,7 @@ inline bool softcap_was_20(const Json& base_meta) {
     return tokens != nullptr && tokens->kind == Json::Kind::number && tokens->number == 41943040;
 }
 
-// G0 had no windows. Later some programs dropped the pattern when they saved: "L" then, as nanochat
-// does.
+// G0 had no windows. Some later programs saved no pattern: "L" then, as nanochat does.
 inline void check_pattern(ModelInfo& info, const Overrides& o, bool has_pattern,
                           const Json& sibling) {
     if (info.config.generation == Generation::g0) {
@@ -2006,8 +1990,7 @@ inline void check_overrides(const Overrides& o) {
     if (o.short_window && *o.short_window < 0) bad("short_window", "0 or more");
 }
 
-// Completes the config from generation, metadata and overrides, and notes where each value comes
-// from.
+// Completes the config from generation, metadata and overrides, and notes each value's origin.
 inline void settle(ModelInfo& info, const Json& meta, bool has_pattern, Generation found,
                    const Overrides& o) {
     check_overrides(o);
@@ -2060,8 +2043,7 @@ inline void settle(ModelInfo& info, const Json& meta, bool has_pattern, Generati
     if (!g0) note("short_window", std::to_string(c.short_window), o.short_window, Origin::implied);
 }
 
-// Everything about one checkpoint but its weights. `info` has its files, source, tag and step;
-// throws.
+// All about one checkpoint but its weights. `info` has its files, source, tag and step; throws.
 inline std::vector<StoredTensor> inspect(ModelInfo& info, const ZipFile& zip,
                                          const Overrides& overrides) {
     info.file_bytes = zip.file().size();
@@ -2132,8 +2114,7 @@ inline std::uint64_t total_memory() {  // of the machine, bytes
            static_cast<std::uint64_t>(::sysconf(_SC_PAGESIZE));
 }
 
-// Like inspect_model, but what is wrong becomes a status and a sentence: one bad file never hides
-// others.
+// Like inspect_model, but faults become a status and a sentence: one bad file never hides others.
 inline ModelInfo examine(ModelInfo info, const Overrides& overrides) {
     const auto set = [&](Status status, std::string reason) {
         info.status = status, info.reason = std::move(reason);
@@ -2167,8 +2148,7 @@ inline ModelInfo examine(ModelInfo info, const Overrides& overrides) {
     return info;
 }
 
-// The number of a tag such as "d20" or "d26_feb2"; -1 if it does not begin so (nanochat
-// find_largest_model).
+// The number of a tag such as "d20" or "d26_feb2", or -1 (nanochat find_largest_model).
 inline std::int64_t depth_of(std::string_view tag) {
     std::int64_t depth = -1;
     if (tag.starts_with("d")) std::from_chars(tag.data() + 1, tag.data() + tag.size(), depth);
@@ -2238,8 +2218,7 @@ inline std::vector<ModelInfo> find_models(const std::filesystem::path& base,
 }
 
 namespace detail {
-// The model file a path means: itself, or the one of a checkpoint's directory with that step (-1:
-// the last).
+// The model file a path means: itself, or a checkpoint directory's with that step (-1: the last).
 inline std::filesystem::path model_file(const std::filesystem::path& dir_or_file,
                                         std::int64_t step) {
     std::error_code ec;
@@ -2253,8 +2232,7 @@ inline std::filesystem::path model_file(const std::filesystem::path& dir_or_file
 }
 }  // namespace detail
 
-// One checkpoint: a directory (its last step, or `step`) or a model_<step>.pt. Throws if it cannot
-// be loaded.
+// One checkpoint: a directory (its last step, or `step`) or a model_<step>.pt. Throws if unusable.
 inline ModelInfo inspect_model(const std::filesystem::path& dir_or_file, std::int64_t step = -1,
                                const Overrides& overrides = {}) {
     ModelInfo info = detail::place(detail::model_file(dir_or_file, step));
@@ -2265,8 +2243,7 @@ inline ModelInfo inspect_model(const std::filesystem::path& dir_or_file, std::in
     return info;
 }
 
-// The tokenizer that belongs to a checkpoint: beside the model, ../../tokenizer/, or the base
-// directory's.
+// A checkpoint's tokenizer: beside the model, in ../../tokenizer/, or the base directory's.
 inline std::filesystem::path find_tokenizer(const ModelInfo& info) {
     const auto dir = detail::full_path(info.model_file).parent_path();
     std::error_code ec;
@@ -2727,8 +2704,7 @@ private:
         }
     }
     // n log n, for a run of a million equal characters is one piece. The heap holds
-    // rank << 32 | index: lowest rank first, then leftmost. A pair that is no more stays in it and
-    // is passed over.
+    // rank << 32 | index: lowest rank first, then leftmost. A pair that is no more is passed over.
     void merge_by_heap() {
         heap_.clear();
         for (std::uint32_t i = 0; i < piece_.size(); ++i) {
@@ -2961,8 +2937,7 @@ private:
     detail::Vocabulary v_;
 };
 
-// Reads nanochat's tokenizer.pkl (tokenizer.py, RustBPETokenizer.save). Throws not_found, refused
-// or unsupported.
+// Reads nanochat's tokenizer.pkl (RustBPETokenizer.save). Throws not_found, refused, unsupported.
 inline Tokenizer load_tokenizer(const std::filesystem::path& tokenizer_pkl) {
     const std::vector<std::byte> bytes = detail::read_file(tokenizer_pkl, detail::kMaxPickle);
     return detail::naming(tokenizer_pkl, [&] {
@@ -3089,8 +3064,7 @@ constexpr std::size_t round_up(std::size_t n, std::size_t multiple) {
     return (n + multiple - 1) / multiple * multiple;
 }
 
-// Activations begin on a cache line: a 64-byte load that crosses one counts twice (decode 8 %
-// faster).
+// Activations begin on a cache line: a 64-byte load across two counts twice (decode 8 % faster).
 template <class T>
 struct LineAllocator {
     using value_type = T;
@@ -3283,8 +3257,7 @@ inline void exp16(float* x) {
     }
 }
 
-// Calls rows(begin, end) for parts of [0, n): elementwise work, too small for a thread below 8
-// rows.
+// Calls rows(begin, end) for parts of [0, n): elementwise work, too small to share below 8 rows.
 template <class Rows>
 void for_rows(ThreadPool& pool, std::size_t n, const Rows& rows) {
     constexpr std::size_t kPart = 8;
@@ -3300,8 +3273,7 @@ inline std::string cpu_features() { return detail::kernels().name; }
 
 namespace ops {
 
-// y[t] = x[t] / sqrt(mean(x[t]^2) + eps), row by row (nanochat norm(): no weight; eps is torch's
-// for fp32).
+// y[t] = x[t] / sqrt(mean(x[t]^2) + eps) by rows (nanochat norm(): no weight; torch's fp32 eps).
 //   x, y (rows, cols) f32, may be the same
 inline void rms_norm(float* y, const float* x, std::size_t rows, std::size_t cols) {
     constexpr float kEps = 0x1p-23f;
@@ -3394,11 +3366,9 @@ inline void relu2(float* x, std::size_t n) {
 
 inline float sigmoid(float x) { return 1.0f / (1.0f + std::exp(-x)); }
 
-// y = x w^T, the only matrix product of the model; with `squared`, y = relu2(x w^T), done while it
-// is in cache.
+// y = x w^T, the model's only matrix product; with `squared`, y = relu2(x w^T), done in cache.
 //   y (T, N) f32, x (T, K) f32, w (at least N, K) float32 or bfloat16: its first N rows are used
-//   Tasks are panels of rows of w that fit a core's L2 cache, so w is read from memory once for any
-//   T.
+//   Tasks are panels of rows of w that fit a core's L2 cache: w is read from memory once for any T.
 inline void linear(ThreadPool& pool, float* y, const float* x, const Tensor& w, std::size_t T,
                    std::size_t N, bool squared = false) {
     constexpr std::size_t kPanelBytes = std::size_t{256} << 10;
@@ -3432,11 +3402,11 @@ inline void linear(ThreadPool& pool, float* y, const float* x, const Tensor& w, 
 }
 
 // Causal attention of one head over a sliding window (Vaswani et al. 2017, eq. 1).
-//   z, q (T, hd): rows of query positions pos ... pos + T - 1, ldq elements apart; z's rows are ldz
-//   apart k, v (pos + T, hdp): keys and values of positions 0 ..., hdp = hd rounded up to 16,
-//   padded with zeros A query at position t sees the keys t - window ... t. If `scores` and
-//   `pattern` are given, (T, pos + T) each, they receive the scaled scores (-infinity outside the
-//   window) and their softmax (0 outside).
+//   z, q (T, hd): rows of query positions pos ... pos + T - 1, ldz and ldq elements apart
+//   k, v (pos + T, hdp): of positions 0 ..., hdp = hd rounded up to 16, padded with zeros
+//   A query at position t sees the keys t - window ... t. If `scores` and `pattern` are given,
+//   (T, pos + T) each, they receive the scaled scores (-infinity outside the window) and their
+//   softmax (0 outside).
 inline void attention(float* z, std::size_t ldz, const float* q, std::size_t ldq, const float* k,
                       const float* v, std::size_t T, std::size_t pos, std::size_t hd,
                       std::size_t window, float* scores = nullptr, float* pattern = nullptr) {
@@ -3775,8 +3745,7 @@ enum class HookPoint : std::uint8_t {
     logits_raw,   // (T, V)
     logits        // (T, V)        after the soft cap
 };
-// TransformerLens' name of a point, such as "blocks.3.attn.hook_q"; nanochat's word where only it
-// has one.
+// TransformerLens' name of a point ("blocks.3.attn.hook_q"), or nanochat's where only it has one.
 inline std::string name(HookPoint point, int layer) {
     // clang-format off
     constexpr std::string_view kNames[] = {
@@ -3839,16 +3808,14 @@ public:
     int length() const { return static_cast<int>(tokens_.size()); }  // in tokens
     int capacity() const { return capacity_; }
     std::span<const Token> tokens() const { return tokens_; }
-    // Forgets all tokens from position `length` on. What follows is then computed as if they had
-    // never been.
+    // Forgets all tokens from position `length` on, as if they had never been.
     void rewind(int length) {
         if (length < 0 || length > this->length())
             detail::misuse("rewind to a position that was not read");
         tokens_.resize(static_cast<std::size_t>(length));
     }
 
-    // For backends: rows of one layer's kv head, from position 0 on; and the tokens once they are
-    // computed.
+    // For backends: rows of one layer's kv head from position 0 on; and the tokens once computed.
     float* k(int layer, std::size_t head) { return k_ + offset(layer, head); }
     float* v(int layer, std::size_t head) { return v_ + offset(layer, head); }
     void append(std::span<const Token> tokens) {
@@ -4008,8 +3975,7 @@ private:
 // The model, top to bottom (nanochat gpt.py, GPT.forward and Block.forward).
 inline std::span<const float> Pass::forward() {
     resize();
-    // x = norm(wte[id]); G4 mixes in a little of the previous token's. x0 is kept: every layer sees
-    // it again
+    // x = norm(wte[id]); G4 mixes in some of the previous token's; every layer sees this x0 again
     embed();
     smear();
     std::copy_n(ws_.x.data(), T * D, ws_.x0.data());
@@ -4160,8 +4126,7 @@ inline void Pass::add_value_embedding(int i) {
     tap(HookPoint::ve_gate, i, ws_.gate.data(), {K});
 }
 
-// x (T, heads, hd): rotation, then the norm of each head, then the generation's scale. In this
-// order.
+// x (T, heads, hd): first rotation, then the norm of each head, then the generation's scale.
 inline void Pass::rotate_and_norm(float* x, std::size_t heads) {
     for_rows(pool_, T, [&](std::size_t a, std::size_t b) {
         for (std::size_t t = a; t < b; ++t) {
@@ -4230,8 +4195,7 @@ inline void Pass::attend(int i) {
     }
 }
 
-// logits = softcap * tanh(lm_head x / softcap): of the last row of each slice, of all rows if
-// watched.
+// logits = softcap * tanh(lm_head x / softcap): of each slice's last row, of all rows if watched.
 inline std::span<const float> Pass::head() {
     const bool all = wanted(HookPoint::logits_raw, -1) || wanted(HookPoint::logits, -1);
     std::vector<std::size_t> last;
