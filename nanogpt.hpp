@@ -393,7 +393,7 @@ inline std::shared_ptr<std::byte> allocate(std::uint64_t bytes, bool large_pages
 
 class File {
 public:
-    // Throws not_found if there is none, refused if it is no regular file: a FIFO blocks forever.
+    // Throws not_found if there is none, refused if it is no regular file (a FIFO would block).
     explicit File(const std::filesystem::path& path) : path_(path) {
         fd_ = ::open(path.c_str(), O_RDONLY | O_CLOEXEC | O_NONBLOCK);
         const int reason = errno;
@@ -1906,7 +1906,7 @@ inline std::vector<std::filesystem::path> list(const std::filesystem::path& dir)
     return paths;
 }
 
-// The file <prefix><step><suffix> of a directory, step being `wanted` or (-1) the last; "" if none.
+// The file <prefix><step><suffix> of a directory: of step `wanted`, or (-1) the last; "" if none.
 inline std::filesystem::path find_step(const std::filesystem::path& dir, std::string_view prefix,
                                        std::string_view suffix, std::int64_t wanted = -1) {
     std::filesystem::path best;
@@ -2937,7 +2937,8 @@ private:
     detail::Vocabulary v_;
 };
 
-// Reads nanochat's tokenizer.pkl (RustBPETokenizer.save). Throws not_found, refused, unsupported.
+// Reads nanochat's tokenizer.pkl (tokenizer.py, RustBPETokenizer.save). Throws not_found, refused
+// or unsupported.
 inline Tokenizer load_tokenizer(const std::filesystem::path& tokenizer_pkl) {
     const std::vector<std::byte> bytes = detail::read_file(tokenizer_pkl, detail::kMaxPickle);
     return detail::naming(tokenizer_pkl, [&] {
