@@ -109,7 +109,7 @@
 #include <string_view>         // string_view
 #include <system_error>        // error_code
 #include <thread>              // jthread
-#include <utility>             // move, pair
+#include <utility>             // move, exchange, pair
 #include <vector>              // vector
 
 #ifndef __cpp_exceptions
@@ -169,6 +169,13 @@ inline std::string quote(std::string_view s, std::size_t most = 80) {
     throw Error(ErrorKind::refused, at < 0 ? message : message + " at byte " + std::to_string(at),
                 at);
 }
+// Refuses what a caller asked for.
+[[noreturn]] inline void misuse(const std::string& message) {
+    throw Error(ErrorKind::usage, message);
+}
+[[noreturn]] inline void unsupported(const std::string& message) {
+    throw Error(ErrorKind::unsupported, message);
+}
 
 // Runs a reader and puts the file's name in front of whatever it complains about.
 template <class Read>
@@ -227,8 +234,7 @@ inline Utf8Char decode_utf8(std::string_view bytes) {
     return {code, length, false};
 }
 
-// Where the first byte outside ASCII is, from `begin` on; bytes.size() if there is none. Looks at
-// eight bytes at a time.
+// Where the first byte outside ASCII is, from `begin` on, or bytes.size(). Eight bytes at a time.
 inline std::size_t skip_ascii(std::string_view bytes, std::size_t begin) {
     std::size_t i = begin;
     for (std::uint64_t eight; i + 8 <= bytes.size(); i += 8) {
@@ -294,16 +300,14 @@ constexpr bool is_float(DType t) { return t <= DType::f64; }
 
 inline float bf16_to_f32(std::uint16_t h) { return std::bit_cast<float>(std::uint32_t{h} << 16); }
 
-// Round to nearest, ties to even, as torch does; NaN stays NaN (rounding up could carry it into
-// infinity).
+// Round to nearest, ties to even, as torch does; NaN stays NaN (rounding could make it infinity).
 inline std::uint16_t f32_to_bf16(float x) {
     const auto u = std::bit_cast<std::uint32_t>(x);
     if ((u & 0x7fffffffu) > 0x7f800000u) return static_cast<std::uint16_t>(u >> 16 | 0x40u);
     return static_cast<std::uint16_t>((u + 0x7fffu + (u >> 16 & 1u)) >> 16);
 }
 
-// Neither NaN nor an infinity. By bits: under -ffast-math compilers drop comparisons that ask for
-// it.
+// Neither NaN nor an infinity. By bits: -ffast-math drops comparisons that ask for it.
 inline bool is_finite(float x) {
     return (std::bit_cast<std::uint32_t>(x) & 0x7f800000u) != 0x7f800000u;
 }
@@ -389,8 +393,7 @@ inline std::shared_ptr<std::byte> allocate(std::uint64_t bytes, bool large_pages
 
 class File {
 public:
-    // Throws not_found if there is none, refused if it is no regular file (a FIFO would block
-    // forever).
+    // Throws not_found if there is none, refused if it is no regular file (a FIFO would block).
     explicit File(const std::filesystem::path& path) : path_(path) {
         fd_ = ::open(path.c_str(), O_RDONLY | O_CLOEXEC | O_NONBLOCK);
         const int reason = errno;
@@ -410,11 +413,9 @@ public:
     }
     File(File&& other) noexcept
         : path_(std::move(other.path_)),
-          fd_(other.fd_),
+          fd_(std::exchange(other.fd_, -1)),
           size_(other.size_),
-          modified_(other.modified_) {
-        other.fd_ = -1;
-    }
+          modified_(other.modified_) {}
     File& operator=(File&&) = delete;
     ~File() {
         if (fd_ >= 0) ::close(fd_);
@@ -424,8 +425,7 @@ public:
     std::uint64_t size() const { return size_; }
     std::int64_t modified() const { return modified_.tv_sec; }  // seconds since 1970
 
-    // Fills `out` from byte `offset` on; throws refused if the file ends before that. Safe from
-    // many threads.
+    // Fills `out` from byte `offset` on; throws refused if the file ends too early. Thread-safe.
     void read(std::uint64_t offset, std::span<std::byte> out) const {
         if (offset > size_ || out.size() > size_ - offset) {
             detail::refuse(
@@ -466,6 +466,11 @@ private:
 
 namespace detail {
 
+inline std::vector<std::byte> read_bytes(const File& file, std::uint64_t offset, std::uint64_t n) {
+    std::vector<std::byte> bytes(static_cast<std::size_t>(n));
+    file.read(offset, bytes);
+    return bytes;
+}
 // A whole small file. Throws not_found, or refused if it is larger than `max_bytes`.
 inline std::vector<std::byte> read_file(const std::filesystem::path& path,
                                         std::uint64_t max_bytes) {
@@ -474,12 +479,9 @@ inline std::vector<std::byte> read_file(const std::filesystem::path& path,
         refuse(quote(path.filename().string(), 200) + " has " + std::to_string(file.size()) +
                " bytes, at most " + std::to_string(max_bytes) + " are accepted");
     }
-    std::vector<std::byte> bytes(static_cast<std::size_t>(file.size()));
-    file.read(0, bytes);
-    return bytes;
+    return read_bytes(file, 0, file.size());
 }
-// The beginning of a file of the kernel (/proc, /sys), whose size reads as 0 or too large; "" if
-// there is none.
+// The beginning of a file of the kernel (/proc, /sys), whose size reads wrong; "" if none is there.
 inline std::string read_kernel_file(const char* path) {
     std::string text(4096, '\0');
     const int fd = ::open(path, O_RDONLY | O_CLOEXEC);
@@ -492,8 +494,7 @@ inline std::string_view as_text(std::span<const std::byte> bytes) {
     return {reinterpret_cast<const char*>(bytes.data()), bytes.size()};
 }
 
-// A number of `Bytes` bytes, low byte first, at bytes[at]; the caller has checked that it is
-// inside.
+// A number of `Bytes` bytes, low byte first, at bytes[at]; the caller knows that it is inside.
 template <int Bytes>
 std::uint64_t little_endian(std::span<const std::byte> bytes, std::size_t at) {
     std::uint64_t value = 0;
@@ -513,8 +514,7 @@ std::uint64_t little_endian(std::span<const std::byte> bytes, std::size_t at) {
 //   central directory | zip64 end | locator | end
 //
 // Sizes are taken from the central directory alone: torch leaves them zero in the local headers.
-// What the local headers say must agree otherwise, no two entries may overlap, and nothing may lie
-// outside.
+// What the local headers say must agree otherwise, and the entries fill the file without overlaps.
 
 namespace detail {
 
@@ -565,12 +565,11 @@ inline std::uint32_t crc32(std::span<const std::byte> bytes, std::uint32_t crc =
 inline std::string not_a_zip(std::string_view head) {
     if (head.starts_with("PK\x03\x04")) {
         return "has no zip end record: still being written, or cut off. Wait for the save to end, "
-               "or copy it "
-               "again";
+               "or copy it again";
     }
     if (head.starts_with("\x80\x02\x8a\x0a\x6c\xfc\x9c\x46\xf9\x20\x6a\xa8\x50\x19")) {
-        return "was saved by a very old PyTorch (before 1.6). Load and save it once with a current "
-               "one";
+        return "was saved by a very old PyTorch (before 1.6). Load and save it once with a "
+               "current one";
     }
     if (head.starts_with("GGUF")) return "is a GGUF file, not a nanochat checkpoint";
     if (head.starts_with("version https://git-lfs"))
@@ -594,9 +593,7 @@ public:
     const File& file() const { return file_; }
     std::span<const ZipEntry> entries() const { return entries_; }  // sorted by name
     const ZipEntry* find(std::string_view name) const {
-        const auto at =
-            std::lower_bound(entries_.begin(), entries_.end(), name,
-                             [](const ZipEntry& e, std::string_view n) { return e.name < n; });
+        const auto at = std::ranges::lower_bound(entries_, name, {}, &ZipEntry::name);
         return at != entries_.end() && at->name == name ? &*at : nullptr;
     }
     // All bytes of an entry of at most `max_bytes`, with its checksum verified.
@@ -605,13 +602,11 @@ public:
             refuse("entry " + quote(entry.name) + " has " + std::to_string(entry.size) +
                    " bytes, at most " + std::to_string(max_bytes) + " are accepted");
         }
-        std::vector<std::byte> bytes(static_cast<std::size_t>(entry.size));
-        file_.read(entry.offset, bytes);
+        std::vector<std::byte> bytes = read_bytes(file_, entry.offset, entry.size);
         verify(entry, crc32(bytes));
         return bytes;
     }
-    // Zero means that the writer had checksums switched off
-    // (torch.serialization.set_crc32_options).
+    // 0: the writer had checksums switched off (torch.serialization.set_crc32_options).
     static void verify(const ZipEntry& entry, std::uint32_t crc) {
         if (entry.crc != 0 && crc != entry.crc) {
             refuse("the checksum of entry " + quote(entry.name) +
@@ -621,19 +616,13 @@ public:
     }
 
 private:
-    std::vector<std::byte> bytes_at(std::uint64_t offset, std::uint64_t n) const {
-        std::vector<std::byte> bytes(static_cast<std::size_t>(n));
-        file_.read(offset, bytes);
-        return bytes;
-    }
-
     // The end record is the last 22 bytes (torch writes no archive comment); a zip64 end record and
     // its locator stand right before it, and their values count where the old fields are saturated.
     void find_directory() {
         const std::uint64_t size = file_.size();
-        const auto head = bytes_at(0, std::min<std::uint64_t>(size, 64));
+        const auto head = read_bytes(file_, 0, std::min<std::uint64_t>(size, 64));
         if (size < 22) refuse(not_a_zip(as_text(head)));
-        const auto end = bytes_at(size - 22, 22);
+        const auto end = read_bytes(file_, size - 22, 22);
         if (little_endian<4>(end, 0) != 0x06054b50) refuse(not_a_zip(as_text(head)));
         const auto at = static_cast<std::int64_t>(size - 22);
         if (little_endian<2>(end, 20) != 0)
@@ -646,7 +635,7 @@ private:
         directory_size_ = little_endian<4>(end, 12);
         directory_ = little_endian<4>(end, 16);
         std::uint64_t limit = size - 22;  // where the directory must end
-        if (size >= 42 && little_endian<4>(bytes_at(size - 42, 20), 0) == 0x07064b50)
+        if (size >= 42 && little_endian<4>(read_bytes(file_, size - 42, 20), 0) == 0x07064b50)
             limit = read_zip64_end();
         if (count_ > kMaxZipEntries) refuse("zip: has more than 65,536 entries", at);
         if (directory_size_ > kMaxZipDirectory)
@@ -657,13 +646,13 @@ private:
     std::uint64_t read_zip64_end() {
         const std::uint64_t locator_at = file_.size() - 42;
         const auto where = static_cast<std::int64_t>(locator_at);
-        const auto locator = bytes_at(locator_at, 20);
+        const auto locator = read_bytes(file_, locator_at, 20);
         if (little_endian<4>(locator, 4) != 0 || little_endian<4>(locator, 16) != 1)
             refuse("zip: the zip64 locator speaks of several disks", where);
         const std::uint64_t at = little_endian<8>(locator, 8);
         if (locator_at < 56 || at != locator_at - 56)
             refuse("zip: the zip64 end record is not before its locator", where);
-        const auto end = bytes_at(at, 56);
+        const auto end = read_bytes(file_, at, 56);
         if (little_endian<4>(end, 0) != 0x06064b50 || little_endian<8>(end, 4) != 44)
             refuse("zip: the zip64 end record is malformed", where);
         if (little_endian<4>(end, 16) != 0 || little_endian<4>(end, 20) != 0)
@@ -681,7 +670,7 @@ private:
     }
 
     void read_directory() {
-        const auto bytes = bytes_at(directory_, directory_size_);
+        const auto bytes = read_bytes(file_, directory_, directory_size_);
         if (count_ > directory_size_ / 46)
             refuse("zip: the directory is too small for its entry count");
         entries_.reserve(static_cast<std::size_t>(count_));
@@ -689,12 +678,9 @@ private:
         for (std::uint64_t i = 0; i < count_; ++i) at = read_entry(bytes, at);
         if (at != bytes.size())
             refuse("zip: the directory holds more than its entries", position(at));
-        std::sort(entries_.begin(), entries_.end(),
-                  [](const auto& a, const auto& b) { return a.name < b.name; });
-        for (std::size_t i = 1; i < entries_.size(); ++i) {
-            if (entries_[i].name == entries_[i - 1].name)
-                refuse("zip: two entries are called " + quote(entries_[i].name));
-        }
+        std::ranges::sort(entries_, {}, &ZipEntry::name);
+        const auto twice = std::ranges::adjacent_find(entries_, {}, &ZipEntry::name);
+        if (twice != entries_.end()) refuse("zip: two entries are called " + quote(twice->name));
     }
     std::int64_t position(std::size_t at) const {
         return static_cast<std::int64_t>(directory_ + at);
@@ -735,8 +721,7 @@ private:
             !name.starts_with("../") && !name.ends_with("/..") && name.find("/../") == name.npos;
         if (!safe) refuse("zip: the name " + quote(name) + " is not accepted", at);
     }
-    // Extra field 1 holds, for those 32-bit fields that are saturated, the 64-bit value: in this
-    // order.
+    // Extra field 1 holds the 64-bit values of the 32-bit fields that are saturated, in this order.
     static void read_zip64_extra(ZipEntry& e, std::uint64_t& packed,
                                  std::span<const std::byte> extra, std::int64_t at) {
         while (extra.size() >= 4) {
@@ -762,7 +747,7 @@ private:
         const std::string who = "zip: entry " + quote(e.name);
         if (e.header > directory_ || directory_ - e.header < 30 + e.name.size())
             refuse(who + " lies outside the file", at);
-        const auto h = bytes_at(e.header, 30 + e.name.size());
+        const auto h = read_bytes(file_, e.header, 30 + e.name.size());
         if (little_endian<4>(h, 0) != 0x04034b50) refuse(who + " has no local header", at);
         const std::uint64_t flags = little_endian<2>(h, 6);
         const std::size_t name = little_endian<2>(h, 26), extra = little_endian<2>(h, 28);
@@ -786,8 +771,7 @@ private:
     void check_order() const {
         std::vector<const ZipEntry*> order;
         for (const ZipEntry& e : entries_) order.push_back(&e);
-        std::sort(order.begin(), order.end(),
-                  [](const auto* a, const auto* b) { return a->header < b->header; });
+        std::ranges::sort(order, {}, &ZipEntry::header);
         std::uint64_t end = 0;
         for (std::size_t i = 0; i <= order.size(); ++i) {
             const std::uint64_t next = i < order.size() ? order[i]->header : directory_;
@@ -813,8 +797,8 @@ private:
 // ==== 7. pickle ==================================================================================
 // torch.save and tiktoken store their data as pickle programs. Run as Python they could call
 // anything, so this is no unpickler: it knows the opcodes that those two writers emit and a list of
-// fourteen names, builds a tree of plain values, and refuses everything else by name and offset. Nothing
-// is looked up or called.
+// fourteen names, builds a tree of plain values, and refuses everything else by name and offset.
+// Nothing is looked up or called.
 //
 // A container that has become part of another one is closed to changes. The writers never change
 // one then, and so no tree can contain itself. Depth costs nothing either: the machine has a stack
@@ -920,11 +904,9 @@ private:
         return stack_.back();
     }
     PickleValue& node(std::uint32_t i) { return tree_.nodes[i]; }
-    std::size_t floor() const {
-        return marks_.empty() ? 0 : marks_.back();
-    }  // POPs must not pass a mark
-    std::uint32_t top() const {
-        if (stack_.size() <= floor()) fail("pickle: an opcode finds too few values on the stack");
+    std::uint32_t top() const {  // above the last mark, which POPs must not pass
+        const std::size_t floor = marks_.empty() ? 0 : marks_.back();
+        if (stack_.size() <= floor) fail("pickle: an opcode finds too few values on the stack");
         return stack_.back();
     }
     std::uint32_t pop() {
@@ -1391,8 +1373,7 @@ private:
         }
         value.string = in_.substr(begin, at_ - begin);
         if (value.string.size() > 64) fail("has a number of more than 64 characters");
-        // "1e999" is out of range: from_chars leaves the value alone, and 0 would be a silent
-        // change
+        // "1e999": from_chars leaves the value alone, and 0 would be a silent change
         const auto result = std::from_chars(
             value.string.data(), value.string.data() + value.string.size(), value.number);
         if (result.ec != std::errc{}) fail("has a number out of range");
@@ -1432,8 +1413,7 @@ inline Json parse_json(std::string_view text, JsonDialect dialect = JsonDialect:
 //
 //   (sig: sigmoid; *: rounded up to a multiple of 128)
 //
-// What leaves no trace at all has a rule here, a warning where it matters, and a switch in
-// Overrides.
+// What leaves no trace has a rule here, a warning where it matters, and a switch in Overrides.
 
 enum class Generation : std::uint8_t { g0, g1, g2, g2e, g3, g4 };
 
@@ -1459,8 +1439,7 @@ struct Config {
     bool bf16_rope_tables = false;
 
     int head_dim() const { return n_embd / n_head; }  // hd
-    // A query sees the keys at most this many positions back (inclusive). The last layer is always
-    // L.
+    // A query sees keys at most this many positions back (inclusive). The last layer is always L.
     int window(int layer) const {
         if (generation == Generation::g0) return INT_MAX;
         const char c = window_pattern[static_cast<std::size_t>(layer) % window_pattern.size()];
@@ -1558,6 +1537,7 @@ static_assert(short_window(facts(Generation::g1), 2048) == 1024 &&
 struct StoredTensor {  // where a tensor's elements lie in the file
     TensorInfo info;
     const ZipEntry* entry = nullptr;
+    std::string_view name() const { return info.name; }
     std::uint64_t bytes() const { return count(info.shape) * size_of(info.dtype); }
 };
 
@@ -1669,17 +1649,13 @@ inline std::vector<StoredTensor> read_state_dict(const ZipFile& zip) {
             refuse("entry " + quote(key.text) + " of the state dict is no tensor", value.at);
         tensors.push_back(stored_tensor(tree, value, plain_name(key.text), zip, top));
     }
-    std::sort(tensors.begin(), tensors.end(),
-              [](const auto& a, const auto& b) { return a.info.name < b.info.name; });
-    for (std::size_t i = 1; i < tensors.size(); ++i) {
-        if (tensors[i].info.name == tensors[i - 1].info.name)
-            refuse("has two tensors " + quote(tensors[i].info.name));
-    }
+    std::ranges::sort(tensors, {}, &StoredTensor::name);
+    const auto twice = std::ranges::adjacent_find(tensors, {}, &StoredTensor::name);
+    if (twice != tensors.end()) refuse("has two tensors " + quote(twice->name()));
     // two tensors may share a storage only if they are the same
     std::vector<const StoredTensor*> order;
     for (const StoredTensor& t : tensors) order.push_back(&t);
-    std::sort(order.begin(), order.end(),
-              [](const auto* a, const auto* b) { return a->entry < b->entry; });
+    std::ranges::sort(order, {}, &StoredTensor::entry);
     for (std::size_t i = 1; i < order.size(); ++i) {
         const StoredTensor &a = *order[i - 1], &b = *order[i];
         const bool same = a.info.dtype == b.info.dtype && a.info.shape == b.info.shape;
@@ -1692,17 +1668,11 @@ inline std::vector<StoredTensor> read_state_dict(const ZipFile& zip) {
 
 inline const StoredTensor* find_tensor(std::span<const StoredTensor> tensors,
                                        std::string_view name) {
-    const auto at =
-        std::lower_bound(tensors.begin(), tensors.end(), name,
-                         [](const StoredTensor& t, std::string_view n) { return t.info.name < n; });
-    return at != tensors.end() && at->info.name == name ? &*at : nullptr;
+    const auto at = std::ranges::lower_bound(tensors, name, {}, &StoredTensor::name);
+    return at != tensors.end() && at->name() == name ? &*at : nullptr;
 }
 
 // ---- from the tensors to the generation, from the generation to the tensors
-
-[[noreturn]] inline void unsupported(const std::string& message) {
-    throw Error(ErrorKind::unsupported, message);
-}
 
 inline Generation detect_generation(std::span<const StoredTensor> tensors) {
     bool gate12 = false, gate32 = false;
@@ -1773,18 +1743,20 @@ inline std::vector<TensorInfo> expected_tensors(const Config& c) {
     return list;
 }
 
-// The first three of a list of names, for a message.
-inline std::string first_three(const std::vector<std::string>& names) {
-    std::string out;
+// Refuses if there are any of these names; the message shows the first three.
+inline void refuse_any(const std::string& verb, const std::vector<std::string>& names,
+                       const std::string& what) {
+    if (names.empty()) return;
+    std::string list;
     for (std::size_t i = 0; i < std::min<std::size_t>(names.size(), 3); ++i)
-        out += (i ? ", " : "") + names[i];
-    return names.size() > 3 ? out + " and " + std::to_string(names.size() - 3) + " more" : out;
+        list += (i ? ", " : "") + names[i];
+    if (names.size() > 3) list += " and " + std::to_string(names.size() - 3) + " more";
+    refuse(verb + " " + std::to_string(names.size()) + " " + what + ": " + list);
 }
 
 inline void check_tensors(const Config& config, std::span<const StoredTensor> tensors) {
     std::vector<TensorInfo> expected = expected_tensors(config);
-    std::sort(expected.begin(), expected.end(),
-              [](const auto& a, const auto& b) { return a.name < b.name; });
+    std::ranges::sort(expected, {}, &TensorInfo::name);
     std::vector<std::string> missing, unknown, other;
     for (const TensorInfo& e : expected) {
         const StoredTensor* t = find_tensor(tensors, e.name);
@@ -1802,19 +1774,12 @@ inline void check_tensors(const Config& config, std::span<const StoredTensor> te
         }
     }
     for (const StoredTensor& t : tensors) {
-        const bool known =
-            std::binary_search(expected.begin(), expected.end(), t.info,
-                               [](const auto& a, const auto& b) { return a.name < b.name; });
-        if (!known) unknown.push_back(quote(t.info.name));
+        if (!std::ranges::binary_search(expected, t.name(), {}, &TensorInfo::name))
+            unknown.push_back(quote(t.name()));
     }
-    if (!missing.empty())
-        refuse("lacks " + std::to_string(missing.size()) + " tensors: " + first_three(missing));
-    if (!unknown.empty())
-        refuse("has " + std::to_string(unknown.size()) +
-               " unknown tensors: " + first_three(unknown));
-    if (!other.empty())
-        refuse("has " + std::to_string(other.size()) +
-               " tensors of the wrong form: " + first_three(other));
+    refuse_any("lacks", missing, "tensors");
+    refuse_any("has", unknown, "unknown tensors");
+    refuse_any("has", other, "tensors of the wrong form");
 }
 
 // ---- the metadata
@@ -1851,8 +1816,8 @@ inline Config read_config(const Json& meta, bool& has_pattern) {
         refuse("the metadata has no object model_config");
     if (mc->find("num_experts") != nullptr)
         unsupported(
-            "model_config.num_experts: nanochat's unmerged mixture-of-experts branches are not "
-            "run");
+            "model_config.num_experts: nanochat's unmerged mixture-of-experts branches "
+            "are not run");
     Config c;
     c.sequence_len = read_int(*mc, "sequence_len", 1, 1 << 20);
     c.vocab_size = read_int(*mc, "vocab_size", 1, 1 << 20);
@@ -1941,8 +1906,7 @@ inline std::vector<std::filesystem::path> list(const std::filesystem::path& dir)
     return paths;
 }
 
-// The file <prefix><step><suffix> of a directory with this step, or with the largest if `wanted` is
-// -1; "" if none.
+// The file <prefix><step><suffix> of a directory: of step `wanted`, or (-1) the last; "" if none.
 inline std::filesystem::path find_step(const std::filesystem::path& dir, std::string_view prefix,
                                        std::string_view suffix, std::int64_t wanted = -1) {
     std::filesystem::path best;
@@ -1954,8 +1918,7 @@ inline std::filesystem::path find_step(const std::filesystem::path& dir, std::st
     return best;
 }
 
-// The metadata of the base model of the same tag: it tells when the run was, and its window
-// pattern.
+// Metadata of the base model of the same tag: it tells when the run was, and its window pattern.
 inline Json base_sibling(const ModelInfo& info) {
     const auto own = full_path(info.model_file).parent_path();
     const auto dir = own.parent_path().parent_path() / "base_checkpoints" / own.filename();
@@ -1976,16 +1939,15 @@ inline bool softcap_was_20(const Json& base_meta) {
     return tokens != nullptr && tokens->kind == Json::Kind::number && tokens->number == 41943040;
 }
 
-// G0 had no windows. Later some programs dropped the pattern when they saved: "L" then, as nanochat
-// does.
+// G0 had no windows. Some later programs saved no pattern: "L" then, as nanochat does.
 inline void check_pattern(ModelInfo& info, const Overrides& o, bool has_pattern,
                           const Json& sibling) {
     if (info.config.generation == Generation::g0) {
         if (o.short_window ||
             o.window_pattern.value_or("").find_first_of("Ss") != std::string::npos) {
-            throw Error(ErrorKind::usage,
-                        "this checkpoint is of generation g0, which had no windows. Add --gen g1 "
-                        "to insist");
+            misuse(
+                "this checkpoint is of generation g0, which had no windows. Add --gen g1 to "
+                "insist");
         }
         if (has_pattern) {
             info.warnings.push_back("window_pattern " + quote(info.config.window_pattern) +
@@ -2015,7 +1977,7 @@ inline Overrides merge(Overrides first, const Overrides& second) {
 
 inline void check_overrides(const Overrides& o) {
     const auto bad = [](const char* name, const char* need) {
-        throw Error(ErrorKind::usage, std::string("override of ") + name + " must be " + need);
+        misuse(std::string("override of ") + name + " must be " + need);
     };
     const auto positive = [](const std::optional<float>& x) {  // false for NaN and infinity too
         return !x || (is_finite(*x) && *x > 0);
@@ -2028,8 +1990,7 @@ inline void check_overrides(const Overrides& o) {
     if (o.short_window && *o.short_window < 0) bad("short_window", "0 or more");
 }
 
-// Completes the config from generation, metadata and overrides, and notes where each value comes
-// from.
+// Completes the config from generation, metadata and overrides, and notes each value's origin.
 inline void settle(ModelInfo& info, const Json& meta, bool has_pattern, Generation found,
                    const Overrides& o) {
     check_overrides(o);
@@ -2037,22 +1998,21 @@ inline void settle(ModelInfo& info, const Json& meta, bool has_pattern, Generati
     Config& c = info.config;
     c.generation = o.generation.value_or(found);
     const GenerationFacts& f = facts(c.generation);
-    const auto note = [&](const char* name, std::string value, bool forced, Origin origin) {
+    const auto note = [&](const char* name, std::string value, const auto& forced, Origin origin) {
         info.settings.push_back({name, std::move(value), forced ? Origin::overridden : origin});
     };
     const auto number = [&](const char* name, float& field, std::optional<float> forced,
                             float otherwise, Origin origin) {
-        note(name, format(field = forced.value_or(otherwise)), forced.has_value(), origin);
+        note(name, format(field = forced.value_or(otherwise)), forced, origin);
     };
-    note("generation", std::string(f.name) + " (" + std::string(f.dates) + ")",
-         o.generation.has_value(), Origin::implied);
+    note("generation", std::string(f.name) + " (" + std::string(f.dates) + ")", o.generation,
+         Origin::implied);
     c.sequence_len = o.sequence_len.value_or(c.sequence_len);
-    note("sequence_len", std::to_string(c.sequence_len), o.sequence_len.has_value(),
-         Origin::stored);
+    note("sequence_len", std::to_string(c.sequence_len), o.sequence_len, Origin::stored);
     number("rope_base", c.rope_base, o.rope_base, f.rope_base, Origin::implied);
     number("qk_scale", c.qk_scale, o.qk_scale, f.qk_scale, Origin::implied);
     c.bf16_rope_tables = o.bf16_rope_tables.value_or(f.bf16_rope_tables);
-    note("rope_table", c.bf16_rope_tables ? "bfloat16" : "float32", o.bf16_rope_tables.has_value(),
+    note("rope_table", c.bf16_rope_tables ? "bfloat16" : "float32", o.bf16_rope_tables,
          Origin::assumed);
     c.ve_gate_scale = f.ve_gate_scale;
     c.ve_gate_channels = f.ve_gate_channels;
@@ -2076,18 +2036,14 @@ inline void settle(ModelInfo& info, const Json& meta, bool has_pattern, Generati
     check_pattern(info, o, has_pattern, sibling);
     c.window_pattern = o.window_pattern.value_or(c.window_pattern);
     check_window_pattern(c.window_pattern);
-    note("window_pattern", c.window_pattern, o.window_pattern.has_value(),
-         g0            ? Origin::implied
-         : has_pattern ? Origin::stored
-                       : Origin::assumed);
+    const Origin without = g0 ? Origin::implied : Origin::assumed;
+    note("window_pattern", c.window_pattern, o.window_pattern,
+         !g0 && has_pattern ? Origin::stored : without);
     c.short_window = o.short_window.value_or(short_window(f, c.sequence_len));
-    if (!g0)
-        note("short_window", std::to_string(c.short_window), o.short_window.has_value(),
-             Origin::implied);
+    if (!g0) note("short_window", std::to_string(c.short_window), o.short_window, Origin::implied);
 }
 
-// Everything about one checkpoint but its weights. `info` has its files, source, tag and step;
-// throws.
+// All about one checkpoint but its weights. `info` has its files, source, tag and step; throws.
 inline std::vector<StoredTensor> inspect(ModelInfo& info, const ZipFile& zip,
                                          const Overrides& overrides) {
     info.file_bytes = zip.file().size();
@@ -2158,8 +2114,7 @@ inline std::uint64_t total_memory() {  // of the machine, bytes
            static_cast<std::uint64_t>(::sysconf(_SC_PAGESIZE));
 }
 
-// Like inspect_model, but what is wrong becomes a status and a sentence: one bad file never hides
-// others.
+// Like inspect_model, but faults become a status and a sentence: one bad file never hides others.
 inline ModelInfo examine(ModelInfo info, const Overrides& overrides) {
     const auto set = [&](Status status, std::string reason) {
         info.status = status, info.reason = std::move(reason);
@@ -2173,13 +2128,11 @@ inline ModelInfo examine(ModelInfo info, const Overrides& overrides) {
             set(Status::incomplete, "still being written: no metadata file yet");
             return info;
         }
-        std::array<std::byte, 4> head{};
-        file.read(0, std::span(head).first(
-                         std::min<std::size_t>(4, static_cast<std::size_t>(file.size()))));
-        std::array<std::byte, 22> end{};
-        if (file.size() >= 22) file.read(file.size() - 22, end);
-        const bool begins = file.size() == 0 || as_text(head) == std::string_view("PK\x03\x04", 4);
-        if (begins && little_endian<4>(end, 0) != 0x06054b50) {
+        const auto head = read_bytes(file, 0, std::min<std::uint64_t>(file.size(), 4));
+        const bool begins = head.empty() || as_text(head) == "PK\x03\x04";
+        const bool ends = file.size() >= 22 &&
+                          little_endian<4>(read_bytes(file, file.size() - 22, 22), 0) == 0x06054b50;
+        if (begins && !ends) {
             set(Status::incomplete, "the file ends early: still being written, or cut off");
             return info;
         }
@@ -2195,8 +2148,7 @@ inline ModelInfo examine(ModelInfo info, const Overrides& overrides) {
     return info;
 }
 
-// The number of a tag such as "d20" or "d26_feb2"; -1 if it does not begin so (nanochat
-// find_largest_model).
+// The number of a tag such as "d20" or "d26_feb2", or -1 (nanochat find_largest_model).
 inline std::int64_t depth_of(std::string_view tag) {
     std::int64_t depth = -1;
     if (tag.starts_with("d")) std::from_chars(tag.data() + 1, tag.data() + tag.size(), depth);
@@ -2266,8 +2218,7 @@ inline std::vector<ModelInfo> find_models(const std::filesystem::path& base,
 }
 
 namespace detail {
-// The model file a path means: itself, or the one of a checkpoint's directory with that step (-1:
-// the last).
+// The model file a path means: itself, or a checkpoint directory's with that step (-1: the last).
 inline std::filesystem::path model_file(const std::filesystem::path& dir_or_file,
                                         std::int64_t step) {
     std::error_code ec;
@@ -2281,8 +2232,7 @@ inline std::filesystem::path model_file(const std::filesystem::path& dir_or_file
 }
 }  // namespace detail
 
-// One checkpoint: a directory (its last step, or `step`) or a model_<step>.pt. Throws if it cannot
-// be loaded.
+// One checkpoint: a directory (its last step, or `step`) or a model_<step>.pt. Throws if unusable.
 inline ModelInfo inspect_model(const std::filesystem::path& dir_or_file, std::int64_t step = -1,
                                const Overrides& overrides = {}) {
     ModelInfo info = detail::place(detail::model_file(dir_or_file, step));
@@ -2293,8 +2243,7 @@ inline ModelInfo inspect_model(const std::filesystem::path& dir_or_file, std::in
     return info;
 }
 
-// The tokenizer that belongs to a checkpoint: beside the model, ../../tokenizer/, or the base
-// directory's.
+// A checkpoint's tokenizer: beside the model, in ../../tokenizer/, or the base directory's.
 inline std::filesystem::path find_tokenizer(const ModelInfo& info) {
     const auto dir = detail::full_path(info.model_file).parent_path();
     std::error_code ec;
@@ -2515,8 +2464,8 @@ inline const SplitRule& split_rule(std::string_view pattern) {
         std::string text(rule.head);
         if (text.append(rule.numbers).append(rule.tail) == pattern) return rule;
     }
-    throw Error(ErrorKind::unsupported, "the split pattern " + quote(pattern, 200) +
-                                            " is not one of nanochat, cl100k or GPT-2");
+    unsupported("the split pattern " + quote(pattern, 200) +
+                " is not one of nanochat, cl100k or GPT-2");
 }
 
 // Walks over valid UTF-8, piece by piece.
@@ -2755,8 +2704,7 @@ private:
         }
     }
     // n log n, for a run of a million equal characters is one piece. The heap holds
-    // rank << 32 | index: lowest rank first, then leftmost. A pair that is no more stays in it and
-    // is passed over.
+    // rank << 32 | index: lowest rank first, then leftmost. A pair that is no more is passed over.
     void merge_by_heap() {
         heap_.clear();
         for (std::uint32_t i = 0; i < piece_.size(); ++i) {
@@ -2946,7 +2894,7 @@ public:
     // that nobody can type one. Invalid UTF-8 is replaced as by to_utf8(). Throws usage from 4 GiB
     // on. Needs up to 24 bytes of memory for each byte of the longest piece.
     std::vector<Token> encode(std::string_view utf8) const {
-        if (utf8.size() >= UINT32_MAX) throw Error(ErrorKind::usage, "encode: a text of 4 GiB");
+        if (utf8.size() >= UINT32_MAX) detail::misuse("encode: a text of 4 GiB");
         if (detail::valid_utf8_length(utf8) < utf8.size()) return encode(to_utf8(utf8));
         std::vector<Token> tokens;
         tokens.reserve(utf8.size() / 4);
@@ -2970,7 +2918,7 @@ public:
         if (const std::string_view bytes = v_.table.piece(token); !bytes.empty()) return bytes;
         if (is_special(token))
             return v_.specials[static_cast<std::size_t>(token - v_.specials[0].first)].second;
-        throw Error(ErrorKind::usage, "there is no token " + std::to_string(token));
+        detail::misuse("there is no token " + std::to_string(token));
     }
 
     // Returns the id of a special token, as in special("<|bos|>"). Throws not_found.
@@ -2983,6 +2931,7 @@ public:
     }
 
     int vocab_size() const { return v_.size; }  // largest id + 1
+    std::string_view pattern_name() const { return v_.rule->name; }  // of the split: "nanochat"
     const std::vector<std::string>& warnings() const { return v_.warnings; }
 
 private:
@@ -3117,8 +3066,7 @@ constexpr std::size_t round_up(std::size_t n, std::size_t multiple) {
     return (n + multiple - 1) / multiple * multiple;
 }
 
-// Activations begin on a cache line: a 64-byte load that crosses one counts twice (decode 8 %
-// faster).
+// Activations begin on a cache line: a 64-byte load across two counts twice (decode 8 % faster).
 template <class T>
 struct LineAllocator {
     using value_type = T;
@@ -3311,8 +3259,7 @@ inline void exp16(float* x) {
     }
 }
 
-// Calls rows(begin, end) for parts of [0, n): elementwise work, too small for a thread below 8
-// rows.
+// Calls rows(begin, end) for parts of [0, n): elementwise work, too small to share below 8 rows.
 template <class Rows>
 void for_rows(ThreadPool& pool, std::size_t n, const Rows& rows) {
     constexpr std::size_t kPart = 8;
@@ -3328,8 +3275,7 @@ inline std::string cpu_features() { return detail::kernels().name; }
 
 namespace ops {
 
-// y[t] = x[t] / sqrt(mean(x[t]^2) + eps), row by row (nanochat norm(): no weight; eps is torch's
-// for fp32).
+// y[t] = x[t] / sqrt(mean(x[t]^2) + eps) by rows (nanochat norm(): no weight; torch's fp32 eps).
 //   x, y (rows, cols) f32, may be the same
 inline void rms_norm(float* y, const float* x, std::size_t rows, std::size_t cols) {
     constexpr float kEps = 0x1p-23f;
@@ -3422,11 +3368,9 @@ inline void relu2(float* x, std::size_t n) {
 
 inline float sigmoid(float x) { return 1.0f / (1.0f + std::exp(-x)); }
 
-// y = x w^T, the only matrix product of the model; with `squared`, y = relu2(x w^T), done while it
-// is in cache.
+// y = x w^T, the model's only matrix product; with `squared`, y = relu2(x w^T), done in cache.
 //   y (T, N) f32, x (T, K) f32, w (at least N, K) float32 or bfloat16: its first N rows are used
-//   Tasks are panels of rows of w that fit a core's L2 cache, so w is read from memory once for any
-//   T.
+//   Tasks are panels of rows of w that fit a core's L2 cache: w is read from memory once for any T.
 inline void linear(ThreadPool& pool, float* y, const float* x, const Tensor& w, std::size_t T,
                    std::size_t N, bool squared = false) {
     constexpr std::size_t kPanelBytes = std::size_t{256} << 10;
@@ -3460,11 +3404,11 @@ inline void linear(ThreadPool& pool, float* y, const float* x, const Tensor& w, 
 }
 
 // Causal attention of one head over a sliding window (Vaswani et al. 2017, eq. 1).
-//   z, q (T, hd): rows of query positions pos ... pos + T - 1, ldq elements apart; z's rows are ldz
-//   apart k, v (pos + T, hdp): keys and values of positions 0 ..., hdp = hd rounded up to 16,
-//   padded with zeros A query at position t sees the keys t - window ... t. If `scores` and
-//   `pattern` are given, (T, pos + T) each, they receive the scaled scores (-infinity outside the
-//   window) and their softmax (0 outside).
+//   z, q (T, hd): rows of query positions pos ... pos + T - 1, ldz and ldq elements apart
+//   k, v (pos + T, hdp): of positions 0 ..., hdp = hd rounded up to 16, padded with zeros
+//   A query at position t sees the keys t - window ... t. If `scores` and `pattern` are given,
+//   (T, pos + T) each, they receive the scaled scores (-infinity outside the window) and their
+//   softmax (0 outside).
 inline void attention(float* z, std::size_t ldz, const float* q, std::size_t ldq, const float* k,
                       const float* v, std::size_t T, std::size_t pos, std::size_t hd,
                       std::size_t window, float* scores = nullptr, float* pattern = nullptr) {
@@ -3594,8 +3538,8 @@ class ModelLoader {
 public:
     static std::shared_ptr<const Model> load(ModelInfo info, const LoadOptions& options) {
         if (options.dtype != DType::f32 && options.dtype != DType::bf16) {
-            throw Error(ErrorKind::usage, "weights are kept as float32 or bfloat16, not " +
-                                              std::string(name_of(options.dtype)));
+            detail::misuse("weights are kept as float32 or bfloat16, not " +
+                           std::string(name_of(options.dtype)));
         }
         ModelLoader loader(std::move(info), options);
         detail::naming(loader.model_->info_.model_file, [&] { loader.read(); });
@@ -3649,14 +3593,11 @@ private:
     void read() {
         memory_ = detail::allocate(model_->bytes_, true);
         // the largest first, so that no thread ends up with it alone
-        std::vector<const Job*> order;
-        for (const Job& j : jobs_) order.push_back(&j);
-        std::stable_sort(order.begin(), order.end(), [](const Job* a, const Job* b) {
-            return a->from->bytes() > b->from->bytes();
-        });
+        std::ranges::stable_sort(jobs_, std::greater<>(),
+                                 [](const Job& j) { return j.from->bytes(); });
         std::uint64_t total = 0;
         for (const Job& j : jobs_) total += j.from->bytes();
-        model_->pool_->run(order.size(), [&](std::size_t i) { read_tensor(*order[i], total); });
+        model_->pool_->run(jobs_.size(), [&](std::size_t i) { read_tensor(jobs_[i], total); });
         if (!zip_.file().unchanged())
             detail::refuse(
                 "changed while it was read: still being written. Try again when it is complete");
@@ -3710,7 +3651,7 @@ private:
         if (!options_.progress) return;
         const std::lock_guard lock(progress_mutex_);
         done_ += bytes;
-        if (!options_.progress(done_, total)) throw Error(ErrorKind::usage, "loading was stopped");
+        if (!options_.progress(done_, total)) detail::misuse("loading was stopped");
     }
 
     Tensor tensor(const std::string& name) const {
@@ -3806,8 +3747,7 @@ enum class HookPoint : std::uint8_t {
     logits_raw,   // (T, V)
     logits        // (T, V)        after the soft cap
 };
-// TransformerLens' name of a point, such as "blocks.3.attn.hook_q"; nanochat's word where only it
-// has one.
+// TransformerLens' name of a point ("blocks.3.attn.hook_q"), or nanochat's where only it has one.
 inline std::string name(HookPoint point, int layer) {
     // clang-format off
     constexpr std::string_view kNames[] = {
@@ -3854,8 +3794,7 @@ public:
           heads_(static_cast<std::size_t>(model.config().n_kv_head)),
           row_(detail::round_up(static_cast<std::size_t>(model.config().head_dim()),
                                 detail::kLanes)) {
-        if (capacity < 1)
-            throw Error(ErrorKind::usage, "a cache must have room for at least one token");
+        if (capacity < 1) detail::misuse("a cache must have room for at least one token");
         const std::uint64_t rows = std::uint64_t{heads_} * static_cast<std::uint64_t>(capacity) *
                                    static_cast<std::uint64_t>(model.config().n_layer);
         const std::uint64_t half = detail::checked_mul(rows, row_ * sizeof(float));
@@ -3871,16 +3810,14 @@ public:
     int length() const { return static_cast<int>(tokens_.size()); }  // in tokens
     int capacity() const { return capacity_; }
     std::span<const Token> tokens() const { return tokens_; }
-    // Forgets all tokens from position `length` on. What follows is then computed as if they had
-    // never been.
+    // Forgets all tokens from position `length` on, as if they had never been.
     void rewind(int length) {
         if (length < 0 || length > this->length())
-            throw Error(ErrorKind::usage, "rewind to a position that was not read");
+            detail::misuse("rewind to a position that was not read");
         tokens_.resize(static_cast<std::size_t>(length));
     }
 
-    // For backends: rows of one layer's kv head, from position 0 on; and the tokens once they are
-    // computed.
+    // For backends: rows of one layer's kv head from position 0 on; and the tokens once computed.
     float* k(int layer, std::size_t head) { return k_ + offset(layer, head); }
     float* v(int layer, std::size_t head) { return v_ + offset(layer, head); }
     void append(std::span<const Token> tokens) {
@@ -3922,28 +3859,25 @@ struct Part {  // the rows of one slice: begin ... begin + T - 1
 
 // Whether a sequence of `length` tokens can take these; any backend asks before it begins.
 inline void check_tokens(std::span<const Token> tokens, int length, int capacity, int vocab_size) {
-    if (tokens.empty())
-        throw Error(ErrorKind::usage, "a step of a sequence needs at least one token");
+    if (tokens.empty()) misuse("a step of a sequence needs at least one token");
     if (tokens.size() > static_cast<std::size_t>(capacity - length))
-        throw Error(ErrorKind::usage, "the sequence has room for " + std::to_string(capacity) +
-                                          " tokens: " + std::to_string(length) + " are read, " +
-                                          std::to_string(tokens.size()) + " more were given");
+        misuse("the sequence has room for " + std::to_string(capacity) +
+               " tokens: " + std::to_string(length) + " are read, " +
+               std::to_string(tokens.size()) + " more were given");
     for (const Token t : tokens) {
         if (t < 0 || t >= vocab_size)
-            throw Error(ErrorKind::usage, "token " + std::to_string(t) +
-                                              " is outside the vocabulary of " +
-                                              std::to_string(vocab_size));
+            misuse("token " + std::to_string(t) + " is outside the vocabulary of " +
+                   std::to_string(vocab_size));
     }
 }
 inline void check_slices(const Model& model, std::span<const Slice> batch) {
     for (std::size_t i = 0; i < batch.size(); ++i) {
         const Slice& s = batch[i];
         if (s.cache == nullptr || &s.cache->model() != &model)
-            throw Error(ErrorKind::usage, "a sequence of another model was given to this one");
+            misuse("a sequence of another model was given to this one");
         check_tokens(s.tokens, s.cache->length(), s.cache->capacity(), model.config().vocab_size);
         for (std::size_t j = 0; j < i; ++j) {
-            if (batch[j].cache == s.cache)
-                throw Error(ErrorKind::usage, "a sequence is twice in one step");
+            if (batch[j].cache == s.cache) misuse("a sequence is twice in one step");
         }
     }
 }
@@ -4043,8 +3977,7 @@ private:
 // The model, top to bottom (nanochat gpt.py, GPT.forward and Block.forward).
 inline std::span<const float> Pass::forward() {
     resize();
-    // x = norm(wte[id]); G4 mixes in a little of the previous token's. x0 is kept: every layer sees
-    // it again
+    // x = norm(wte[id]); G4 mixes in some of the previous token's; every layer sees this x0 again
     embed();
     smear();
     std::copy_n(ws_.x.data(), T * D, ws_.x0.data());
@@ -4195,8 +4128,7 @@ inline void Pass::add_value_embedding(int i) {
     tap(HookPoint::ve_gate, i, ws_.gate.data(), {K});
 }
 
-// x (T, heads, hd): rotation, then the norm of each head, then the generation's scale. In this
-// order.
+// x (T, heads, hd): first rotation, then the norm of each head, then the generation's scale.
 inline void Pass::rotate_and_norm(float* x, std::size_t heads) {
     for_rows(pool_, T, [&](std::size_t a, std::size_t b) {
         for (std::size_t t = a; t < b; ++t) {
@@ -4265,8 +4197,7 @@ inline void Pass::attend(int i) {
     }
 }
 
-// logits = softcap * tanh(lm_head x / softcap): of the last row of each slice, of all rows if
-// watched.
+// logits = softcap * tanh(lm_head x / softcap): of each slice's last row, of all rows if watched.
 inline std::span<const float> Pass::head() {
     const bool all = wanted(HookPoint::logits_raw, -1) || wanted(HookPoint::logits, -1);
     std::vector<std::size_t> last;
@@ -4334,14 +4265,13 @@ public:
     // `stream` tells apart the samples of one prompt. Throws usage if a parameter is out of range.
     explicit Sampler(const SamplingParams& params, std::uint64_t stream = 0)
         : params_(params), key_(mix(params.seed ^ mix(stream + kGolden))) {
-        const auto in = [](float x, float low, float high) {
-            return x >= low && x <= high;
-        };  // false for NaN
+        // false for NaN
+        const auto in = [](float x, float low, float high) { return x >= low && x <= high; };
         if (!in(params.temperature, 0, 1000))
-            throw Error(ErrorKind::usage, "temperature must be between 0 and 1000");
-        if (params.top_k < 0) throw Error(ErrorKind::usage, "top_k must not be negative");
+            detail::misuse("temperature must be between 0 and 1000");
+        if (params.top_k < 0) detail::misuse("top_k must not be negative");
         if (!in(params.top_p, 0, 1) || params.top_p == 0)
-            throw Error(ErrorKind::usage, "top_p must be above 0 and at most 1");
+            detail::misuse("top_p must be above 0 and at most 1");
     }
 
     const SamplingParams& params() const { return params_; }

@@ -6,13 +6,17 @@
 using namespace test;
 using nanogpt::to_utf8;
 using nanogpt::Utf8Stream;
-using nanogpt::detail::char_class;
 using nanogpt::detail::CharClass;
 using nanogpt::detail::decode_utf8;
 
 namespace {
 
 const std::string kBad = "\xEF\xBF\xBD";  // U+FFFD
+
+CharClass char_class(char32_t code) {
+    const auto classes = nanogpt::detail::char_classes();  // those beyond are `other`
+    return code < classes.size() ? classes[code] : CharClass::other;
+}
 
 struct Fnv {  // FNV-1a, 64 bits
     std::uint64_t value = 0xCBF29CE484222325u;
