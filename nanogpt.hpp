@@ -2930,7 +2930,7 @@ public:
         return token >= v_.specials.front().first && token <= v_.specials.back().first;
     }
 
-    int vocab_size() const { return v_.size; }  // largest id + 1
+    int vocab_size() const { return v_.size; }                       // largest id + 1
     std::string_view pattern_name() const { return v_.rule->name; }  // of the split: "nanochat"
     const std::vector<std::string>& warnings() const { return v_.warnings; }
 
