@@ -42,15 +42,13 @@ check() { # check <name> <command...>
     fi
 }
 
-# Four ports that are free now.
-read -r front one two < <(python3 - <<'PY' 2>/dev/null || echo "$((20000 + $$ % 20000)) $((20001 + $$ % 20000)) $((20002 + $$ % 20000))"
-import socket
-sockets = [socket.socket() for _ in range(3)]
-for s in sockets:
-    s.bind(("127.0.0.1", 0))
-print(*(s.getsockname()[1] for s in sockets))
-PY
-)
+# Three ports that nobody listens on, below those that the system gives to clients' ends.
+ports=()
+while [ ${#ports[@]} -lt 3 ]; do
+    port=$((20000 + RANDOM % 12000))
+    (: </dev/tcp/127.0.0.1/$port) 2>/dev/null || ports+=("$port")
+done
+front=${ports[0]} one=${ports[1]} two=${ports[2]}
 
 start() { # start <port> [flags]: a server, ready when this returns
     local port=$1

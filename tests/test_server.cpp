@@ -210,6 +210,13 @@ bool idle(int where, double ms = 5'000) {
     return false;
 }
 
+// Waits until something is running.
+bool busy(int where) {
+    for (const auto start = Clock::now(); http::ms_since(start) < 60'000; http::sleep_ms(5))
+        if (number_at(json_of(ask(where, get("/health")).body), "active") > 0) return true;
+    return false;
+}
+
 // ---- HTTP by hand -------------------------------------------------------------------------------
 
 struct Hand {
@@ -2109,7 +2116,7 @@ TEST_CASE("server: SIGTERM: idle ends at once, a stream may finish, a queue is s
         const auto s = start(zoo(), {"--drain-seconds", "60"});
         Connection running(s->port());
         running.send(endless(200, R"(,"stream":true)", kSlow));
-        http::sleep_ms(300);
+        CHECK(busy(s->port()));
         s->signal(SIGINT);
         const Stream all = read_stream(running.receive(60'000).body);
         CHECK(all.done);
@@ -2120,7 +2127,8 @@ TEST_CASE("server: SIGTERM: idle ends at once, a stream may finish, a queue is s
         const auto s = start(zoo(), {"--drain-seconds", "1"});
         Connection running(s->port());
         running.send(endless(4'000, R"(,"stream":true)", kSlow));
-        http::sleep_ms(500);
+        CHECK(busy(s->port()));
+        http::sleep_ms(100);
         s->signal(SIGTERM);
         const Response r = running.receive(60'000);
         const Stream cut = read_stream(r.body);
@@ -2133,7 +2141,8 @@ TEST_CASE("server: SIGTERM: idle ends at once, a stream may finish, a queue is s
         const auto s = start(zoo(), {"--drain-seconds", "600"});
         Connection running(s->port());
         running.send(endless(4'000, R"(,"stream":true)", kSlow));
-        http::sleep_ms(500);
+        CHECK(busy(s->port()));
+        http::sleep_ms(100);
         s->signal(SIGTERM);
         http::sleep_ms(100);
         s->signal(SIGTERM);  // again: at once
