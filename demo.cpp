@@ -3894,8 +3894,6 @@ public:
     static constexpr int kRunningPerClient = 16, kWaitingPerClient = 32;
 
 private:
-    static constexpr std::size_t kPiece =
-        256;  // prompt tokens read between two steps of the others
     static constexpr double kMostWaiting = 120, kMostRunning = 600;  // seconds
 
     struct Running {
@@ -3923,9 +3921,29 @@ private:
     struct Written {  // tokens of a model since the start, whether it is in memory or not
         std::uint64_t prompt_tokens = 0, generated = 0;
     };
+    // How long steps take here, and so how many tokens of prompts may be read beside an answer: those
+    // that take twice its time, so that nobody waits for more than three of the usual steps.
+    struct Pace {
+        static constexpr std::size_t kLeast = 16, kFirst = 64, kMost = 256;
+        double step = 0, token = 0;  // seconds: of a step without prompts; that their tokens add
+
+        std::size_t prompt_tokens(bool beside) const {
+            if (!beside) return kMost;
+            if (step == 0 || token == 0) return kFirst;
+            return static_cast<std::size_t>(
+                std::clamp(2 * step / token, double{kLeast}, double{kMost}));
+        }
+        void learn(double seconds, std::size_t read) {
+            const double x =
+                read == 0 ? seconds : std::max(seconds - step, 0.0) / static_cast<double>(read);
+            double& known = read == 0 ? step : token;
+            known = known == 0 ? x : 0.8 * known + 0.2 * x;
+        }
+    };
     struct Loaded {
         std::shared_ptr<const Offer> offer;
         Device device;
+        Pace pace;
         std::vector<std::unique_ptr<Running>> running;
         std::deque<Idle> idle;  // last used last
         std::size_t next_reader = 0;
@@ -4334,14 +4352,18 @@ bool Scheduler::step(Loaded& m) {
          m.running) {  // always in this order: a device may have begun the next step
         if (!r->over && !r->reading() && !r->job->paused) rows.push_back(r.get());
     }
+    const Clock::time_point start = Clock::now();
     const std::size_t read = read_prompts(m, rows);
     if (!rows.empty()) sample(m, rows);
-    return read > 0 || !rows.empty();
+    const bool worked = read > 0 || !rows.empty();
+    if (worked) m.pace.learn(seconds_since(start), read);
+    return worked;
 }
 
-// Reads up to a piece of prompts; those that it ends go into `rows`, to be read with the others' step.
+// Reads a piece of prompts; those that it ends go into `rows`, to be read with the others' step.
 std::size_t Scheduler::read_prompts(Loaded& m, std::vector<Running*>& rows) {
-    std::size_t budget = kPiece;
+    const std::size_t most = m.pace.prompt_tokens(!rows.empty());
+    std::size_t budget = most;
     std::vector<Running*> parts;
     std::vector<std::size_t> sizes;
     const std::size_t n = m.running.size(), first = n == 0 ? 0 : m.next_reader++ % n;
@@ -4369,7 +4391,7 @@ std::size_t Scheduler::read_prompts(Loaded& m, std::vector<Running*>& rows) {
         }
         m.backend().step(chunks);
     });
-    return kPiece - budget;
+    return most - budget;
 }
 
 void Scheduler::sample(Loaded& m, std::span<Running* const> rows) {

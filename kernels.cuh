@@ -1327,7 +1327,7 @@ double gemm_cost(const Device& d, const GemmShape& s, Epilogue epilogue, bool ap
     };
     const int tiles = cdiv(s.M, T::kTileM) * cdiv(s.N, T::kTileN), halves = apart ? 2 : 1;
     const int items = cdiv(tiles * halves, d.sms), rest = items % at_once;
-    // what is added to y has to be read first: nothing hides that where a block is alone
+    // what y has must be read first: nothing hides that where a block is alone
     const int add = epilogue != Epilogue::add ? 0 : T::kBlocks == 1 ? 450 : 100;
     const double ends = (T::kStart + add) * (apart ? 1.5 : sums);  // 1.5: one waits for the other
     const double item = double{T::kTileM} * T::kTileN * (s.K / halves + ends);
@@ -2133,8 +2133,7 @@ __global__ void __launch_bounds__(kThreads, 1) draw_kernel(DrawArgs a) {
         return;
     }
     // What the k-th largest of the threads' best reaches, the k largest of all reach too, and few
-    // others: those are listed. If they are many (equal logits), only the k largest, however long
-    // it takes to find them.
+    // others: those are listed. If they are many (equal logits), only the k largest, by a long way.
     const int k = min(draw.top_k, a.V);
     const auto list = [&](Key least) {
         __syncthreads();
@@ -2476,11 +2475,13 @@ public:
                     " are free. Close a sequence or ask for a shorter one");
         tokens_.reserve(static_cast<std::size_t>(capacity));  // append() must not throw
         pages_.assign(p.free_pages.end() - static_cast<std::ptrdiff_t>(n), p.free_pages.end());
+        std::sort(pages_.begin(), pages_.end());
         // a NaN left behind by somebody else would spoil masked sums: 0 * NaN is not 0
-        for (const int page : pages_)
-            NANOGPT_CUDA_CHECK(cudaMemsetAsync(p.memory.get() + page * p.page_stride, 0,
-                                               static_cast<std::size_t>(p.page_stride) * 2,
-                                               p.stream));
+        for (std::size_t i = 0, run = 1; i < n; i += run, run = 1) {  // neighbours by one call
+            while (i + run < n && pages_[i + run] == pages_[i] + int(run)) ++run;
+            NANOGPT_CUDA_CHECK(cudaMemsetAsync(p.memory.get() + pages_[i] * p.page_stride, 0,
+                                               run * std::size_t(p.page_stride) * 2, p.stream));
+        }
         slot_ = p.free_slots.back();
         NANOGPT_CUDA_CHECK(cudaMemcpyAsync(p.table.get() + std::int64_t{slot_} * p.max_pages,
                                            pages_.data(), n * sizeof(int), cudaMemcpyHostToDevice,
@@ -3555,9 +3556,8 @@ inline std::vector<KernelInfo> kernel_table() {
     };
     const auto add_gemv = [&]<GemvOutput output>(const std::string& name) {
         gemv_shapes<output>([&]<class T>(T) {
-            const std::string tile = std::to_string(T::kM) + "x" + std::to_string(T::kN);
-            add("gemv_kernel<" + name + " " + tile + ">", gemv_kernel<output, T>, T::kThreads,
-                T::kSharedBytes, 13);
+            add("gemv_kernel<" + name + std::to_string(T::kM) + "x" + std::to_string(T::kN) + ">",
+                gemv_kernel<output, T>, T::kThreads, T::kSharedBytes, 13);
         });
     };
     const auto add_norm = [&]<NormInput input>(std::integral_constant<NormInput, input>) {
@@ -3574,9 +3574,9 @@ inline std::vector<KernelInfo> kernel_table() {
         [&](std::string name, const void* function, int threads, int shared_bytes, bool large) {
             table.push_back({std::move(name), function, threads, shared_bytes, large ? 23 : 7});
         });
-    add_gemv.operator()<GemvOutput::scaled_f32>("scaled_f32");
-    add_gemv.operator()<GemvOutput::relu2>("relu2");
-    add_gemv.operator()<GemvOutput::residual>("residual");
+    add_gemv.operator()<GemvOutput::scaled_f32>("scaled_f32 ");
+    add_gemv.operator()<GemvOutput::relu2>("relu2 ");
+    add_gemv.operator()<GemvOutput::residual>("residual ");
     add_norm(std::integral_constant<NormInput, NormInput::plain>{});
     add_norm(std::integral_constant<NormInput, NormInput::entry>{});
     add_norm(std::integral_constant<NormInput, NormInput::backout>{});
