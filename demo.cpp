@@ -7606,7 +7606,7 @@ function requestFor(message) {
   if (seed !== null) body.seed = seed;
   if (message.text) {
     // The answer to this request does not tell the seed, so that the page throws the dice.
-    about.seed = body.seed ??= Math.floor(Math.random() * 2 ** 32);
+    about.seed = body.seed = body.seed ?? Math.floor(Math.random() * 2 ** 32);
     Object.assign(body, {prompt: promptOf(message) + message.content, stream: true,
       stream_options: {include_usage: true}});
     return ['v1/completions', body];
