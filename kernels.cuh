@@ -2133,7 +2133,7 @@ __global__ void __launch_bounds__(kThreads, 1) draw_kernel(DrawArgs a) {
         return;
     }
     // What the k-th largest of the threads' best reaches, the k largest of all reach too, and few
-    // others: those are listed. If they are many (equal logits), only the k largest, by a long way.
+    // others: those are listed. If they are many (equal logits), only the k largest, slowly.
     const int k = min(draw.top_k, a.V);
     const auto list = [&](Key least) {
         __syncthreads();
@@ -2475,13 +2475,11 @@ public:
                     " are free. Close a sequence or ask for a shorter one");
         tokens_.reserve(static_cast<std::size_t>(capacity));  // append() must not throw
         pages_.assign(p.free_pages.end() - static_cast<std::ptrdiff_t>(n), p.free_pages.end());
-        std::sort(pages_.begin(), pages_.end());
         // a NaN left behind by somebody else would spoil masked sums: 0 * NaN is not 0
-        for (std::size_t i = 0, run = 1; i < n; i += run, run = 1) {  // neighbours by one call
-            while (i + run < n && pages_[i + run] == pages_[i] + int(run)) ++run;
-            NANOGPT_CUDA_CHECK(cudaMemsetAsync(p.memory.get() + pages_[i] * p.page_stride, 0,
-                                               run * std::size_t(p.page_stride) * 2, p.stream));
-        }
+        for (const int page : pages_)
+            NANOGPT_CUDA_CHECK(cudaMemsetAsync(p.memory.get() + page * p.page_stride, 0,
+                                               static_cast<std::size_t>(p.page_stride) * 2,
+                                               p.stream));
         slot_ = p.free_slots.back();
         NANOGPT_CUDA_CHECK(cudaMemcpyAsync(p.table.get() + std::int64_t{slot_} * p.max_pages,
                                            pages_.data(), n * sizeof(int), cudaMemcpyHostToDevice,

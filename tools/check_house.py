@@ -19,7 +19,7 @@ ROOT_ENTRIES = {"CMakeLists.txt", HEADER, KERNELS, "demo.cpp", "tools", "tests",
 TEXT = (".hpp", ".cpp", ".cuh", ".cu", ".py", ".sh", ".md", ".txt", ".cmake", ".html", ".js",
         ".css")
 # The aim for the header is 4000 lines. It has more: this number only ever goes down.
-MAX_LINES = {HEADER: 5220, KERNELS: 3766}
+MAX_LINES = {HEADER: 5220, KERNELS: 3764}
 MAX_FUNCTION, MAX_STORY = 60, 120  # the functions named forward tell the story and may be longer
 MAX_KERNEL = 130  # a pipeline in pieces is harder to follow than in one
 MAY_STAY_DEFINED = {HEADER: {"NANOGPT_VERSION"}, KERNELS: {"NANOGPT_CUDA_CHECK"}}
