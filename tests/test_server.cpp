@@ -1432,9 +1432,11 @@ Response stream_of(const std::string& request, int where = port()) {
 // The events of the route of nanochat up to the last, as they must be, from the pieces that came.
 std::string nanochat_events(const Stream& s) {
     std::string out;
-    for (const std::string& data : s.data)
-        if (const Json* token = at(json_of(data), "token"))
+    for (const std::string& data : s.data) {
+        const Json event = json_of(data);
+        if (const Json* token = at(event, "token"))
             out += "data: {\"token\": " + json_string(token->string) + ", \"gpu\": 0}\n\n";
+    }
     return out;
 }
 // The events of OpenAI's, with what only the server knows taken from the first.
