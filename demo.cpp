@@ -10,6 +10,7 @@
 //   nanogpt show sft/d12                 one of them in full: settings, tensors, sizes
 //   nanogpt tokenize "Hello"             ids and bytes of every token; detokenize goes back
 //   nanogpt logits --ids 1,2 --out F     raw logits of all positions
+//   nanogpt walk -p "Hello"              one text through the model, looked at from inside
 //   nanogpt bench                        how fast prompts are read and tokens written, in numbers
 //   nanogpt check FILE...                is this file safe and whole? Nothing in it is executed
 //   nanogpt doctor                       what works here and what does not, with the remedy
@@ -27,7 +28,29 @@
 #include "kernels.cuh"
 namespace nanogpt::demo {
 constexpr bool kHasCuda = true;
+inline void cuda_wait() { NANOGPT_CUDA_CHECK(cudaDeviceSynchronize()); }
+// Multiplications and additions per second of the prompt's matrix product, 4096 x 4096 x 4096: the best
+// of some.
+inline double cuda_product_rate() {
+    constexpr int n = 4096;
+    const GpuInfo gpu = gpu_info(0);
+    const cuda::Buffer<cuda::bf16> x(std::size_t{n} * n), w(std::size_t{n} * n),
+        y(std::size_t{n} * n);
+    const cuda::Buffer<int> counters(cuda::kGemmCounters);
+    const cuda::Device device{gpu.sms, static_cast<int>(gpu.shared_bytes), nullptr, false,
+                              counters.get()};
+    double best = 0;
+    for (int pass = 0; pass < 6; pass++) {
+        cuda_wait();
+        const auto start = std::chrono::steady_clock::now();
+        cuda::gemm<cuda::Epilogue::store>(device, y.get(), x.get(), w.get(), {n, n, n, n, n, n});
+        cuda_wait();
+        const std::chrono::duration<double> seconds = std::chrono::steady_clock::now() - start;
+        best = std::max(best, 2.0 * n * n * n / seconds.count());
+    }
+    return best;
 }
+}  // namespace nanogpt::demo
 #else  // what kernels.cuh offers, in a program that only has the CPU
 namespace nanogpt::demo {
 constexpr bool kHasCuda = false;
@@ -46,11 +69,26 @@ inline std::string cuda_problem() { return "this nanogpt was built without CUDA"
 inline std::string cuda_versions() { return ""; }
 inline std::vector<GpuInfo> find_gpus() { return {}; }
 inline double cuda_read_bandwidth() { return 0; }
+inline double cuda_product_rate() { return 0; }
+inline void cuda_wait() {}
 inline double cuda_self_test(Backend&, const std::shared_ptr<const Model>&) { return 0; }
 inline std::unique_ptr<Backend> open_cuda(const std::shared_ptr<const Model>&, const CudaOptions&) {
     throw Error(ErrorKind::device, cuda_problem());
 }
 }  // namespace nanogpt::demo
+#endif
+
+// Pictures of `walk` need stb_image_write; without it everything else works.
+#if __has_include(<stb_image_write.h>) || __has_include(<stb/stb_image_write.h>)
+#define NANOGPT_PNG
+#define STBI_WRITE_NO_STDIO
+#define STB_IMAGE_WRITE_STATIC
+#define STB_IMAGE_WRITE_IMPLEMENTATION
+#if __has_include(<stb_image_write.h>)
+#include <stb_image_write.h>  // stbi_write_png_to_func
+#else
+#include <stb/stb_image_write.h>  // stbi_write_png_to_func
+#endif
 #endif
 
 #include <algorithm>           // sort, find, min, max
@@ -161,7 +199,10 @@ struct Options {
     std::vector<std::string> types;            // --type
     std::string sort;                          // --sort
     bool all = false, values = false;          // --all, --values
-    std::string ids, ids_file, out;            // logits
+    std::string ids, ids_file, out;            // logits; walk's directory
+    std::string layers;                        // walk; empty: all, one of them printed
+    int top = 10;                              // --top
+    bool no_png = false, force = false;        // --no-png, --force
     int prompt_tokens = 0, decode_tokens = 0;  // bench; 0: by device
     std::vector<int> batch_sizes;              // empty: by device
     std::string host = "127.0.0.1";            // serve, from here on
@@ -181,6 +222,7 @@ int run_show(Options&);
 int run_tokenize(Options&);
 int run_detokenize(Options&);
 int run_logits(Options&);
+int run_walk(Options&);
 int run_bench(Options&);
 int run_check(Options&);
 int run_doctor(Options&);
@@ -207,10 +249,11 @@ enum : unsigned {
     kHelp = 1024,
     kVersion = 2048,
     kServe = 4096,
+    kWalk = 8192,
     kGenerate = kChat | kSample,
-    kRun = kGenerate | kLogits | kBench | kServe,
+    kRun = kGenerate | kLogits | kBench | kServe | kWalk,
     kNameModel = kRun | kShow | kTokenize | kDetokenize,
-    kAll = 8191
+    kAll = 16383
 };
 constexpr std::size_t kMany = 1'000'000;
 
@@ -224,6 +267,7 @@ constexpr Command kCommands[] = {
     {kTokenize, "tokenize", "", "[TEXT]", "text to token ids, with the bytes of every token; reads stdin without TEXT", 1, run_tokenize},
     {kDetokenize, "detokenize", "", "[ID...]", "token ids to text; reads stdin without ids", kMany, run_detokenize},
     {kLogits, "logits", "", "--ids LIST", "the raw logits after every token of a sequence", 0, run_logits},
+    {kWalk, "walk", "", "-p TEXT", "a text through the model, stage by stage: numbers, time, pictures", 0, run_walk},
     {kBench, "bench", "", "", "speed of reading a prompt and of writing, over batch sizes; the last line is JSON", 0, run_bench},
     {kCheck, "check", "", "FILE...", "is this file safe and whole? Executes nothing", kMany, run_check},
     {kDoctor, "doctor", "", "", "what works here: device, memory, checkpoints, tokenizer; with the remedy", 0, run_doctor},
@@ -356,20 +400,20 @@ struct Flag {
 #define SET(statement) [](Options& o, [[maybe_unused]] const Given& g) { statement; }
 // clang-format off
 constexpr Flag kFlags[] = {
-    {'i', "source", "base|mid|sft|rl", kNameModel, "family of checkpoints (default: sft; for sample and bench: base)", SET(o.source = one_of(g, {"base", "mid", "sft", "rl"}))},
+    {'i', "source", "base|mid|sft|rl", kNameModel, "family of checkpoints (default: sft; for sample, walk and bench: base)", SET(o.source = one_of(g, {"base", "mid", "sft", "rl"}))},
     {'g', "model-tag", "TAG", kNameModel, "directory name such as d12 (default: the d with the largest number)", SET(o.tag = not_empty(g))},
     {'s', "step", "N", kNameModel, "training step (default: the last)", SET(o.step = number<std::int64_t>(g, 0, 999'999'999'999, "a whole number from 0 on"))},
     {0, "model", "ID|PATH", kNameModel, "all three in one, such as sft/d12/2000; or a model_*.pt or its directory", SET(o.model = not_empty(g))},
     {0, "base-dir", "DIR", kNameModel | kModels | kDoctor, "nanochat's directory (default: $NANOCHAT_BASE_DIR, else ~/.cache/nanochat)", SET(o.base_dir = not_empty(g))},
     {0, "tokenizer", "FILE", kNameModel & ~kShow, "tokenizer.pkl (default: found beside the model or in the base directory)", SET(o.tokenizer = not_empty(g))},
-    {'p', "prompt", "TEXT", kGenerate, "one answer, then exit; - reads the prompt from stdin", SET(o.prompt = std::string(g.text))},
+    {'p', "prompt", "TEXT", kGenerate | kWalk, "one answer, then exit; - reads the prompt from stdin", SET(o.prompt = std::string(g.text))},
     {0, "system", "TEXT", kChat, "put in front of the first message", SET(o.system = not_empty(g, 1 << 20))},
-    {'t', "temperature", "X", kGenerate | kBench | kServe, "0 = greedy (default 0.6; for serve: 0.8, for bench: 0)", set_temperature},
-    {'k', "top-k", "N", kGenerate | kServe, "choose among the N likeliest; 0 = whole vocabulary (default 50)", set_top_k},
-    {0, "top-p", "X", kGenerate | kServe, "choose among the likeliest that make up X; 1 = off (default 1)", set_top_p},
+    {'t', "temperature", "X", kGenerate | kBench | kServe | kWalk, "0 = greedy (default 0.6; for serve: 0.8, for bench and walk: 0)", set_temperature},
+    {'k', "top-k", "N", kGenerate | kServe | kWalk, "choose among the N likeliest; 0 = whole vocabulary (default 50)", set_top_k},
+    {0, "top-p", "X", kGenerate | kServe | kWalk, "choose among the likeliest that make up X; 1 = off (default 1)", set_top_p},
     {'m', "max-tokens", "N", kGenerate | kServe, "most new tokens per answer (default 256; for serve: 512)", set_max_tokens},
     {'n', "num-samples", "N", kSample, "independent samples from one reading of the prompt (default 1)", SET(o.num_samples = whole(g, 1, 10'000))},
-    {0, "seed", "N", kGenerate, "of the random generator; -1 = random (default 42)", set_seed},
+    {0, "seed", "N", kGenerate | kWalk, "of the random generator; -1 = random (default 42)", set_seed},
     {'p', "port", "N", kServe, "to listen on; 0 = let the system choose (default 8000)", SET(o.port = whole(g, 0, 65535))},
     {0, "host", "ADDR", kServe, "address to listen on; any but a loopback one needs a key (default 127.0.0.1)", SET(o.host = not_empty(g, 255))},
     {0, "api-key", "KEY", kServe, "what clients have to know; may be repeated (default: made up if --host is not loopback)", SET(o.api_keys.push_back(not_empty(g, 256)))},
@@ -390,6 +434,11 @@ constexpr Flag kFlags[] = {
     {0, "batch-sizes", "LIST", kBench, "sequences written at once (default 1,8,32,128; on the CPU 1,4)", set_batch_sizes},
     {0, "ids", "LIST", kLogits, "token ids such as 1,2,3", SET(o.ids = not_empty(g, 1 << 24))},
     {0, "ids-file", "FILE", kLogits, "token ids as a JSON array", SET(o.ids_file = not_empty(g))},
+    {0, "layers", "LIST", kWalk, "layers looked at closely, such as 0,5,11, or all (default: all, one of them printed)", SET(o.layers = not_empty(g))},
+    {0, "top", "N", kWalk, "candidates for the next token (default 10)", SET(o.top = whole(g, 1, 1000))},
+    {0, "out", "DIR", kWalk, "new directory for pictures and numbers (default: walk, walk-2, ...; with --json: none)", SET(o.out = not_empty(g))},
+    {0, "no-png", "", kWalk, "no pictures", SET(o.no_png = true)},
+    {0, "force", "", kWalk, "write into a directory that exists", SET(o.force = true)},
     {0, "out", "FILE", kLogits, "write the logits: float32 little-endian, (tokens, vocabulary), after the soft cap", SET(o.out = not_empty(g))},
     {0, "jsonl", "", kTokenize | kDetokenize, "one JSON object per line, {\"text\":...} and {\"ids\":[...]}, stdin to stdout", SET(o.jsonl = true)},
     {0, "type", "LIST", kModels, "only these families, such as base,sft", set_types},
@@ -506,7 +555,7 @@ const Command& parse(Options& o, std::span<const std::string> args) {
     const bool flag_first = !args.empty() && args[0].size() > 1 && args[0][0] == '-';
     const Command& command = args.empty() || flag_first ? kCommands[0] : find_command(args[0]);
     if (!args.empty()) o.command = command.name;
-    if (command.bit == kBench) o.sampling.temperature = 0;
+    if (command.bit & (kBench | kWalk)) o.sampling.temperature = 0;
     if (command.bit == kServe) o.sampling.temperature = 0.8f, o.max_tokens = 512;
     if (!args.empty() && !flag_first) args = args.subspan(1);
     std::optional<Error> mistake;
@@ -1346,16 +1395,24 @@ std::uint64_t default_reserve(bool cuda) {
 struct Device {
     std::unique_ptr<Backend> backend;
     bool cuda = false;
+    Tensor lm_head = {};  // for who looks into the model, if it was asked for
 };
+// The output matrix alone, for when the model it belongs to is only on the GPU.
+Tensor copy_of(const Tensor& t) {
+    const std::shared_ptr<std::byte> bytes = detail::allocate(t.bytes());
+    std::copy_n(t.data.get(), t.bytes(), bytes.get());
+    return {t.dtype, t.shape, bytes};
+}
 // On the GPU the copy of the weights in the CPU's memory is gone when this returns. Too little memory
 // there is an error: where the CPU shares it, it has no more.
 Device open_device(const ModelInfo& info, const Options& o, const CudaOptions& options = {},
-                   const Watch& watch = {}) {
+                   const Watch& watch = {}, bool with_head = false) {
     Place place = place_for(o);
     if (place.cuda) {
         std::shared_ptr<const Model> model = load(info, o, place.dtype, watch);
+        Tensor head = with_head ? copy_of(model->weights().lm_head) : Tensor{};
         try {
-            return {open_cuda(std::move(model), options), true};
+            return {open_cuda(std::move(model), options), true, std::move(head)};
         } catch (const Error& e) {
             if (e.kind != ErrorKind::device && e.kind != ErrorKind::unsupported) throw;
             if (o.device_type == "cuda") no_cuda(e.what(), "Use --device-type cpu");
@@ -1364,7 +1421,8 @@ Device open_device(const ModelInfo& info, const Options& o, const CudaOptions& o
     }
     tell_reason(place.reason);
     check_memory(info, place.dtype, info.config.sequence_len);
-    return {open_cpu(load(info, o, place.dtype, watch))};
+    const std::shared_ptr<const Model> model = load(info, o, place.dtype, watch);
+    return {open_cpu(model), false, with_head ? model->weights().lm_head : Tensor{}};
 }
 
 Tokenizer open_tokenizer(const fs::path& path) {
@@ -2826,6 +2884,12 @@ struct BenchRow {
            rate = 0;  // seconds to all first tokens; median of the steps; tok/s
 };
 
+double median(std::vector<double> times) {
+    const auto middle = times.begin() + std::ssize(times) / 2;
+    std::nth_element(times.begin(), middle, times.end());
+    return *middle;
+}
+
 class Bench {
 public:
     Bench(const Options& o, Session& s, const BenchPlan& plan) : options_(o), s_(s), plan_(plan) {
@@ -2916,12 +2980,6 @@ private:
         std::vector<Token> first_, tokens_;
         std::vector<Chunk> chunks_;
     };
-
-    static double median(std::vector<double> times) {
-        const auto middle = times.begin() + std::ssize(times) / 2;
-        std::nth_element(times.begin(), middle, times.end());
-        return *middle;
-    }
 
     const Options& options_;
     Session& s_;
@@ -3032,7 +3090,1720 @@ int run_bench(Options& o) {
     return 0;
 }
 
-// ==== 7. http ====================================================================================
+// ==== 7. picture =================================================================================
+// Pictures of numbers: a canvas, a font of strokes, a colour map. PNG files are stb_image_write's.
+
+struct Rgb {
+    std::uint8_t r = 0, g = 0, b = 0;
+};
+constexpr Rgb kPaper{255, 255, 255}, kInk{28, 36, 48}, kMuted{104, 116, 131}, kRule{222, 227, 233},
+    kBlue{32, 96, 214}, kOrange{222, 120, 18}, kNotANumber{214, 40, 150};
+
+// Colours of 0 to 1 in 256 steps: lightness falls evenly from almost white to almost black while the
+// hue turns from green-blue to violet, so equal steps look equal, printed in grey too. Computed in
+// Oklab (Ottosson 2020), where lightness is one of the three numbers.
+Rgb shade_of(double x) {
+    const double turn = (195 + 95 * x) * 3.14159265358979 / 180;
+    const double chroma = 0.004 + 0.135 * std::sin(3.14159265358979 * std::pow(x, 0.9));
+    const double L = 0.985 - 0.735 * x, a = chroma * std::cos(turn), b = chroma * std::sin(turn);
+    const auto cube = [](double v) { return v * v * v; };
+    const double l = cube(L + 0.3963377774 * a + 0.2158037573 * b),
+                 m = cube(L - 0.1055613458 * a - 0.0638541728 * b),
+                 s = cube(L - 0.0894841775 * a - 1.2914855480 * b);
+    const auto encoded = [](double v) {  // sRGB, as 8 bits
+        v = std::clamp(v, 0.0, 1.0);
+        v = v <= 0.0031308 ? 12.92 * v : 1.055 * std::pow(v, 1 / 2.4) - 0.055;
+        return static_cast<std::uint8_t>(std::lround(255 * v));
+    };
+    return {encoded(4.0767416621 * l - 3.3077115913 * m + 0.2309699292 * s),
+            encoded(-1.2684380046 * l + 2.6097574011 * m - 0.3413193965 * s),
+            encoded(-0.0041960863 * l - 0.7034186147 * m + 1.7076147010 * s)};
+}
+const std::array<Rgb, 256>& shades() {
+    static const std::array<Rgb, 256> table = [] {
+        std::array<Rgb, 256> t;
+        for (std::size_t i = 0; i < t.size(); i++) t[i] = shade_of(static_cast<double>(i) / 255);
+        return t;
+    }();
+    return table;
+}
+bool is_dark(Rgb c) { return 0.299 * c.r + 0.587 * c.g + 0.114 * c.b < 140; }
+
+// ---- the font: strokes on a grid of 5 x 9 (x right, y down, 6 is the base line), two digits a point.
+// A stroke of three points or more is a curve that they pull; sharp corners begin a new one.
+// clang-format off
+constexpr std::string_view kStrokes[] = {
+    "", "2024 26", "1012 3032", "1016 3036 0242 0444", "413010010213334445361605 2026",
+    "0640 0010110100 3545463635", "4612112031320405162644", "2022", "302112142536", "102132342516",
+    "2125 0244 0442", "2125 0343", "2617 26", "0343", "26", "0640",
+    "103041453616050110 1531", "1120 2026 1636", "011030414206 0646", "01103041423323 23334445361605",
+    "3036 3004 0444", "4000 0003 0312324345361605", "413010010516364544331304", "0040 4016",
+    "103041423313020110 133344453616050413", "051636454130100102133342", "23 26", "23 2617 26",
+    "4103 0345", "0242 0444", "0143 4305", "01103041422324 26",
+    "461605011030414434 34241413223234", "0620 2046 1434", "0006 003041423303 033344453606",
+    "4130100105163645", "0006 002041452606", "0006 0040 0333 0646", "0006 0040 0333",
+    "4130100105163645 4543 4323", "0006 4046 0343", "2026 1030 1636", "404536160504",
+    "0006 4004 1346", "0006 0646", "0600 0023 2340 4046", "0600 0046 4640", "103041453616050110",
+    "0006 003041423303", "103041453616050110 2446", "0006 003041423303 2346",
+    "413010010213334445361605", "0040 2026", "000516364540", "0026 2640", "0016 1622 2236 3640",
+    "0046 4006", "0023 4023 2326", "0040 4006 0646", "3010 1016 1636", "0046", "1030 3036 3616",
+    "0220 2042", "0747", "1022",
+    "4332120305163645 4246", "0006 0312324345361605", "4332120305163645", "4046 4332120305163645",
+    "0444 444332120305163645", "40302126 0242", "4332120305163645 4247381807", "0006 0312324346",
+    "1222 2226 1636 20", "2232 3237281807 30", "0006 4205 1446", "1020 2026 1636",
+    "0206 03122326 23324346", "0206 0312324346", "123243453616050312", "0208 0312324345361605",
+    "4248 4332120305163645", "0206 0413223243", "43321203143445361605", "20253646 0242",
+    "0205163645 4246", "0226 2642", "0216 1623 2336 3642", "0246 4206", "0226 4218",
+    "0242 4206 0646", "30212213242536", "2027", "10212233242516", "0413233443",
+    "24", "102031 3112 1232", "0208 0205163645 4246", "06 26 46"};  // then · ² µ …
+// clang-format on
+
+struct Segment {
+    double x0, y0, x1, y1;  // in units of the grid
+};
+// The curve that the points pull: corners cut twice (Chaikin 1974), ends kept.
+std::vector<std::pair<double, double>> rounded(std::vector<std::pair<double, double>> points) {
+    for (int round = 0; round < 2 && points.size() > 2; round++) {
+        const bool loop = points.front() == points.back();
+        std::vector<std::pair<double, double>> next;
+        if (!loop) next.push_back(points.front());
+        for (std::size_t i = 0; i + 1 < points.size(); i++) {
+            const auto [ax, ay] = points[i];
+            const auto [bx, by] = points[i + 1];
+            next.emplace_back(0.75 * ax + 0.25 * bx, 0.75 * ay + 0.25 * by);
+            next.emplace_back(0.25 * ax + 0.75 * bx, 0.25 * ay + 0.75 * by);
+        }
+        next.push_back(loop ? next.front() : points.back());
+        points = std::move(next);
+    }
+    return points;
+}
+const std::vector<Segment>& strokes_of(char32_t c) {
+    static const std::vector<std::vector<Segment>> font = [] {
+        std::vector<std::vector<Segment>> glyphs;
+        for (const std::string_view glyph : kStrokes) {
+            std::vector<Segment>& segments = glyphs.emplace_back();
+            for (const std::string& stroke : split(glyph, " ")) {
+                std::vector<std::pair<double, double>> points;
+                for (std::size_t i = 0; i + 1 < stroke.size(); i += 2)
+                    points.emplace_back(stroke[i] - '0', stroke[i + 1] - '0');
+                if (points.size() == 1) points.push_back(points[0]);
+                points = rounded(std::move(points));
+                for (std::size_t i = 0; i + 1 < points.size(); i++)
+                    segments.push_back({points[i].first, points[i].second, points[i + 1].first,
+                                        points[i + 1].second});
+            }
+        }
+        return glyphs;
+    }();
+    constexpr std::u32string_view kMore = U"\u00b7\u00b2\u00b5\u2026";
+    const std::size_t more = kMore.find(c);
+    if (c >= 0x20 && c < 0x7f) return font[c - 0x20];
+    return font[more == kMore.npos ? U'?' - 0x20 : 0x5f + more];
+}
+
+// What the font can show of a token: blanks as dots, what is not ASCII as escapes; at most `most` signs.
+std::string label_of(std::string_view piece, std::size_t most = 12) {
+    std::vector<std::string> units;
+    if (detail::is_utf8(piece)) {
+        each_character(piece, [&](char32_t c, std::string_view bytes) {
+            units.push_back(c == ' '               ? "·"
+                            : c == '\n'            ? "\\n"
+                            : c > 0x20 && c < 0x7f ? std::string(bytes)
+                            : c < 0x10000          ? "\\u" + hex(c, 4)
+                                                   : "\\U" + hex(c, 6));
+        });
+    } else {
+        for (const char c : piece) units.push_back("\\x" + hex(static_cast<unsigned char>(c), 2));
+    }
+    std::string out;
+    for (std::size_t i = 0; i < units.size(); i++) {
+        const bool last = i + 1 == units.size();
+        if (width_of(out + units[i]) + (last ? 0 : 1) > most) return out + "…";
+        out += units[i];
+    }
+    return out;
+}
+
+#ifdef NANOGPT_PNG
+constexpr bool kHasPng = true;
+void append_png(void* to, void* bytes, int size) {
+    static_cast<std::string*>(to)->append(static_cast<const char*>(bytes),
+                                          static_cast<std::size_t>(size));
+}
+#else
+constexpr bool kHasPng = false;
+#endif
+
+class Picture {
+public:
+    Picture(int width, int height)
+        : width_(width),
+          height_(height),
+          pixels_(static_cast<std::size_t>(width) * static_cast<std::size_t>(height), kPaper) {}
+    int width() const { return width_; }
+    int height() const { return height_; }
+
+    void fill(int x, int y, int w, int h, Rgb color) {
+        for (int j = std::max(y, 0); j < std::min(y + h, height_); j++) {
+            for (int i = std::max(x, 0); i < std::min(x + w, width_); i++) at(i, j) = color;
+        }
+    }
+    void frame(int x, int y, int w, int h, Rgb color = kRule) {  // around the rectangle
+        fill(x - 1, y - 1, w + 2, 1, color), fill(x - 1, y + h, w + 2, 1, color);
+        fill(x - 1, y - 1, 1, h + 2, color), fill(x + w, y - 1, 1, h + 2, color);
+    }
+    // A line with round ends; of no length, a dot. `half` is half its width, in pixels.
+    void line(double x0, double y0, double x1, double y1, Rgb color, double half = 0.8) {
+        const double dx = x1 - x0, dy = y1 - y0, length = dx * dx + dy * dy, reach = half + 1;
+        const auto from = [](double v) { return static_cast<int>(std::floor(v)); };
+        for (int j = from(std::min(y0, y1) - reach); j <= from(std::max(y0, y1) + reach); j++) {
+            for (int i = from(std::min(x0, x1) - reach); i <= from(std::max(x0, x1) + reach); i++) {
+                const double px = i + 0.5 - x0, py = j + 0.5 - y0;
+                const double t =
+                    length > 0 ? std::clamp((px * dx + py * dy) / length, 0.0, 1.0) : 0;
+                const double distance = std::hypot(px - t * dx, py - t * dy);
+                blend(i, j, color, std::clamp(half + 0.5 - distance, 0.0, 1.0));
+            }
+        }
+    }
+    // Signs of 6 x 10 units from the upper left corner on; upwards: from the lower left corner up.
+    void text(int x, int y, std::string_view words, Rgb color = kInk, double unit = 1.5,
+              bool bold = false, bool upwards = false) {
+        const double half = (bold ? 0.5 : 0.36) * unit;
+        double along = 0;
+        each_character(words, [&](char32_t c, std::string_view) {
+            const auto put = [&](double px, double py) {  // of the grid to the picture
+                const double u = along + (px + 1) * unit, v = (py + 1.2) * unit;
+                return upwards ? std::pair(x + v, y - u) : std::pair(x + u, y + v);
+            };
+            for (const Segment& s : strokes_of(c)) {
+                const auto [x0, y0] = put(s.x0, s.y0);
+                const auto [x1, y1] = put(s.x1, s.y1);
+                const bool dot = s.x0 == s.x1 && s.y0 == s.y1;
+                line(x0, y0, x1, y1, color, dot ? 1.5 * half : half);
+            }
+            along += 6 * unit;
+        });
+    }
+    static int length(std::string_view words, double unit = 1.5) {
+        std::size_t n = 0;
+        each_character(words, [&](char32_t, std::string_view) { n++; });
+        return static_cast<int>(std::ceil(static_cast<double>(n) * 6 * unit));
+    }
+    void paste(const Picture& other, int x, int y) {
+        for (int j = 0; j < other.height_ && y + j < height_; j++) {
+            for (int i = 0; i < other.width_ && x + i < width_; i++)
+                at(x + i, y + j) = other.at(i, j);
+        }
+    }
+    std::string png() const {
+        std::string bytes;
+#ifdef NANOGPT_PNG
+        if (stbi_write_png_to_func(append_png, &bytes, width_, height_, 3, pixels_.data(),
+                                   3 * width_) == 0)
+            throw std::bad_alloc();
+#endif
+        return bytes;
+    }
+
+private:
+    static_assert(sizeof(Rgb) == 3, "pixels are handed on as bytes");
+    std::size_t index(int x, int y) const {
+        return static_cast<std::size_t>(y) * static_cast<std::size_t>(width_) +
+               static_cast<std::size_t>(x);
+    }
+    Rgb& at(int x, int y) { return pixels_[index(x, y)]; }
+    const Rgb& at(int x, int y) const { return pixels_[index(x, y)]; }
+    void blend(int x, int y, Rgb color, double share) {
+        if (share <= 0 || x < 0 || y < 0 || x >= width_ || y >= height_) return;
+        Rgb& p = at(x, y);
+        const auto mix = [share](std::uint8_t a, std::uint8_t b) {
+            return static_cast<std::uint8_t>(std::lround(a + share * (b - a)));
+        };
+        p = {mix(p.r, color.r), mix(p.g, color.g), mix(p.b, color.b)};
+    }
+    int width_, height_;
+    std::vector<Rgb> pixels_;
+};
+
+// Numbers to colours: `low` is the first shade and `high` the last; of logarithms if `log`.
+struct Scale {
+    double low = 0, high = 1;
+    bool log = false;
+    Rgb color(double value) const {
+        if (std::isnan(value)) return kNotANumber;
+        const double x = share(value);
+        return shades()[static_cast<std::size_t>(std::lround(255 * std::clamp(x, 0.0, 1.0)))];
+    }
+    double share(double value) const {
+        const auto f = [&](double v) { return log ? std::log(std::max(v, 1e-30)) : v; };
+        return high > low ? (f(value) - f(low)) / (f(high) - f(low)) : 0.0;
+    }
+};
+// From the smallest to the largest of the finite numbers.
+Scale scale_of(std::span<const float> values, bool log) {
+    Scale scale{std::numeric_limits<double>::infinity(), -std::numeric_limits<double>::infinity(),
+                log};
+    for (const float v : values) {
+        if (!std::isfinite(v) || (log && v <= 0)) continue;
+        scale.low = std::min(scale.low, double{v}), scale.high = std::max(scale.high, double{v});
+    }
+    return scale.low <= scale.high ? scale : Scale{0, 1, log};
+}
+
+// A matrix in a picture, its geometry kept for the picture's twin in numbers.
+struct Grid {
+    std::string what;
+    int x = 0, y = 0, cell_width = 1, cell_height = 1, rows = 0, columns = 0;
+    Scale scale = {};
+};
+struct Chart {
+    std::string name, title, alt;
+    Picture picture{1, 1};
+    std::vector<Grid> grids = {};
+    int bar_x = -1, bar_y = -1;  // the scale's 256 columns begin here; -1: it has none
+};
+constexpr int kMargin = 24, kTop = 64;  // pixels; the title's line is above kTop
+
+// Makes room: `width` x `height` below the title, and a line for the caption.
+void begin_chart(Chart& chart, int width, int height, std::string_view caption) {
+    const int wide = std::max({width, Picture::length(chart.title, 2), Picture::length(caption)});
+    chart.picture = Picture(wide + 2 * kMargin, kTop + height + 44 + kMargin);
+    chart.picture.text(kMargin - 3, 18, chart.title, kInk, 2, true);
+    chart.picture.text(kMargin - 2, kTop + height + 30, caption, kMuted);
+}
+void draw_grid(Chart& chart, const Grid& grid, std::span<const float> values) {
+    for (int r = 0; r < grid.rows; r++) {
+        for (int c = 0; c < grid.columns; c++) {
+            const float v =
+                values[static_cast<std::size_t>(r) * static_cast<std::size_t>(grid.columns) +
+                       static_cast<std::size_t>(c)];
+            chart.picture.fill(grid.x + c * grid.cell_width, grid.y + r * grid.cell_height,
+                               grid.cell_width, grid.cell_height, grid.scale.color(double{v}));
+        }
+    }
+    chart.picture.frame(grid.x, grid.y, grid.columns * grid.cell_width,
+                        grid.rows * grid.cell_height);
+    chart.grids.push_back(grid);
+}
+std::string few_digits(double value) {  // three that count; no exponents where people read
+    if (std::abs(value) >= 999.5 && std::abs(value) < 1e15) return thousands(std::llround(value));
+    char text[32];
+    std::snprintf(text, sizeof text, "%.3g", value);
+    return text;
+}
+// The 256 shades in a row, with the numbers at their ends.
+void draw_scale(Chart& chart, int x, int y, const Scale& scale, std::string_view unit) {
+    const std::string low = few_digits(scale.low), high = few_digits(scale.high);
+    chart.picture.text(x, y - 2, low, kMuted);
+    chart.bar_x = x + Picture::length(low) + 6, chart.bar_y = y;
+    for (int i = 0; i < 256; i++)
+        chart.picture.fill(chart.bar_x + i, y, 1, 12, shades()[static_cast<std::size_t>(i)]);
+    chart.picture.frame(chart.bar_x, y, 256, 12);
+    chart.picture.text(chart.bar_x + 262, y - 2, cat(high, " ", unit), kMuted);
+}
+constexpr int kScaleWidth = 256 + 200;  // of a scale with its words
+
+// The largest of each block, so that one bright point among a thousand stays: (n, n) to (m, m), m <= n.
+std::vector<float> max_pooled(std::span<const float> map, std::size_t n, std::size_t m) {
+    std::vector<float> out(m * m, -std::numeric_limits<float>::infinity());
+    for (std::size_t r = 0; r < n; r++) {
+        for (std::size_t c = 0; c < n; c++) {
+            float& cell = out[r * m / n * m + c * m / n];
+            const float v = map[r * n + c];
+            if (v > cell || std::isnan(v)) cell = v;
+        }
+    }
+    return out;
+}
+
+// ==== 8. walk ====================================================================================
+// One prompt through the forward pass, looked at from inside: for every stage what goes out, in
+// numbers, in time and in pictures. What is shown are the header's hook points: the same arithmetic
+// that chat computes with, observed.
+
+struct Summary {  // of one tensor
+    std::vector<int> shape;
+    double least = 0, most = 0, mean = 0, rms = 0, zero = 0;  // zero: share of zeros
+    std::size_t bad = 0;                                      // NaN and infinities
+};
+// Masked scores are -infinity on purpose: they count as nothing.
+Summary summarize(std::span<const int> shape, std::span<const float> values, bool masked) {
+    Summary s{{shape.begin(), shape.end()}};
+    double sum = 0, squares = 0;
+    std::size_t zeros = 0, n = 0;
+    s.least = std::numeric_limits<double>::infinity(), s.most = -s.least;
+    for (const float v : values) {
+        if (masked && v == -std::numeric_limits<float>::infinity()) continue;
+        if (!std::isfinite(v)) {
+            s.bad++;
+            continue;
+        }
+        const double x = double{v};
+        s.least = std::min(s.least, x), s.most = std::max(s.most, x);
+        sum += x, squares += x * x, zeros += x == 0, n++;
+    }
+    if (n == 0) return s.least = s.most = s.mean = s.rms = std::nan(""), s;
+    const auto count = static_cast<double>(n);
+    s.mean = sum / count, s.rms = std::sqrt(squares / count);
+    s.zero = static_cast<double>(zeros) / count;
+    return s;
+}
+
+// ---- what a stage costs, from the shapes
+
+struct Cost {
+    double flops = 0, bytes = 0;
+    Cost& operator+=(const Cost& c) { return flops += c.flops, bytes += c.bytes, *this; }
+};
+struct WalkSizes {
+    double T = 0, pos = 0;  // tokens of the call, and before it
+    double weight = 4, value = 4,
+           kept = 4;  // bytes of a weight, of an activation, of a key's number
+};
+// A matrix product reads its weights once and its rows once: x (T, K), w (N, K) -> (T, N).
+Cost product(const WalkSizes& s, double T, double K, double N) {
+    return {2 * T * N * K, N * K * s.weight + T * (K + N) * s.value};
+}
+Cost attention_cost(const Config& c, const WalkSizes& s, int layer) {
+    const double D = c.n_embd, H = c.n_head, KV = c.n_kv_head * c.head_dim(), S = s.pos + s.T;
+    const double window = std::min(S, double{1} + std::min(c.window(layer), 1 << 30));
+    double pairs = 0;  // of a query and a key that it sees
+    for (double t = 0; t < s.T; t++) pairs += std::min(s.pos + t + 1, window);
+    const double keys = std::min(S, window + s.T - 1);
+    return {pairs * (4 * D + 4 * H), 2 * s.T * D * s.value + 2 * (keys + s.T) * KV * s.kept};
+}
+// What is computed between the hook point before this one and this one.
+Cost cost_of(const Config& c, const WalkSizes& s, HookPoint point, int layer) {
+    const double T = s.T, D = c.n_embd, KV = c.n_kv_head * c.head_dim(), v = s.value;
+    const double gates = c.ve_gate_channels;
+    switch (point) {
+        case HookPoint::embed:
+            return {0, T * D * (s.weight + v)};
+        case HookPoint::embed_norm:
+        case HookPoint::attn_in:
+        case HookPoint::mlp_in:
+        case HookPoint::final_norm:
+            return {3 * T * D, 2 * T * D * v};
+        case HookPoint::smear:
+            return {T * (48 + 2 * D), 3 * T * D * v};
+        case HookPoint::resid_pre:
+            return c.has_lambdas() ? Cost{3 * T * D, 3 * T * D * v} : Cost{};
+        case HookPoint::q:
+            return product(s, T, D, D + 2 * KV);
+        case HookPoint::ve_gate:
+            return {T * (c.n_kv_head * 2 * gates + 2 * KV), T * KV * (s.weight + 2 * v)};
+        case HookPoint::rot_q:
+            return {7 * T * (D + KV), 2 * T * (D + KV) * v};
+        case HookPoint::z:
+            return attention_cost(c, s, layer);
+        case HookPoint::attn_out:
+            return product(s, T, D, D);
+        case HookPoint::resid_mid:
+        case HookPoint::resid_post:
+            return {T * D, 3 * T * D * v};
+        case HookPoint::mlp_pre:
+            return product(s, T, D, 4 * D);
+        case HookPoint::mlp_post:
+            return {8 * T * D, 8 * T * D * v};
+        case HookPoint::mlp_out:
+            return product(s, T, 4 * D, D);
+        case HookPoint::backout:
+            return {2 * T * D, 3 * T * D * v};
+        case HookPoint::logits:
+            return product(s, 1, D, c.vocab_size);  // of the last token alone
+        default:
+            return {};
+    }
+}
+
+// A row of the table of times: one operation, timed at the hook point behind it. A GPU computes some
+// of them in one kernel with the next: they have no time of their own there.
+struct Operation {
+    HookPoint point;
+    std::string_view name, kind;
+    HookPoint on_gpu;  // whose time holds it there
+};
+constexpr Operation kOperations[] = {
+    {HookPoint::embed, "embedding", "lookup", HookPoint::embed_norm},
+    {HookPoint::embed_norm, "norm of it", "norm", HookPoint::embed_norm},
+    {HookPoint::smear, "previous token", "mix", HookPoint::smear},
+    {HookPoint::resid_pre, "residual mix", "mix", HookPoint::attn_in},
+    {HookPoint::attn_in, "norm", "norm", HookPoint::attn_in},
+    {HookPoint::q, "q, k, v", "product", HookPoint::q},
+    {HookPoint::ve_gate, "value embedding", "mix", HookPoint::rot_q},
+    {HookPoint::rot_q, "rotary, QK norm", "norm", HookPoint::rot_q},
+    {HookPoint::z, "attention", "attention", HookPoint::z},
+    {HookPoint::attn_out, "attn c_proj", "product", HookPoint::resid_mid},
+    {HookPoint::resid_mid, "add", "mix", HookPoint::resid_mid},
+    {HookPoint::mlp_in, "norm (MLP)", "norm", HookPoint::mlp_in},
+    {HookPoint::mlp_pre, "mlp c_fc", "product", HookPoint::mlp_post},
+    {HookPoint::mlp_post, "relu²", "mix", HookPoint::mlp_post},
+    {HookPoint::mlp_out, "mlp c_proj", "product", HookPoint::resid_post},
+    {HookPoint::resid_post, "add (MLP)", "mix", HookPoint::resid_post},
+    {HookPoint::backout, "backout", "mix", HookPoint::final_norm},
+    {HookPoint::final_norm, "final norm", "norm", HookPoint::final_norm},
+    {HookPoint::logits, "lm_head", "product", HookPoint::logits},
+};
+constexpr std::size_t kPoints = static_cast<std::size_t>(HookPoint::logits) + 1;
+
+const Operation* operation_at(HookPoint point) {
+    const auto at = std::find_if(std::begin(kOperations), std::end(kOperations),
+                                 [&](const Operation& op) { return op.point == point; });
+    return at == std::end(kOperations) ? nullptr : at;
+}
+// The operation whose time a hook point ends: those between two operations end nothing themselves.
+HookPoint timed_as(HookPoint point, bool cuda) {
+    switch (point) {
+        case HookPoint::k:
+            point = HookPoint::q;
+            break;
+        case HookPoint::v:
+            point = HookPoint::ve_gate;
+            break;
+        case HookPoint::rot_k:
+            point = HookPoint::rot_q;
+            break;
+        case HookPoint::attn_scores:
+        case HookPoint::pattern:
+            point = HookPoint::z;
+            break;
+        case HookPoint::logits_raw:
+            point = HookPoint::logits;
+            break;
+        default:
+            break;
+    }
+    return cuda ? operation_at(point)->on_gpu : point;
+}
+
+// Seconds between hook points. Asking whether anybody wants to watch is what a pass does there anyway,
+// so a clock that wants nothing sees the pass as it always runs; only relu² is asked for apart.
+class StageClock : public Observer {
+public:
+    StageClock(int layers, bool cuda)
+        : cuda_(cuda), seconds_((static_cast<std::size_t>(layers) + 1) * kPoints) {}
+    bool wants(HookPoint point, int layer) override {
+        lap(point, layer);
+        return point == HookPoint::mlp_pre && !cuda_;
+    }
+    void on(const Activation&) override {}
+    void start() {
+        std::fill(seconds_.begin(), seconds_.end(), 0.0);
+        last_ = Clock::now();
+    }
+    void stop() { lap(HookPoint::logits, -1); }
+    const std::vector<double>& seconds() const { return seconds_; }
+    static std::size_t index(HookPoint point, int layer) {
+        return static_cast<std::size_t>(layer + 1) * kPoints + static_cast<std::size_t>(point);
+    }
+
+private:
+    void lap(HookPoint point, int layer) {
+        if (cuda_) cuda_wait();  // a launched kernel is not a finished one
+        const auto now = Clock::now();
+        seconds_[index(timed_as(point, cuda_), layer)] +=
+            std::chrono::duration<double>(now - last_).count();
+        last_ = Clock::now();
+    }
+    bool cuda_;
+    std::vector<double> seconds_;
+    Clock::time_point last_;
+};
+
+// ---- what is kept of a walk
+
+struct Candidate {
+    Token token = 0;
+    double probability = 0;
+};
+struct Stage {  // of one hook point
+    HookPoint point;
+    int layer;  // -1: of the whole model
+    Summary summary;
+};
+struct HeadSummary {  // how one head looks back; means over the queries, in bits, positions, shares
+    double entropy = 0, distance = 0, first = 0, previous = 0, itself = 0;
+    std::string_view label() const {
+        if (first > 0.5) return "rests on the first token";
+        if (previous > 0.5) return "looks at the previous token";
+        if (itself > 0.5) return "looks at itself";
+        return distance < 3 ? "local" : "broad";
+    }
+};
+struct LensCell {
+    Token token = 0;
+    double probability = 0, entropy = 0;  // of the likeliest; of all, in bits
+    int rank = 0;                         // of the token that the model ends up with, from 1 on
+    double chosen = 0;                    // its probability
+};
+struct LensRow {
+    std::string name;
+    bool is_output = false;
+    std::vector<LensCell> cells;
+};
+struct Peak {
+    double bandwidth = 0, rate = 0;  // bytes read; multiplications and additions: per second
+    bool known() const { return bandwidth > 0 && rate > 0; }
+};
+struct Timing {        // seconds; by StageClock::index
+    double whole = 0;  // unobserved
+    std::vector<double> stages;
+};
+struct Walk {
+    ModelInfo info;
+    std::string device, text;
+    DType dtype = DType::f32;
+    bool cuda = false;
+    std::vector<Token> tokens;
+    std::vector<std::string> pieces;
+    std::vector<int> layers;  // those looked at closely
+    int runs = 0;
+    Peak peak;
+    WalkSizes prefill_sizes, decode_sizes;
+    Timing prefill, decode;
+    std::vector<Stage> stages;
+    std::vector<std::vector<HeadSummary>> heads;  // (L, H)
+    std::vector<std::vector<float>> maps;         // of `layers`: (H, T, T)
+    std::vector<std::vector<float>> thumbs;       // (L): (H, m, m), pooled
+    std::size_t thumb = 0;                        // m
+    std::vector<float> residual, silent;          // (L + 1, T) RMS; (L, T) share of zeros
+    std::size_t lens_first = 0;                   // position of the lens' first column
+    std::vector<LensRow> lens;
+    std::vector<Candidate> next;
+    Candidate choice;
+    std::unordered_map<Token, std::string> words;  // the pieces of all tokens in lens and next
+    std::vector<int> shown;                        // layers that are printed
+    std::size_t T() const { return tokens.size(); }
+    std::size_t L() const { return static_cast<std::size_t>(info.config.n_layer); }
+    std::size_t H() const { return static_cast<std::size_t>(info.config.n_head); }
+};
+constexpr std::size_t kLensColumns = 16, kThumb = 48, kMostDrawn = 512, kMostLabelled = 64;
+
+HeadSummary summarize_head(std::span<const float> map, std::size_t T) {
+    HeadSummary s;
+    const std::size_t begin = T > 1 ? 1 : 0;  // the first token has nothing to choose from
+    for (std::size_t t = begin; t < T; t++) {
+        for (std::size_t key = 0; key <= t; key++) {
+            const double p = double{map[t * T + key]};
+            if (p > 0) s.entropy -= p * std::log2(p);
+            s.distance += p * static_cast<double>(t - key);
+        }
+        s.first += double{map[t * T]}, s.itself += double{map[t * T + t]};
+        if (t > 0) s.previous += double{map[t * T + t - 1]};
+    }
+    const auto n = static_cast<double>(T - begin);
+    return {s.entropy / n, s.distance / n, s.first / n, s.previous / n, s.itself / n};
+}
+
+// Takes from every hook point of one pass what a walk keeps.
+class WalkObserver : public Observer {
+public:
+    explicit WalkObserver(Walk& walk) : w_(walk) {
+        w_.thumb = std::min(w_.T(), kThumb);
+        w_.heads.resize(w_.L()), w_.thumbs.resize(w_.L());
+        w_.lens_first = w_.T() - std::min(w_.T(), kLensColumns);
+    }
+    bool wants(HookPoint point, int) override {
+        return point != HookPoint::logits_raw && point != HookPoint::logits;
+    }
+    void on(const Activation& a) override {
+        const auto rows = static_cast<std::size_t>(w_.T());
+        w_.stages.push_back(
+            {a.point, a.layer, summarize(a.shape, a.values, a.point == HookPoint::attn_scores)});
+        if (a.point == HookPoint::pattern) attention(a);
+        const bool x0 = a.point == HookPoint::embed_norm || a.point == HookPoint::smear;
+        if (x0 || a.point == HookPoint::resid_post || a.point == HookPoint::final_norm) {
+            const std::size_t D = a.values.size() / rows;
+            if (x0) w_.residual.clear(), lens_.clear();
+            if (a.point != HookPoint::final_norm) {
+                for (std::size_t t = 0; t < rows; t++)
+                    w_.residual.push_back(rms(a.values.subspan(t * D, D)));
+            }
+            const auto columns = a.values.subspan(w_.lens_first * D);
+            lens_.emplace_back(columns.begin(), columns.end());
+        }
+        if (a.point == HookPoint::mlp_post) {
+            const std::size_t F = a.values.size() / rows;
+            for (std::size_t t = 0; t < rows; t++) {
+                const auto row = a.values.subspan(t * F, F);
+                w_.silent.push_back(static_cast<float>(std::count(row.begin(), row.end(), 0.0f)) /
+                                    static_cast<float>(F));
+            }
+        }
+    }
+    // The stream at the lens' positions, (columns, D): embedding, every layer, and the normed end.
+    const std::vector<std::vector<float>>& lens() const { return lens_; }
+
+private:
+    static float rms(std::span<const float> row) {
+        double squares = 0;
+        for (const float v : row) squares += double{v} * double{v};
+        return static_cast<float>(std::sqrt(squares / static_cast<double>(row.size())));
+    }
+    void attention(const Activation& a) {
+        const auto layer = static_cast<std::size_t>(a.layer);
+        const std::size_t T = w_.T(), size = T * T;
+        for (std::size_t head = 0; head < w_.H(); head++) {
+            const auto map = a.values.subspan(head * size, size);
+            w_.heads[layer].push_back(summarize_head(map, T));
+            const std::vector<float> small = max_pooled(map, T, w_.thumb);
+            w_.thumbs[layer].insert(w_.thumbs[layer].end(), small.begin(), small.end());
+        }
+        if (std::find(w_.layers.begin(), w_.layers.end(), a.layer) != w_.layers.end())
+            w_.maps.emplace_back(a.values.begin(), a.values.end());
+    }
+    Walk& w_;
+    std::vector<std::vector<float>> lens_;
+};
+
+// ---- walking
+
+// The likeliest tokens of softmax(logits), and how sure the model is.
+std::vector<double> probabilities(std::span<const float> logits) {
+    const double top = double{*std::max_element(logits.begin(), logits.end())};
+    std::vector<double> p;
+    double sum = 0;
+    for (const float v : logits) sum += p.emplace_back(std::exp(double{v} - top));
+    for (double& x : p) x /= sum;
+    return p;
+}
+std::vector<Candidate> likeliest(std::span<const double> p, std::size_t n) {
+    std::vector<Token> ids(p.size());
+    for (std::size_t i = 0; i < ids.size(); i++) ids[i] = static_cast<Token>(i);
+    n = std::min(n, ids.size());
+    const auto before = [&](Token a, Token b) {
+        const double x = p[static_cast<std::size_t>(a)], y = p[static_cast<std::size_t>(b)];
+        return x != y ? x > y : a < b;
+    };
+    std::partial_sort(ids.begin(), ids.begin() + static_cast<std::ptrdiff_t>(n), ids.end(), before);
+    std::vector<Candidate> best;
+    for (std::size_t i = 0; i < n; i++)
+        best.push_back({ids[i], p[static_cast<std::size_t>(ids[i])]});
+    return best;
+}
+
+// Multiplications and additions per second: the best of some products of the kind a prompt needs.
+double cpu_product_rate(ThreadPool& pool) {
+    constexpr std::size_t T = 256, N = 1024, K = 1024;
+    const auto values = std::make_shared<std::vector<float>>(N * K, 0.5f);
+    const Tensor w{DType::f32,
+                   {static_cast<std::int64_t>(N), static_cast<std::int64_t>(K)},
+                   std::shared_ptr<const std::byte>(
+                       values, reinterpret_cast<const std::byte*>(values->data()))};
+    std::vector<float> x(T * K, 0.25f), y(T * N);
+    double best = 0;
+    for (int pass = 0; pass < 6; pass++) {
+        const auto start = Clock::now();
+        ops::linear(pool, y.data(), x.data(), w, T, N);
+        best = std::max(best, 2.0 * T * N * K / seconds_since(start));
+    }
+    return best;
+}
+
+// What the device can do at best, measured now. Zeros: it could not be measured.
+Peak measure_peak(bool cuda, int threads) {
+    if (cuda) return {cuda_read_bandwidth(), cuda_product_rate()};
+    ThreadPool pool(threads);
+    return {cpu_read_bandwidth(threads), cpu_product_rate(pool)};
+}
+
+struct WalkPlan {
+    std::vector<Token> prompt;  // with what begins a text in front
+    std::string text;
+    std::vector<int> layers;
+    int top = 10, runs = 5;
+    SamplingParams sampling = {};
+};
+// The most memory for maps: of the layer under observation, and of the layers that are kept.
+void check_maps(const Config& c, std::size_t T, std::size_t layers) {
+    const std::uint64_t map = std::uint64_t{4} * static_cast<std::uint64_t>(c.n_head) * T * T;
+    constexpr std::uint64_t kMost = std::uint64_t{1} << 30;
+    if (map * (2 + layers) <= kMost) return;
+    bad_usage(cat("walk: the attention maps of ", layers, " layers and ", T, " tokens would take ",
+                  human_bytes(map * (2 + layers)), ", ", human_bytes(kMost),
+                  " are the most. Choose fewer --layers or a shorter text"));
+}
+
+// Walks pass by pass, so that others may have their turn between two of them. The backend, the model's
+// lm_head, the sequence (room for the text and one token more) and the threads stay the caller's.
+class Walker {
+public:
+    Walker(Backend& backend, const Tensor& lm_head, bool cuda, Sequence& sequence, ThreadPool& pool,
+           const ModelInfo& info, const Tokenizer& tokenizer, const WalkPlan& plan)
+        : backend_(backend),
+          lm_head_(lm_head),
+          sequence_(sequence),
+          pool_(pool),
+          tokenizer_(tokenizer),
+          sampling_(plan.sampling),
+          top_(static_cast<std::size_t>(plan.top)) {
+        w_.info = info, w_.text = plan.text, w_.tokens = plan.prompt, w_.layers = plan.layers;
+        w_.device = backend.device(), w_.dtype = backend.dtype(), w_.cuda = cuda;
+        w_.runs = plan.runs;
+        for (const Token t : w_.tokens) w_.pieces.emplace_back(tokenizer.piece(t));
+        const auto T = static_cast<double>(w_.T()), value = cuda ? 2.0 : 4.0;
+        const auto weight = static_cast<double>(size_of(w_.dtype));
+        w_.prefill_sizes = {T, 0, weight, value, value};
+        w_.decode_sizes = {1, T, weight, value, value};
+    }
+    // One more pass; false when there is none left: observed for the numbers, then the lens, then timed,
+    // once more than counts, and then the same for the token that the model chose.
+    bool advance() {
+        const std::size_t lens = w_.L() + 2, timed = static_cast<std::size_t>(w_.runs) + 1;
+        const std::size_t at = done_++;
+        if (at == 0) {
+            observe();
+        } else if (at <= lens) {
+            look_through_lens(lens - at);
+        } else {
+            time(at - lens > timed, (at - lens - 1) % timed);
+        }
+        return done_ < passes();
+    }
+    std::size_t passes() const {
+        return 1 + w_.L() + 2 + 2 * (static_cast<std::size_t>(w_.runs) + 1);
+    }
+    std::size_t done() const { return done_; }
+    Walk take() { return std::move(w_); }
+
+private:
+    std::vector<float> step(std::span<const Token> tokens, bool prompt, Observer* observer) {
+        sequence_.rewind(prompt ? 0 : static_cast<int>(w_.T()));
+        const Chunk chunk{&sequence_, tokens, prompt};
+        const std::span<const float> logits = backend_.step({&chunk, 1}, observer);
+        return {logits.begin(), logits.end()};
+    }
+    void know(Token token) { w_.words.emplace(token, tokenizer_.piece(token)); }
+
+    void observe() {
+        WalkObserver observer(w_);
+        const std::vector<float> logits = step(w_.tokens, true, &observer);
+        const int shape[] = {1, static_cast<int>(logits.size())};
+        w_.stages.push_back({HookPoint::logits, -1, summarize(shape, logits, false)});
+        streams_ = observer.lens();
+        w_.lens.resize(streams_.size());
+        w_.choice.token = Sampler(sampling_).sample(logits);  // throws if they are no numbers
+        const std::vector<double> p = probabilities(logits);
+        w_.choice.probability = p[static_cast<std::size_t>(w_.choice.token)];
+        w_.next = likeliest(p, top_);
+        for (const Candidate& c : w_.next) know(c.token);
+        know(w_.choice.token);
+    }
+
+    // Logit lens (nostalgebraist 2020): what the model would say if it ended after a layer, and how the
+    // token it really ends up with stands there. The last stream is the output: it comes first, and is
+    // normed already. streams_ (L + 2) of (columns, D).
+    void look_through_lens(std::size_t i) {
+        const Config& c = w_.info.config;
+        const auto D = static_cast<std::size_t>(c.n_embd),
+                   V = static_cast<std::size_t>(c.vocab_size);
+        const std::size_t columns = streams_[i].size() / D;
+        std::vector<float>&x = streams_[i], logits(columns * V);
+        LensRow& row = w_.lens[i];
+        row.is_output = i + 1 == streams_.size();
+        row.name = row.is_output ? "output" : i == 0 ? "embed" : std::to_string(i - 1);
+        if (!row.is_output) ops::rms_norm(x.data(), x.data(), columns, D);
+        ops::linear(pool_, logits.data(), x.data(), lm_head_, columns, V);
+        for (std::size_t t = 0; t < columns; t++) {
+            float* const at = &logits[t * V];
+            ops::softcap(at, V, c.softcap);
+            const std::vector<double> p = probabilities({at, V});
+            LensCell cell;
+            cell.token = likeliest(p, 1)[0].token;
+            cell.probability = p[static_cast<std::size_t>(cell.token)];
+            if (row.is_output) final_.push_back(cell.token);
+            cell.chosen = p[static_cast<std::size_t>(final_[t])];
+            cell.rank = 1;
+            for (std::size_t id = 0; id < V; id++) {
+                if (p[id] > 0) cell.entropy -= p[id] * std::log2(p[id]);
+                cell.rank += p[id] > cell.chosen ||
+                             (p[id] == cell.chosen && static_cast<Token>(id) < final_[t]);
+            }
+            know(cell.token);
+            row.cells.push_back(cell);
+        }
+    }
+
+    // One clocked and one plain pass; the first is not counted. Medians after the last.
+    void time(bool decode, std::size_t run) {
+        const std::span<const Token> tokens = decode ? std::span<const Token>(&w_.choice.token, 1)
+                                                     : std::span<const Token>(w_.tokens);
+        StageClock clock(w_.info.config.n_layer, w_.cuda);
+        clock.start();
+        step(tokens, !decode, &clock);
+        clock.stop();
+        const auto start = Clock::now();
+        step(tokens, !decode, nullptr);
+        const double seconds = seconds_since(start);
+        if (run == 0) return laps_.clear(), whole_.clear();
+        laps_.push_back(clock.seconds()), whole_.push_back(seconds);
+        if (run < static_cast<std::size_t>(w_.runs)) return;
+        Timing& timing = decode ? w_.decode : w_.prefill;
+        timing.whole = median(whole_);
+        for (std::size_t i = 0; i < laps_[0].size(); i++) {
+            std::vector<double> runs;
+            for (const auto& lap : laps_) runs.push_back(lap[i]);
+            timing.stages.push_back(median(runs));
+        }
+    }
+
+    Backend& backend_;
+    const Tensor& lm_head_;
+    Sequence& sequence_;
+    ThreadPool& pool_;
+    const Tokenizer& tokenizer_;
+    const SamplingParams sampling_;
+    const std::size_t top_;
+    Walk w_;
+    std::size_t done_ = 0;  // passes
+    std::vector<std::vector<float>> streams_;
+    std::vector<std::vector<double>> laps_;
+    std::vector<double> whole_;
+    std::vector<Token> final_;  // what the output says at each of the lens' positions
+};
+
+// ---- pictures
+
+std::vector<std::string> labels_of(const Walk& w, std::size_t most) {
+    std::vector<std::string> labels;
+    for (const std::string& piece : w.pieces) labels.push_back(label_of(piece, most));
+    return labels;
+}
+int longest(const std::vector<std::string>& labels, double unit) {
+    int most = 0;
+    for (const std::string& label : labels) most = std::max(most, Picture::length(label, unit));
+    return most;
+}
+std::string percent_of(double share, int digits = 0) { return decimals(100 * share, digits) + "%"; }
+
+// All heads of one layer: what each query (a row) looked at (a column).
+Chart attention_chart(const Walk& w, std::size_t which) {
+    const int layer = w.layers[which];
+    const std::size_t T = w.T(), drawn = std::min(T, kMostDrawn), size = T * T;
+    const bool labelled = T <= kMostLabelled;
+    const int n = static_cast<int>(drawn), cell = std::max(1, std::min(26, 420 / n));
+    const double unit = cell >= 14 ? 1.4 : 1.0;
+    const std::vector<std::string> labels = labels_of(w, 10);
+    const int side = labelled ? longest(labels, unit) + 6 : 6, tile = n * cell;
+    const int heads = static_cast<int>(w.H());
+    const int across = std::min(heads, std::max(1, std::min(heads > 4 ? 4 : heads, 2400 / tile)));
+    const int down = (heads + across - 1) / across, gap = 22;
+    const int wide = side + tile + gap, high = side + tile + 30 + gap;
+    Chart chart{cat("attention_L", layer < 10 ? "0" : "", layer),
+                cat("Layer ", layer, ": where each head looks"),
+                cat("Attention of the ", heads, " heads of layer ", layer)};
+    const std::string pooled =
+        T > drawn ? cat(", ", T, " positions pooled to ", drawn, " by their largest") : "";
+    begin_chart(chart, std::max(across * wide, kScaleWidth), down * high + 24,
+                cat("Row: the token that looks. Column: the token looked at. Each row adds up to 1",
+                    pooled, "."));
+    draw_scale(chart, kMargin, kTop + down * high + 2, {}, "share of attention");
+    for (int head = 0; head < heads; head++) {
+        const auto map =
+            std::span(w.maps[which]).subspan(static_cast<std::size_t>(head) * size, size);
+        const std::vector<float> values = max_pooled(map, T, drawn);
+        const int x = kMargin + head % across * wide + side,
+                  y = kTop + head / across * high + 24 + side;
+        const std::string_view says =
+            w.heads[static_cast<std::size_t>(layer)][static_cast<std::size_t>(head)].label();
+        chart.picture.text(x - 1, y - side - 24, cat("head ", head), kInk, 1.5, true);
+        if (tile > Picture::length(says) + 80)
+            chart.picture.text(x + 68, y - side - 24, says, kMuted);
+        for (int t = 0; labelled && t < n; t++) {
+            const std::string& label = labels[static_cast<std::size_t>(t)];
+            const int middle = t * cell + cell / 2 - static_cast<int>(4.2 * unit + 0.8);
+            chart.picture.text(x - 4 - Picture::length(label, unit), y + middle, label, kMuted,
+                               unit);
+            chart.picture.text(x + middle, y - 4, label, kMuted, unit, false, true);
+        }
+        draw_grid(chart, {cat("head ", head), x, y, cell, cell, n, n, {}}, values);
+    }
+    return chart;
+}
+
+// Layers x heads, small: which heads do what.
+Chart attention_overview(const Walk& w) {
+    const int heads = static_cast<int>(w.H()), layers = static_cast<int>(w.L());
+    const int n = static_cast<int>(w.thumb), most = std::clamp(900 / heads, 48, 120);
+    const int cell = std::max(1, most / n), tile = n * cell, step = tile + 10, side = 84;
+    Chart chart{"attention_all", "Attention of all layers and heads",
+                "Small attention maps, layers down and heads across"};
+    begin_chart(chart, std::max(side + heads * step, kScaleWidth), 24 + layers * step + 24,
+                "Row: a layer, the first on top. Column: a head. Diagonals look near, a left edge "
+                "rests on the first token.");
+    for (int head = 0; head < heads; head++)
+        chart.picture.text(kMargin + side + head * step + 2, kTop, cat(head), kMuted, 1.4);
+    for (int layer = 0; layer < layers; layer++) {
+        const int y = kTop + 24 + layer * step;
+        chart.picture.text(kMargin, y + tile / 2 - 8, cat("layer ", layer), kMuted, 1.4);
+        for (int head = 0; head < heads; head++) {
+            const std::size_t size = w.thumb * w.thumb;
+            const auto map = std::span(w.thumbs[static_cast<std::size_t>(layer)])
+                                 .subspan(static_cast<std::size_t>(head) * size, size);
+            draw_grid(chart,
+                      {cat("layer ", layer, " head ", head),
+                       kMargin + side + head * step,
+                       y,
+                       cell,
+                       cell,
+                       n,
+                       n,
+                       {}},
+                      map);
+        }
+    }
+    draw_scale(chart, kMargin, kTop + 24 + layers * step + 2, {}, "share of attention");
+    return chart;
+}
+
+// What the model would say after each layer, and how sure it would be.
+Chart lens_chart(const Walk& w) {
+    const int columns = static_cast<int>(w.T() - w.lens_first),
+              rows = static_cast<int>(w.lens.size());
+    const int wide = 104, high = 26, side = 76;
+    Chart chart{"lens", "Logit lens: the next token, if the model ended here",
+                "Likeliest next token and its probability, layers by positions"};
+    const std::string part =
+        w.lens_first > 0 ? cat(" The last ", columns, " of ", w.T(), " positions.") : "";
+    begin_chart(chart, std::max(side + columns * wide, kScaleWidth), 26 + rows * high + 26,
+                cat("Column: a position, its token on top. Word: the likeliest next token. Colour: "
+                    "its probability.",
+                    part));
+    std::vector<float> values;
+    for (const LensRow& row : w.lens) {
+        for (const LensCell& cell : row.cells)
+            values.push_back(static_cast<float>(cell.probability));
+    }
+    const Grid grid{"lens", kMargin + side, kTop + 26, wide, high, rows, columns, {}};
+    draw_grid(chart, grid, values);
+    for (int c = 0; c < columns; c++)
+        chart.picture.text(grid.x + c * wide + 6, kTop + 3,
+                           label_of(w.pieces[w.lens_first + static_cast<std::size_t>(c)], 10), kInk,
+                           1.5, true);
+    for (int r = 0; r < rows; r++) {
+        const LensRow& row = w.lens[static_cast<std::size_t>(r)];
+        const int y = grid.y + r * high + 6;
+        chart.picture.text(kMargin, y, row.name, row.is_output ? kInk : kMuted, 1.5, row.is_output);
+        for (int c = 0; c < columns; c++) {
+            const LensCell& cell = row.cells[static_cast<std::size_t>(c)];
+            chart.picture.text(grid.x + c * wide + 6, y, label_of(w.words.at(cell.token), 10),
+                               is_dark(grid.scale.color(cell.probability)) ? kPaper : kInk);
+        }
+    }
+    draw_scale(chart, kMargin, grid.y + rows * high + 10, {}, "probability");
+    return chart;
+}
+
+// Layers x positions of one number each, with the tokens along the top.
+Chart layers_chart(const Walk& w, Chart chart, std::span<const float> values, const Scale& scale,
+                   std::string_view unit, const std::string& caption) {
+    const int T = static_cast<int>(w.T()), rows = static_cast<int>(values.size() / w.T());
+    const bool labelled = w.T() <= kMostLabelled;
+    const int cell = std::max(1, std::min(30, 1200 / T)), high = 20, side = 76;
+    const std::vector<std::string> labels = labels_of(w, 10);
+    const double unit_size = cell >= 14 ? 1.4 : 1.0;
+    const int top = labelled ? longest(labels, unit_size) + 6 : 6;
+    begin_chart(chart, std::max(side + T * cell, kScaleWidth), top + rows * high + 26, caption);
+    const Grid grid{chart.name, kMargin + side, kTop + top, cell, high, rows, T, scale};
+    draw_grid(chart, grid, values);
+    for (int t = 0; labelled && t < T; t++) {
+        chart.picture.text(grid.x + t * cell + cell / 2 - static_cast<int>(4.2 * unit_size + 0.8),
+                           grid.y - 4, labels[static_cast<std::size_t>(t)], kMuted, unit_size,
+                           false, true);
+    }
+    const int first = rows - static_cast<int>(w.L());  // a row for the embedding, or none
+    for (int r = 0; r < rows; r++)
+        chart.picture.text(kMargin, grid.y + r * high + 3,
+                           r < first ? "embed" : cat("layer ", r - first), kMuted, 1.4);
+    draw_scale(chart, kMargin, grid.y + rows * high + 10, scale, unit);
+    return chart;
+}
+Chart residual_chart(const Walk& w) {
+    return layers_chart(w,
+                        {"residual", "The residual stream grows",
+                         "Root mean square of the residual stream, layers by positions"},
+                        w.residual, scale_of(w.residual, true), "RMS, logarithmic",
+                        "Column: a position. Row: after the embedding and after each layer.");
+}
+Chart neurons_chart(const Walk& w) {
+    return layers_chart(
+        w,
+        {"neurons", "Silent neurons: relu² lets few through",
+         "Share of the MLP's neurons that are zero, layers by positions"},
+        w.silent, {}, "of the neurons are zero",
+        "Column: a position. Row: a layer's MLP. Dark: most of its neurons say nothing.");
+}
+
+Chart next_chart(const Walk& w) {
+    const int rows = static_cast<int>(w.next.size()), high = 28, side = 150, most = 520;
+    Chart chart{"next_token", "The next token", "Bars of the likeliest next tokens"};
+    begin_chart(chart, side + most + 90, rows * high,
+                cat("Softmax of the logits, at temperature 1. Chosen: ",
+                    label_of(w.words.at(w.choice.token))));
+    for (int r = 0; r < rows; r++) {
+        const Candidate& c = w.next[static_cast<std::size_t>(r)];
+        const std::string label = label_of(w.words.at(c.token));
+        const int y = kTop + r * high,
+                  length =
+                      static_cast<int>(std::lround(c.probability / w.next[0].probability * most));
+        const bool chosen = c.token == w.choice.token;
+        chart.picture.text(kMargin + side - 8 - Picture::length(label, 1.6), y + 3, label, kInk,
+                           1.6, chosen);
+        chart.picture.fill(kMargin + side, y + 2, std::max(length, 1), high - 8,
+                           chosen ? kBlue : shades()[110]);
+        chart.picture.text(kMargin + side + length + 6, y + 4, percent_of(c.probability, 1),
+                           kMuted);
+    }
+    return chart;
+}
+
+// ---- time
+
+struct StageTime {  // one operation, summed over all layers
+    const Operation* operation = nullptr;
+    double seconds = 0;
+    Cost cost = {};
+};
+std::vector<StageTime> stage_times(const Walk& w, bool decode) {
+    const WalkSizes& sizes = decode ? w.decode_sizes : w.prefill_sizes;
+    const Timing& timing = decode ? w.decode : w.prefill;
+    std::vector<StageTime> times;
+    for (const Operation& op : kOperations) times.push_back({&op});
+    for (const Stage& stage : w.stages) {
+        if (operation_at(stage.point) == nullptr) continue;
+        const HookPoint carrier = timed_as(stage.point, w.cuda);
+        StageTime& time = times[static_cast<std::size_t>(operation_at(carrier) - kOperations)];
+        time.cost += cost_of(w.info.config, sizes, stage.point, stage.layer);
+        if (stage.point == carrier)
+            time.seconds += timing.stages[StageClock::index(carrier, stage.layer)];
+    }
+    std::erase_if(times, [](const StageTime& t) { return t.cost.bytes == 0; });
+    return times;
+}
+Cost sum_of(const std::vector<StageTime>& times) {
+    Cost sum;
+    for (const StageTime& t : times) sum += t.cost;
+    return sum;
+}
+// Below the roof's edge the memory sets the pace, above it the multipliers.
+bool memory_bound(const Walk& w, const Cost& c) {
+    return c.flops * w.peak.bandwidth < c.bytes * w.peak.rate;
+}
+// Of the faster of the two that it could reach.
+double share_of_peak(const Walk& w, const Cost& c, double seconds) {
+    const double least = std::max(c.bytes / w.peak.bandwidth, c.flops / w.peak.rate);
+    return seconds > 0 ? least / seconds : 0;
+}
+
+Chart timing_chart(const Walk& w) {
+    const std::vector<StageTime> prefill = stage_times(w, false), decode = stage_times(w, true);
+    double most = 1e-9;
+    for (const auto* times : {&prefill, &decode}) {
+        for (const StageTime& t : *times) most = std::max(most, t.seconds);
+    }
+    const int high = 40, side = 170, longest_bar = 560, rows = static_cast<int>(prefill.size());
+    Chart chart{"timing",
+                cat("Where the time goes: ", w.T(), w.T() == 1 ? " token" : " tokens",
+                    " read, then one more"),
+                "Time of every operation, reading the prompt and one more token"};
+    begin_chart(chart, side + longest_bar + 150, rows * high + 24,
+                cat("Median of ", w.runs, ", all layers together. In all ",
+                    decimals(1e3 * w.prefill.whole, 2), " ms and ",
+                    decimals(1e3 * w.decode.whole, 2), " ms."));
+    for (int r = 0; r < rows; r++) {
+        const int y = kTop + r * high;
+        chart.picture.text(
+            kMargin + side - 8 -
+                Picture::length(prefill[static_cast<std::size_t>(r)].operation->name),
+            y + 8, prefill[static_cast<std::size_t>(r)].operation->name);
+        for (const bool second : {false, true}) {
+            const StageTime& t = (second ? decode : prefill)[static_cast<std::size_t>(r)];
+            const int length =
+                std::max(1, static_cast<int>(std::lround(t.seconds / most * longest_bar)));
+            const int top = y + (second ? 18 : 2);
+            chart.picture.fill(kMargin + side, top, length, 14, second ? kOrange : kBlue);
+            chart.picture.text(kMargin + side + length + 6, top,
+                               cat(few_digits(1e6 * t.seconds), " µs"), kMuted, 1.3);
+        }
+    }
+    const int y = kTop + rows * high + 4;
+    chart.picture.fill(kMargin + side, y, 14, 14, kBlue),
+        chart.picture.text(kMargin + side + 20, y, "the prompt", kInk);
+    chart.picture.fill(kMargin + side + 160, y, 14, 14, kOrange),
+        chart.picture.text(kMargin + side + 180, y, "one more token", kInk);
+    return chart;
+}
+
+// Both axes of the roofline are logarithmic: operations per byte, operations per second.
+struct RoofAxes {
+    double x0, x1, y0, y1;  // decades
+    static constexpr int kLeft = kMargin + 96, kWide = 860, kHigh = 480;
+    double x(double intensity) const {
+        return kLeft + (std::log10(intensity) - x0) / (x1 - x0) * kWide;
+    }
+    double y(double speed) const {  // what is below the axis stands on it
+        return kTop + kHigh - (std::max(std::log10(speed), y0) - y0) / (y1 - y0) * kHigh;
+    }
+    void draw(Picture& p) const {
+        for (double d = std::ceil(x0); d <= x1; d++) {
+            const int at = static_cast<int>(x(std::pow(10, d)));
+            p.fill(at, kTop, 1, kHigh, kRule);
+            p.text(at - 12, kTop + kHigh + 6, few_digits(std::pow(10, d)), kMuted, 1.4);
+        }
+        for (double d = std::ceil(y0); d <= y1; d++) {
+            const int at = static_cast<int>(y(std::pow(10, d)));
+            p.fill(kLeft, at, kWide, 1, kRule);
+            p.text(kMargin + 20, at - 8, few_digits(std::pow(10, d - 9)), kMuted, 1.4);
+        }
+        p.text(kLeft + kWide - 190, kTop + kHigh + 26, "operations per byte", kMuted);
+        p.text(kMargin - 2, kTop + kHigh / 2 + 60, "GFLOP/s", kMuted, 1.5, false, true);
+    }
+};
+// Points of one pass; products and attention have labels beside them, none over another.
+void draw_points(Picture& p, const RoofAxes& axes, const std::vector<StageTime>& times,
+                 bool second) {
+    std::vector<double> taken;
+    for (const StageTime& t : times) {
+        if (t.seconds <= 0 || t.cost.flops <= 0) continue;
+        const bool large = t.operation->kind == "product" || t.operation->kind == "attention";
+        const double x = axes.x(t.cost.flops / t.cost.bytes), y = axes.y(t.cost.flops / t.seconds);
+        p.line(x, y, x, y, second ? kOrange : kBlue, large ? 5 : 2.5);
+        if (!large) continue;
+        double label = y;
+        const auto near = [&](double other) { return std::abs(other - label) < 15; };
+        for (int i = 1; std::any_of(taken.begin(), taken.end(), near); i++)
+            label = y + (i % 2 ? 15 : -15) * ((i + 1) / 2);
+        taken.push_back(label);
+        const int width = Picture::length(t.operation->name, 1.3), away = second ? -26 - width : 26;
+        p.line(x + (second ? -7 : 7), y, x + (second ? -22 : 22), label, kRule, 0.7);
+        p.text(static_cast<int>(x) + away, static_cast<int>(label) - 7, t.operation->name, kMuted,
+               1.3);
+    }
+}
+// Speed over arithmetic intensity (Williams et al. 2009): the roof is what the machine can do.
+Chart roofline_chart(const Walk& w) {
+    Chart chart{"roofline", "Roofline: what limits each operation",
+                "Operations under the roof of memory and multipliers, both axes logarithmic"};
+    begin_chart(chart, RoofAxes::kLeft - kMargin + RoofAxes::kWide, RoofAxes::kHigh + 56,
+                "Left of the edge the memory sets the pace, right of it the multipliers. Small: "
+                "norms and mixes. Above the roof: caches.");
+    const double edge = w.peak.rate / w.peak.bandwidth, top = std::log10(2 * w.peak.rate);
+    const RoofAxes axes{std::log10(0.05), std::log10(std::max(1000.0, 4 * edge)), top - 5, top};
+    Picture& p = chart.picture;
+    axes.draw(p);
+    const double left = std::pow(10, axes.x0), right = std::pow(10, axes.x1);
+    p.line(axes.x(left), axes.y(w.peak.bandwidth * left), axes.x(edge), axes.y(w.peak.rate), kInk,
+           1.2);
+    p.line(axes.x(edge), axes.y(w.peak.rate), axes.x(right), axes.y(w.peak.rate), kInk, 1.2);
+    draw_points(p, axes, stage_times(w, false), false);
+    draw_points(p, axes, stage_times(w, true), true);
+    const int x = RoofAxes::kLeft + 20;
+    p.line(x, kTop + 16, x, kTop + 16, kBlue, 5);
+    p.text(x + 14, kTop + 8, "the prompt");
+    p.line(x + 150, kTop + 16, x + 150, kTop + 16, kOrange, 5);
+    p.text(x + 164, kTop + 8, "one more token");
+    return chart;
+}
+
+// One page: the answer, how it came about, and where the time went.
+Chart overview_chart(const Walk& w) {
+    const std::vector<Chart> parts = [&] {
+        std::vector<Chart> p;
+        p.push_back(next_chart(w)), p.push_back(lens_chart(w)), p.push_back(residual_chart(w));
+        p.push_back(neurons_chart(w)), p.push_back(attention_overview(w));
+        p.push_back(timing_chart(w));
+        if (w.peak.known()) p.push_back(roofline_chart(w));
+        return p;
+    }();
+    // Two columns; each part goes where there is less so far.
+    int widest = 0;
+    for (const Chart& part : parts) widest = std::max(widest, part.picture.width());
+    std::array<int, 2> height = {96, 96};
+    std::vector<std::pair<int, int>> places;
+    for (const Chart& part : parts) {
+        const std::size_t column = height[1] < height[0] ? 1 : 0;
+        places.emplace_back(column == 0 ? 0 : widest, height[column]);
+        height[column] += part.picture.height();
+    }
+    Chart chart{"overview", "", "All pictures of this walk but the single layers, on one page"};
+    chart.picture = Picture(2 * widest, std::max(height[0], height[1]) + kMargin);
+    for (std::size_t i = 0; i < parts.size(); i++)
+        chart.picture.paste(parts[i].picture, places[i].first, places[i].second);
+    chart.picture.text(kMargin - 3, 24, cat("A walk through ", w.info.id), kInk, 2.6, true);
+    std::string words;
+    for (const std::string& piece : w.pieces) words += label_of(piece, 16) + " ";
+    chart.picture.text(kMargin - 2, 64, words, kMuted, 1.6);
+    return chart;
+}
+
+std::vector<Chart> charts_of(const Walk& w) {
+    std::vector<Chart> charts;
+    charts.push_back(overview_chart(w)), charts.push_back(next_chart(w));
+    charts.push_back(lens_chart(w)), charts.push_back(residual_chart(w));
+    charts.push_back(neurons_chart(w)), charts.push_back(attention_overview(w));
+    for (std::size_t i = 0; i < w.layers.size(); i++) charts.push_back(attention_chart(w, i));
+    charts.push_back(timing_chart(w));
+    if (w.peak.known()) charts.push_back(roofline_chart(w));
+    return charts;
+}
+
+// ---- numbers
+
+std::string bound_word(const Walk& w, const Cost& c) {
+    return memory_bound(w, c) ? "memory" : "compute";
+}
+Value cost_json(const Walk& w, const Cost& c, double seconds) {
+    return object({{"us", 1e6 * seconds},
+                   {"flops", c.flops},
+                   {"bytes", c.bytes},
+                   {"intensity", c.flops / c.bytes},
+                   {"gflops", c.flops / seconds / 1e9},
+                   {"gbs", c.bytes / seconds / 1e9},
+                   {"percent_of_peak", 100 * share_of_peak(w, c, seconds)},
+                   {"bound", bound_word(w, c)}});
+}
+Value word_json(const Walk& w, Token token) {
+    const std::string& piece = w.words.at(token);
+    return detail::is_utf8(piece) ? Value(piece) : Value(nullptr);
+}
+Value candidate_json(const Walk& w, const Candidate& c) {
+    return object(
+        {{"token", c.token}, {"text", word_json(w, c.token)}, {"probability", c.probability}});
+}
+template <class Number>
+Value matrix_json(std::span<const Number> values, std::size_t columns) {
+    std::vector<Value> rows;
+    for (std::size_t at = 0; at < values.size(); at += columns)
+        rows.push_back(array(values.subspan(at, columns)));
+    return array(rows);
+}
+
+// Which operations there were, and for each hook point what its tensor held.
+Value stages_json(const Walk& w) {
+    return array(w.stages, [&](const Stage& s) {
+        const Summary& m = s.summary;
+        Members members = {{"name", name(s.point, s.layer)},
+                           {"layer", s.layer},
+                           {"shape", array(m.shape)},
+                           {"dtype", "float32"},
+                           {"min", m.least},
+                           {"max", m.most},
+                           {"mean", m.mean},
+                           {"rms", m.rms},
+                           {"zero", m.zero},
+                           {"not_finite", m.bad}};
+        const Operation* op = operation_at(s.point);
+        if (op == nullptr) return object(members);
+        members.emplace_back("operation", op->name);
+        const bool timed = timed_as(s.point, w.cuda) == s.point;
+        const auto side = [&](std::string_view key, const WalkSizes& sizes, const Timing& timing) {
+            const Cost cost = cost_of(w.info.config, sizes, s.point, s.layer);
+            if (!timed || cost.bytes == 0) return;
+            const double seconds = timing.stages[StageClock::index(s.point, s.layer)];
+            members.emplace_back(key, cost_json(w, cost, seconds));
+        };
+        side("prefill", w.prefill_sizes, w.prefill);
+        side("decode", w.decode_sizes, w.decode);
+        return object(members);
+    });
+}
+Value operations_json(const Walk& w) {
+    const std::vector<StageTime> prefill = stage_times(w, false), decode = stage_times(w, true);
+    std::vector<Value> rows;
+    for (std::size_t i = 0; i < prefill.size(); i++) {
+        rows.push_back(object({{"name", prefill[i].operation->name},
+                               {"kind", prefill[i].operation->kind},
+                               {"prefill", cost_json(w, prefill[i].cost, prefill[i].seconds)},
+                               {"decode", cost_json(w, decode[i].cost, decode[i].seconds)}}));
+    }
+    return array(rows);
+}
+Value heads_json(const Walk& w) {
+    std::vector<Value> heads;
+    for (std::size_t layer = 0; layer < w.L(); layer++) {
+        const auto kept = std::find(w.layers.begin(), w.layers.end(), static_cast<int>(layer));
+        for (std::size_t head = 0; head < w.H(); head++) {
+            const HeadSummary& s = w.heads[layer][head];
+            Members m = {{"layer", layer},         {"head", head},      {"entropy", s.entropy},
+                         {"distance", s.distance}, {"first", s.first},  {"previous", s.previous},
+                         {"itself", s.itself},     {"label", s.label()}};
+            if (kept != w.layers.end() && w.T() <= kMostLabelled) {
+                const auto& maps = w.maps[static_cast<std::size_t>(kept - w.layers.begin())];
+                const std::size_t size = w.T() * w.T();
+                m.emplace_back("map",
+                               matrix_json(std::span(maps).subspan(head * size, size), w.T()));
+            }
+            heads.push_back(object(m));
+        }
+    }
+    return array(heads);
+}
+Value lens_json(const Walk& w) {
+    return array(w.lens, [&](const LensRow& row) {
+        return object({{"after", row.name},
+                       {"is_output", row.is_output},
+                       {"cells", array(row.cells, [&](const LensCell& c) {
+                            return object({{"token", c.token},
+                                           {"text", word_json(w, c.token)},
+                                           {"probability", c.probability},
+                                           {"entropy", c.entropy},
+                                           {"rank_of_final", c.rank},
+                                           {"probability_of_final", c.chosen}});
+                        })}});
+    });
+}
+Value whole_json(const Walk& w, bool decode) {
+    const Cost cost = sum_of(stage_times(w, decode));
+    return cost_json(w, cost, (decode ? w.decode : w.prefill).whole);
+}
+Members walk_members(const Walk& w) {
+    std::vector<std::size_t> positions;
+    for (std::size_t t = w.lens_first; t < w.T(); t++) positions.push_back(t);
+    std::vector<Value> tokens;
+    for (std::size_t t = 0; t < w.T(); t++)
+        tokens.push_back(
+            object({{"id", w.tokens[t]},
+                    {"text", detail::is_utf8(w.pieces[t]) ? Value(w.pieces[t]) : Value(nullptr)},
+                    {"bytes", array(bytes_of(w.pieces[t]))}}));
+    return {{"model", w.info.id},
+            {"device", w.device},
+            {"dtype", name_of(w.dtype)},
+            {"text", w.text},
+            {"tokens", array(tokens)},
+            {"layers", array(w.layers)},
+            {"runs", w.runs},
+            {"peak", object({{"bytes_per_second", w.peak.bandwidth},
+                             {"flops_per_second", w.peak.rate},
+                             {"edge", w.peak.rate / w.peak.bandwidth}})},
+            {"prefill", whole_json(w, false)},
+            {"decode", whole_json(w, true)},
+            {"operations", operations_json(w)},
+            {"stages", stages_json(w)},
+            {"attention", heads_json(w)},
+            {"residual_rms", matrix_json(std::span(w.residual), w.T())},
+            {"silent", matrix_json(std::span(w.silent), w.T())},
+            {"lens_positions", array(positions)},
+            {"lens", lens_json(w)},
+            {"next", array(w.next, [&](const Candidate& c) { return candidate_json(w, c); })},
+            {"choice", candidate_json(w, w.choice)}};
+}
+// Where each number stands in a picture: its twin for programs.
+Value chart_json(const Chart& chart) {
+    const auto grid = [](const Grid& g) {
+        return object({{"what", g.what},
+                       {"x", g.x},
+                       {"y", g.y},
+                       {"cell_width", g.cell_width},
+                       {"cell_height", g.cell_height},
+                       {"rows", g.rows},
+                       {"columns", g.columns},
+                       {"low", g.scale.low},
+                       {"high", g.scale.high},
+                       {"logarithmic", g.scale.log}});
+    };
+    return object({{"name", chart.name},
+                   {"file", chart.name + ".png"},
+                   {"title", chart.title},
+                   {"alt", chart.alt},
+                   {"width", chart.picture.width()},
+                   {"height", chart.picture.height()},
+                   {"scale_x", chart.bar_x},
+                   {"scale_y", chart.bar_y},
+                   {"grids", array(chart.grids, grid)}});
+}
+
+// ---- on the terminal
+
+std::string shape_text(const std::vector<int>& shape) {
+    return join(shape, "x", [](int d) { return std::to_string(d); });
+}
+std::string stage_table(const Walk& w) {
+    std::vector<std::vector<std::string>> rows;
+    const auto number = [](double v) {
+        return std::abs(v) < 1000 ? decimals(v, 2) : few_digits(v);
+    };
+    for (const Stage& s : w.stages) {
+        const bool shown =
+            s.layer < 0 || std::find(w.shown.begin(), w.shown.end(), s.layer) != w.shown.end();
+        if (!shown) continue;
+        const Summary& m = s.summary;
+        rows.push_back({s.layer < 0 ? "" : std::to_string(s.layer), name(s.point, -1),
+                        shape_text(m.shape), number(m.least), number(m.most), number(m.mean),
+                        number(m.rms), percent_of(m.zero),
+                        m.bad == 0 ? "" : std::to_string(m.bad)});
+    }
+    std::vector<Column> head = {{"LAYER", true}, {"STAGE"},      {"SHAPE"},
+                                {"MIN", true},   {"MAX", true},  {"MEAN", true},
+                                {"RMS", true},   {"ZERO", true}, {"NAN", true}};
+    const auto sound = [](const auto& row) { return row.back().empty(); };
+    if (std::all_of(rows.begin(), rows.end(), sound)) {
+        head.pop_back();
+        for (auto& row : rows) row.pop_back();
+    }
+    return table(head, rows);
+}
+// "98% mem": how much of what memory, or the multipliers, could do at best.
+std::string peak_words(const Walk& w, const Cost& c, double seconds) {
+    return percent_of(share_of_peak(w, c, seconds)) + (memory_bound(w, c) ? " mem" : " mul");
+}
+std::string time_table(const Walk& w) {
+    std::vector<std::vector<std::string>> rows;
+    const std::vector<StageTime> prefill = stage_times(w, false), decode = stage_times(w, true);
+    const auto add = [&](std::string_view name, const StageTime& a, const StageTime& b) {
+        std::vector<std::string> row = {std::string(name)};
+        for (const StageTime& t : {a, b}) {
+            row.insert(
+                row.end(),
+                {few_digits(1e6 * t.seconds), few_digits(t.cost.flops / t.seconds / 1e9),
+                 few_digits(t.cost.bytes / t.seconds / 1e9), peak_words(w, t.cost, t.seconds)});
+        }
+        rows.push_back(row);
+    };
+    for (std::size_t i = 0; i < prefill.size(); i++)
+        add(prefill[i].operation->name, prefill[i], decode[i]);
+    add("all", {nullptr, w.prefill.whole, sum_of(prefill)},
+        {nullptr, w.decode.whole, sum_of(decode)});
+    return table({{"OPERATION", false, 0, 15},
+                  {"READ µs", true},
+                  {"GFLOP/s", true},
+                  {"GB/s", true},
+                  {"OF PEAK", true},
+                  {"ONE µs", true},
+                  {"GFLOP/s", true, 1},
+                  {"GB/s", true},
+                  {"OF PEAK", true}},
+                 rows);
+}
+std::string lens_table(const Walk& w) {
+    constexpr std::size_t kRows = 9;
+    const std::size_t wide = 11, room = (terminal.width - 22) / wide;
+    const std::size_t columns = w.T() - w.lens_first, first = columns - std::min(columns, room);
+    std::string text = paint(terminal.out, kBold, fit("AFTER", 9));
+    for (std::size_t c = first; c < columns; c++)
+        text += paint(terminal.out, kDim,
+                      fit(safe(label_of(w.pieces[w.lens_first + c], wide - 1)), wide));
+    text += "  SURE  RANK\n";
+    const std::size_t n = w.lens.size(), shown = std::min(n, kRows);
+    for (std::size_t i = 0; i < shown; i++) {
+        const LensRow& row = w.lens[shown < 2 ? 0 : i * (n - 1) / (shown - 1)];
+        text += fit(row.name, 9);
+        for (std::size_t c = first; c < columns; c++)
+            text += fit(label_of(w.words.at(row.cells[c].token), wide - 1), wide);
+        text += fit(percent_of(row.cells.back().probability), 6, true) +
+                fit(std::to_string(row.cells.back().rank), 6, true) + "\n";
+    }
+    return text;
+}
+std::string head_table(const Walk& w) {
+    std::vector<std::vector<std::string>> rows;
+    for (const int layer : w.shown) {
+        for (std::size_t head = 0; head < w.H(); head++) {
+            const HeadSummary& s = w.heads[static_cast<std::size_t>(layer)][head];
+            rows.push_back({std::to_string(layer), std::to_string(head), decimals(s.entropy, 2),
+                            decimals(s.distance, 1), percent_of(s.first), percent_of(s.previous),
+                            percent_of(s.itself), std::string(s.label())});
+        }
+    }
+    return table({{"LAYER", true},
+                  {"HEAD", true},
+                  {"ENTROPY", true},
+                  {"DISTANCE", true},
+                  {"FIRST", true},
+                  {"PREVIOUS", true},
+                  {"ITSELF", true},
+                  {"THE HEAD"}},
+                 rows);
+}
+std::string next_table(const Walk& w) {
+    std::string text;
+    for (const Candidate& c : w.next) {
+        const double eighths = c.probability / w.next[0].probability * 40 * 8;
+        const auto whole = static_cast<std::size_t>(eighths) / 8,
+                   rest = static_cast<std::size_t>(eighths) % 8;
+        static constexpr const char* kParts[] = {"", "▏", "▎", "▍", "▌", "▋", "▊", "▉"};
+        std::string bar;
+        for (std::size_t i = 0; i < whole; i++) bar += "█";
+        text += cat(fit(label_of(w.words.at(c.token), 16), 18),
+                    fit(percent_of(c.probability, 1), 6, true), " ", bar, kParts[rest],
+                    c.token == w.choice.token ? "  chosen" : "", "\n");
+    }
+    return text;
+}
+std::string walk_text(const Walk& w) {
+    const auto title = [](const std::string& words) {
+        return "\n" + paint(terminal.out, kBold, words) + "\n";
+    };
+    std::string words;
+    for (const std::string& piece : w.pieces) words += " " + label_of(piece, 24);
+    const bool several = w.L() > w.shown.size();
+    return cat(
+        safe(w.info.id), " on ", safe(w.device), ", ", name_of(w.dtype), "; memory ",
+        gigabytes_per_second(w.peak.bandwidth), ", products ", few_digits(w.peak.rate / 1e9),
+        " GFLOP/s (measured now)\n", w.T(), " tokens:", words, "\n",
+        title(cat(
+            "What every stage puts out",
+            several ? cat(" (layer ", join(w.shown, ", ", [](int i) { return std::to_string(i); }),
+                          "; --layers for others)")
+                    : "")),
+        stage_table(w),
+        title(cat("Time: the prompt read at once, and one token more (all layers, median of ",
+                  w.runs, ")")),
+        time_table(w),
+        w.cuda ? "On a GPU the host waits after every operation here; chat does not, and reads "
+                 "single tokens with other kernels.\n"
+               : "",
+        title("Logit lens: the likeliest next token, if the model ended there"), lens_table(w),
+        title("Where the heads look (entropy in bits, distance in tokens)"), head_table(w),
+        title("Next token"), next_table(w));
+}
+
+// ---- the command
+
+// Pictures, numbers and a page that shows them, in a directory of their own.
+class WalkFiles {
+public:
+    WalkFiles(const Options& o) : force_(o.force), directory_(o.out) {
+        std::error_code error;
+        for (int n = 2; o.out.empty() && (n == 2 || fs::exists(directory_, error)); n++)
+            directory_ = n == 2 && !fs::exists("walk", error) ? "walk" : cat("walk-", n);
+        if (!force_ && fs::exists(directory_, error))
+            bad_usage(cat("--out: ", detail::quote(directory_.string(), 300),
+                          " exists. Choose a new name, or --force to write into it"));
+        fs::create_directories(directory_, error);
+        if (error)
+            throw std::runtime_error(cat("cannot make the directory ",
+                                         detail::quote(directory_.string(), 300), ": ",
+                                         error.message()));
+    }
+    void write(const std::string& name, std::string_view bytes) const {
+        NewFile file((directory_ / name).string());
+        file.write(bytes);
+        file.commit();
+    }
+    const fs::path& directory() const { return directory_; }
+
+private:
+    bool force_;
+    fs::path directory_;
+};
+std::string html_text(std::string_view text) {
+    std::string out;
+    for (const char c : safe(text)) {
+        out += c == '<'   ? "&lt;"
+               : c == '>' ? "&gt;"
+               : c == '&' ? "&amp;"
+               : c == '"' ? "&quot;"
+                          : std::string(1, c);
+    }
+    return out;
+}
+std::string walk_html(const Walk& w, const std::vector<Chart>& charts) {
+    std::string body;
+    for (const Chart& c : charts) {
+        body += cat("<figure><a href=\"", c.name, ".png\"><img src=\"", c.name, ".png\" width=\"",
+                    c.picture.width(), "\" alt=\"", html_text(c.alt), "\"></a></figure>\n");
+    }
+    return cat("<!doctype html>\n<html lang=\"en\"><meta charset=\"utf-8\"><title>",
+               html_text(w.info.id), ": ", html_text(w.text),
+               "</title>\n<style>body{margin:2rem;font:1rem/1.5 "
+               "system-ui,sans-serif;color:#1c2430;background:#fff}"
+               "figure{margin:0 0 2rem}img{max-width:100%;height:auto;border:1px solid "
+               "#dee3e9}</style>\n<h1>A walk through ",
+               html_text(w.info.id), "</h1>\n<p>", html_text(w.text),
+               "</p>\n<p>All numbers: <a href=\"walk.json\">walk.json</a></p>\n", body,
+               "</html>\n");
+}
+void write_walk(const Walk& w, const WalkFiles& files) {
+    const std::vector<Chart> charts = charts_of(w);
+    Progress progress("drawing");
+    for (std::size_t i = 0; i < charts.size(); i++) {
+        if (!progress(i, charts.size())) leave_interrupted();
+        files.write(charts[i].name + ".png", charts[i].picture.png());
+    }
+    Members members = walk_members(w);
+    members.emplace_back("pictures", array(charts, chart_json));
+    files.write("walk.json", object(members).text + "\n");
+    files.write("index.html", walk_html(w, charts));
+}
+
+// "all", or a list of layers; nothing said: all are kept, one is printed.
+std::vector<int> read_layers(const std::string& text, int n_layer) {
+    std::vector<int> layers;
+    if (text.empty() || text == "all") {
+        for (int i = 0; i < n_layer; i++) layers.push_back(i);
+        return layers;
+    }
+    for (const std::string& layer : split(text, ",")) {
+        const int i = number<int>({"--layers", layer}, 0, n_layer - 1,
+                                  cat("a layer from 0 to ", n_layer - 1, ", or all"));
+        if (std::find(layers.begin(), layers.end(), i) == layers.end()) layers.push_back(i);
+    }
+    if (layers.empty()) bad_usage("--layers: a list such as 0,5,11 or all is needed");
+    std::sort(layers.begin(), layers.end());
+    return layers;
+}
+constexpr std::size_t kMostWalked = 1024;  // tokens: what a GPU reads in one pass
+
+WalkPlan plan_walk(const Tokenizer& tokenizer, const Config& c, std::string_view text,
+                   std::size_t most = kMostWalked) {
+    WalkPlan plan;
+    plan.text = to_utf8(text);
+    plan.prompt = {tokenizer.special("<|bos|>")};
+    const std::vector<Token> ids = tokenizer.encode(plan.text);
+    plan.prompt.insert(plan.prompt.end(), ids.begin(), ids.end());
+    most = std::min(most, static_cast<std::size_t>(c.sequence_len - 1));
+    if (plan.prompt.size() > most)
+        bad_usage(
+            cat("walk: the text has ", plan.prompt.size(), " tokens, ", most, " are the most"));
+    return plan;
+}
+
+int run_walk(Options& o) {
+    if (!o.prompt) bad_usage("walk: a text is needed: -p TEXT");
+    catch_interrupts();
+    Session s = pick_session(o, "base");
+    WalkPlan plan =
+        plan_walk(s.tokenizer, s.info.config, *o.prompt == "-" ? LineReader().rest() : *o.prompt);
+    plan.layers = read_layers(o.layers, s.info.config.n_layer);
+    plan.top = o.top, plan.sampling = o.sampling;
+    check_maps(s.info.config, plan.prompt.size(), plan.layers.size());
+    const bool pictures = !o.no_png && (!o.json || !o.out.empty());
+    if (pictures && !kHasPng)
+        bad_usage(
+            "walk: this nanogpt was built without stb_image_write.h (Debian: libstb-dev). --no-png "
+            "leaves the pictures out");
+    std::optional<WalkFiles> files;
+    if (pictures || !o.out.empty()) files.emplace(o);
+    const Device device = open_device(s.info, o, {}, {}, true);
+    const int room = static_cast<int>(plan.prompt.size()) + 1;
+    const std::unique_ptr<Sequence> sequence = device.backend->new_sequence(room);
+    ThreadPool pool(o.threads);
+    Walker walker(*device.backend, device.lm_head, device.cuda, *sequence, pool, s.info,
+                  s.tokenizer, plan);
+    {
+        Progress progress("walking through " + s.info.id);
+        while (walker.advance()) {
+            if (!progress(walker.done(), walker.passes())) leave_interrupted();
+        }
+    }
+    Walk w = walker.take();
+    w.peak = measure_peak(device.cuda, o.threads);
+    w.shown = o.layers.empty() ? std::vector{s.info.config.n_layer / 2} : w.layers;
+    if (o.json)
+        write_json(object(walk_members(w)));
+    else
+        write_out(walk_text(w));
+    if (files) {
+        write_walk(w, *files);
+        note(cat("pictures and numbers are in ", files->directory().string(),
+                 "; begin with index.html"));
+    }
+    return 0;
+}
+
+// ==== 9. http ====================================================================================
 // Bytes in, requests; answers, bytes out. One thread waits for all sockets and never for anything
 // else. Whatever could be read in two ways is refused: a proxy in front might read it the other way
 // (request smuggling). Limits are the constants of Limits.
@@ -3734,7 +5505,7 @@ void HttpServer::check_time(Connection& c, Clock::time_point now) {
     }
 }
 
-// ==== 8. scheduler ===============================================================================
+// ==== 10. scheduler ==============================================================================
 // Many answers at once. One thread owns the models in memory, their sequences and the sampling: at
 // every step each running sequence writes a token, new ones join, finished ones leave. It takes jobs
 // from the sockets' thread and posts events back, and waits for neither a socket nor a disk.
@@ -3776,10 +5547,29 @@ struct Failure {  // why there is no answer
     int status;
     std::string code, message;
 };
-struct Candidate {
-    Token token;
-    double probability;
+
+// A walk that a client asked for. Its pictures are drawn on the loading thread.
+struct WalkTask {
+    WalkPlan plan;
+    Walk result;
+    std::string key, json;                                      // of its pictures' address
+    std::vector<std::pair<std::string, std::string>> pictures;  // names and PNG files
+    std::atomic<bool> drawn = false;
 };
+void draw_walk(WalkTask& task) {
+    const std::vector<Chart> charts = charts_of(task.result);
+    std::vector<Value> pictures;
+    for (std::size_t i = 0; kHasPng && i < charts.size(); i++) {
+        const std::string file = charts[i].name + ".png";
+        task.pictures.emplace_back(file, charts[i].picture.png());
+        const std::string json = chart_json(charts[i]).text;
+        const Value url = cat("/api/v1/inference/walk/", task.key, "/", file);
+        pictures.push_back(raw(cat("{\"url\":", url.text, ",", json.substr(1))));
+    }
+    Members members = walk_members(task.result);
+    members.emplace_back("pictures", array(pictures));
+    task.json = object(members).text + "\n";
+}
 
 // What a client asked for, and what became of it. The sockets' thread fills it in and hands it over;
 // the scheduler's thread writes the results before it posts the last event.
@@ -3802,7 +5592,8 @@ struct Job {
     int reused_tokens = 0;
     double queue_seconds = 0;
     std::vector<Candidate> candidates;
-    Candidate chosen = {};  // its token is asked for
+    Candidate chosen = {};           // its token is asked for
+    std::shared_ptr<WalkTask> walk;  // a walk, and no answer
     std::optional<Failure> failure;
 };
 struct Event {
@@ -3908,8 +5699,9 @@ private:
         CalculatorTool calculator;
         TextStream text;
         Continuation answer;
+        std::unique_ptr<Walker> walker;
         Clock::time_point start = Clock::now(), first = {}, last = {};
-        bool over = false;
+        bool over = false, drawing = false;
 
         std::size_t read() const { return sequence->tokens().size(); }  // of the prompt
         bool reading() const { return answer.count() == 0; }
@@ -3979,6 +5771,8 @@ private:
     std::size_t read_prompts(Loaded& m, std::vector<Running*>& rows);
     void sample(Loaded& m, std::span<Running* const> rows);
     void look_ahead(Loaded& m, Running& r);
+    bool peak_known(const Loaded& m);
+    bool walk_on(Loaded& m);
     void take(Loaded& m, Running& r, Token token);
     template <class Step>
     void guarded(std::span<Running* const> rows, Step&& step);
@@ -4032,6 +5826,10 @@ private:
     std::uint64_t available_ = 0;
     std::string broken_;
     Clock::time_point last_second_ = {}, last_publish_ = {};
+    Peak peak_;  // once measured is true
+    bool measuring_ = false;
+    std::atomic<bool> measured_ = false;
+    ThreadPool lens_pool_{1};  // the models' own threads are busy with answers
 
     Background background_;
     std::jthread thread_;  // last, so that it ends first
@@ -4144,6 +5942,7 @@ Scheduler::Start Scheduler::start(const std::shared_ptr<Job>& job) {
             begin_loading(job->offer);
             return Start::wait;
         }
+        if (job->walk != nullptr && !peak_known(*m)) return Start::wait;
         std::unique_ptr<Sequence> sequence = sequence_for(*m, *job);
         if (sequence == nullptr) {
             if (!m->running.empty()) return Start::blocked;
@@ -4153,6 +5952,12 @@ Scheduler::Start Scheduler::start(const std::shared_ptr<Job>& job) {
         job->reused_tokens = static_cast<int>(sequence->tokens().size());
         m->written->prompt_tokens += job->prompt.size();
         m->running.push_back(std::make_unique<Running>(job, std::move(sequence)));
+        Running& r = *m->running.back();
+        if (job->walk != nullptr) {
+            r.walker = std::make_unique<Walker>(m->backend(), m->device.lm_head, m->device.cuda,
+                                                *r.sequence, lens_pool_, job->offer->info,
+                                                *job->offer->tokenizer, job->walk->plan);
+        }
         m->used = true;
         const auto here = std::find_if(models_.begin(), models_.end(),
                                        [&](const auto& other) { return other.get() == m; });
@@ -4191,11 +5996,11 @@ Device Scheduler::open(const ModelInfo& info) {
     CudaOptions cuda;
     cuda.kv_tokens = settings_.slots * context;
     try {
-        return open_device(info, options_, cuda, watch);
+        return open_device(info, options_, cuda, watch, true);
     } catch (const Error& e) {
         if (!place_for(options_).cuda || e.kind != ErrorKind::out_of_memory) throw;
     }
-    return open_device(info, options_, {}, watch);
+    return open_device(info, options_, {}, watch, true);
 }
 
 // Idle, and not just loaded for somebody whose turn has not come.
@@ -4357,7 +6162,48 @@ bool Scheduler::step(Loaded& m) {
     if (!rows.empty()) sample(m, rows);
     const bool worked = read > 0 || !rows.empty();
     if (worked) m.pace.learn(seconds_since(start), read);
-    return worked;
+    return walk_on(m) || worked;
+}
+
+// How fast the device is at best: measured once, when the first walk is asked for.
+bool Scheduler::peak_known(const Loaded& m) {
+    if (!std::exchange(measuring_, true)) {
+        background_.post([this, cuda = m.device.cuda] {
+            try {
+                peak_ = measure_peak(cuda, options_.threads);
+            } catch (const std::exception& e) {
+                note(cat("walks have no roof: ", e.what()));
+            }
+            measured_ = true;
+            poke();
+        });
+    }
+    return measured_;
+}
+// One pass of one walk, between two steps of the answers.
+bool Scheduler::walk_on(Loaded& m) {
+    const auto at = std::find_if(m.running.begin(), m.running.end(), [](const auto& r) {
+        return r->walker && !r->over && !r->drawing;
+    });
+    if (at == m.running.end()) return false;
+    Running* const row = at->get();
+    guarded({&row, 1}, [&](std::span<Running* const>) {
+        if (row->walker->advance()) return;
+        row->drawing = true;
+        WalkTask& task = *row->job->walk;
+        task.result = row->walker->take();
+        task.result.peak = peak_;
+        background_.post([this, job = row->job] {
+            try {
+                draw_walk(*job->walk);
+            } catch (const std::exception&) {
+                job->walk->json.clear();  // not enough memory for the pictures
+            }
+            job->walk->drawn = true;
+            poke();
+        });
+    });
+    return true;
 }
 
 // Reads a piece of prompts; those that it ends go into `rows`, to be read with the others' step.
@@ -4369,7 +6215,7 @@ std::size_t Scheduler::read_prompts(Loaded& m, std::vector<Running*>& rows) {
     const std::size_t n = m.running.size(), first = n == 0 ? 0 : m.next_reader++ % n;
     for (std::size_t i = 0; i < n && budget > 0; i++) {
         Running& r = *m.running[(first + i) % n];
-        if (r.over || !r.reading() || r.job->paused) continue;
+        if (r.over || !r.reading() || r.job->paused || r.walker) continue;
         const std::size_t left = r.job->prompt.size() - r.read(), size = std::min(left, budget);
         budget -= size;
         if (size == left && r.job->candidates_only) {
@@ -4509,6 +6355,11 @@ void Scheduler::sweep(Loaded& m) {
     std::erase_if(m.running, [&](const std::unique_ptr<Running>& r) {
         Job& job = *r->job;
         if (job.cancelled && !r->over) fail(job, {0, "cancelled", ""}), r->over = true;
+        if (r->drawing && job.walk->drawn && !r->over) {
+            if (job.walk->json.empty())
+                fail(job, {503, "out_of_memory", "not enough memory to draw the pictures"});
+            r->over = true;
+        }
         if (!r->over && std::chrono::duration<double>(now - job.created).count() > kMostRunning)
             fail(job, {503, "request_timeout", "the answer took more than 600 seconds"}),
                 r->over = true;
@@ -4578,7 +6429,10 @@ void Scheduler::publish(bool always) {
             std::uint64_t held = 0;
             for (const auto& r : m->running) {
                 held += blocks(r->read());
-                s.slots.push_back({r->job->id, id, r->reading() ? "prefill" : "decode",
+                s.slots.push_back({r->job->id, id,
+                                   r->walker      ? "walk"
+                                   : r->reading() ? "prefill"
+                                                  : "decode",
                                    static_cast<int>(r->job->prompt.size()), r->answer.count(),
                                    std::chrono::duration<double>(now - r->start).count()});
             }
@@ -4605,7 +6459,7 @@ void Scheduler::publish(bool always) {
     wake_();
 }
 
-// ==== 9. routes ==================================================================================
+// ==== 11. routes =================================================================================
 // What the requests mean: nanochat's chat_web, OpenAI's interface and the class's model list, on the
 // sockets' thread. Everything that needs no generation is answered at once.
 
@@ -4867,7 +6721,7 @@ HttpError as_http(const std::exception& e);
 
 // ---- the server
 
-enum class Style { nanochat, chat, completion, why };
+enum class Style { nanochat, chat, completion, why, walk };
 struct Exchange : Job {  // a job with how its answer is told
     Style style = Style::chat;
     bool streams = false, head_sent = false, include_usage = false;
@@ -4936,6 +6790,8 @@ private:
     void tokenize(Connection& c);
     void detokenize(Connection& c);
     void why(Connection& c);
+    void walk(Connection& c);
+    void walk_picture(Connection& c);
     void metrics(Connection& c);
     void slots(Connection& c);
     void props(Connection& c);
@@ -4969,6 +6825,8 @@ private:
         std::pair<std::pair<fs::path, fs::file_time_type>, std::shared_ptr<const Tokenizer>>>
         tokenizers_;
     std::unordered_map<std::string, std::shared_ptr<const Offer>> offers_;
+    std::deque<std::shared_ptr<const WalkTask>>
+        walks_;  // whose pictures can be had; last made last
     std::unordered_map<std::string, std::size_t> jobs_of_;  // by client
     std::size_t live_jobs_ = 0;
     std::uint64_t next_request_ = 0;
@@ -5003,6 +6861,8 @@ std::span<const Server::Route> Server::routes() {
         {"POST", "/api/v1/inference/tokenize", false, true, &Server::tokenize},
         {"POST", "/api/v1/inference/detokenize", false, true, &Server::detokenize},
         {"POST", "/api/v1/inference/why", false, true, &Server::why},
+        {"POST", "/api/v1/inference/walk", false, true, &Server::walk},
+        {"GET", "/api/v1/inference/walk/", true, false, &Server::walk_picture},  // the address is the key
     };
     return kRoutes;
 }
@@ -5541,6 +7401,56 @@ void Server::why(Connection& c) {
     submit(c, std::move(x));
 }
 
+// The layers of which every head is shown: some, for every map goes out in numbers too.
+std::vector<int> read_layers(const Form& form, const Config& c, std::size_t T) {
+    if (form.find("layers") == nullptr) return {c.n_layer / 2};
+    std::vector<int> layers = read_ids(form, "layers", c.n_layer);
+    std::sort(layers.begin(), layers.end());
+    layers.erase(std::unique(layers.begin(), layers.end()), layers.end());
+    constexpr std::size_t kMost = 1'000'000;
+    if (layers.empty()) Form::out_of_range("layers", "layers must name one at least");
+    if (layers.size() * static_cast<std::size_t>(c.n_head) * T * T > kMost)
+        Form::out_of_range(
+            "layers", cat("layers: the maps of ", layers.size(), " layers are more than ", kMost,
+                          " numbers; ask for fewer"));
+    return layers;
+}
+void Server::walk(Connection& c) {
+    const Json json = read_body(c);
+    const Form form(json, 400);
+    form.need("prompt");
+    auto x = new_exchange(c, form, Style::walk);
+    const Config& config = x->offer->info.config;
+    x->walk = std::make_shared<WalkTask>();
+    x->walk->key = random_hex(32);
+    WalkPlan& plan = x->walk->plan;
+    try {
+        plan = plan_walk(*x->offer->tokenizer, config, form.text("prompt"), kMostLabelled);
+    } catch (const Error& e) {
+        Form::out_of_range("prompt", e.what());
+    }
+    plan.layers = read_layers(form, config, plan.prompt.size());
+    plan.top = static_cast<int>(form.whole("top", 1, 100, 10));
+    plan.runs = 1;
+    plan.sampling = x->params.sampling;
+    if (form.find("temperature") == nullptr) plan.sampling.temperature = 0;
+    x->prompt = plan.prompt;
+    fit_prompt(*x, 1);
+    submit(c, std::move(x));
+}
+void Server::walk_picture(Connection& c) {
+    const std::string_view path = c.request().path, prefix = "/api/v1/inference/walk/";
+    for (const auto& walk : walks_) {
+        for (const auto& [name, png] : walk->pictures) {
+            if (path != cat(prefix, walk->key, "/", name)) continue;
+            return respond(c, 200, "image/png", png,
+                           {{"Cache-Control", "private, max-age=3600, immutable"},
+                            {"X-Content-Type-Options", "nosniff"}});
+        }
+    }
+    throw HttpError(404, "no_such_route", "this picture is not kept any more: walk again");
+}
+
 // ---- answers
 
 Value with_probability(const Tokenizer& tokenizer, const Candidate& candidate) {
@@ -5676,6 +7586,12 @@ void Server::tell_failure(Connection& c, Exchange& x) {
 }
 void Server::send_whole(Connection& c, Exchange& x) {
     const Tokenizer& tokenizer = *x.offer->tokenizer;
+    if (x.style == Style::walk) {
+        constexpr std::size_t kKept = 16;  // walks; a picture has some 50 to 300 kB
+        walks_.push_back(x.walk);
+        if (walks_.size() > kKept) walks_.pop_front();
+        return respond(c, 200, kJson, x.walk->json);
+    }
     if (x.style == Style::why) {
         const bool asked = x.position >= 0;
         return send_json(
@@ -6030,7 +7946,7 @@ int run_serve(Options& o) {
     return server.run(signals);
 }
 
-// ==== 10. main ===================================================================================
+// ==== 12. main ===================================================================================
 // Help, and the one place where an exception becomes an exit code.
 
 // `text` broken at blanks into lines of the terminal's width, all but the first indented.
@@ -6185,7 +8101,7 @@ int main(int argc, char** argv) {
     return nanogpt::demo::run(std::vector<std::string>(argv + std::min(argc, 1), argv + argc));
 }
 
-// ==== 11. page ===================================================================================
+// ==== 13. page ===================================================================================
 // What people see at /: style, body and script of one document, of this origin only and without any
 // library. A policy allows this one style and this one script, by a number, and nothing written into
 // elements: no style="", no onclick="".
