@@ -8414,7 +8414,7 @@ textarea::placeholder, input::placeholder { color: var(--soft); opacity: 1; }
 
 /* ---- model and settings */
 [role="tablist"] { display: flex; gap: .2rem; padding: .2rem; border-radius: .8rem; background: var(--bubble); }
-[role="tab"] { padding: .3rem .95rem; font-size: .9375rem; color: var(--soft); }
+[role="tab"] { padding: .3rem .7rem; font-size: .9375rem; color: var(--soft); }
 [role="tab"][aria-selected="true"] { background: var(--raised); color: var(--ink); font-weight: 560; box-shadow: 0 1px 3px var(--shade); }
 [role="tabpanel"] { display: flex; flex-direction: column; gap: .8rem; outline-offset: .4rem; }
 #about h2 { margin-bottom: .15rem; }
@@ -8439,11 +8439,16 @@ input[type="number"] { width: 6.5rem; text-align: right; font-variant-numeric: t
 input[type="range"] { width: 100%; margin: .2rem 0; accent-color: var(--accent); }
 :user-invalid { border-color: var(--warn) !important; }
 
+#walk-out p { font-size: .875rem; line-height: 1.5; margin-bottom: 1rem; }
+#walk-out button { padding: 0; width: 100%; margin-bottom: 1rem; }
+img { display: block; max-width: 100%; height: auto; border: 1px solid var(--line); border-radius: .6rem; }
+
 /* ---- dialogs and the line that comes up at the bottom */
 dialog {
   border: 1px solid var(--line); border-radius: 1.1rem; padding: 1.25rem 1.5rem 1.5rem; color: var(--ink);
   background: var(--paper); width: min(36rem, calc(100vw - 1.5rem)); max-height: calc(100dvh - 2rem);
 }
+#picture { width: fit-content; max-width: calc(100vw - 1.5rem); }
 #all { width: min(60rem, calc(100vw - 1.5rem)); }
 .dialog-head { display: flex; align-items: center; justify-content: space-between; margin: -.4rem -.6rem .5rem 0; }
 dialog h3 { margin: 1.25rem 0 .5rem; }
@@ -8467,6 +8472,7 @@ dialog h3 { margin: 1.25rem 0 .5rem; }
 /* ---- small windows, fingers, and people who want less movement */
 @media (max-width: 700px) {
   header { padding-inline: .4rem; }
+  [role="tab"] { padding-inline: .35rem; }
   #device { display: none; }
   #scroll, footer { padding-inline: 1rem; }
   .picker { flex: 1; justify-content: space-between; margin-right: 0; }
@@ -8617,6 +8623,8 @@ const std::string_view kPageBody = R"page(
       <button role="tab" id="tab-model" aria-controls="pane-model" aria-selected="true">Model</button>
       <button role="tab" id="tab-settings" aria-controls="pane-settings" aria-selected="false"
         tabindex="-1">Settings</button>
+      <button role="tab" id="tab-walk" aria-controls="pane-walk" aria-selected="false"
+        tabindex="-1">Walkthrough</button>
     </div>
     <button class="icon" id="panel-close" aria-label="Close model and settings">
       <svg><use href="#i-close"/></svg></button>
@@ -8668,6 +8676,18 @@ const std::string_view kPageBody = R"page(
     </div>
     <button class="wide" id="reset">Reset to defaults</button>
   </div>
+
+  <div role="tabpanel" id="pane-walk" aria-labelledby="tab-walk" tabindex="0" hidden>
+    <form id="walk-form" class="control">
+      <label for="walk-text">A text, and the model's every step through it</label>
+      <textarea id="walk-text" rows="3" required>The sky is blue because</textarea>
+      <p>At most 63 tokens. It is read as it stands, without the words of a chat around it.</p>
+      <div class="row"><label for="walk-layer">Layer looked at closely</label>
+        <input type="number" id="walk-layer" min="0" step="1" placeholder="middle"></div>
+      <button class="wide">Walk through it</button>
+    </form>
+    <div id="walk-out"></div>
+  </div>
 </aside>
 
 <dialog id="all" aria-labelledby="all-title">
@@ -8689,6 +8709,13 @@ const std::string_view kPageBody = R"page(
     <button class="icon" data-close aria-label="Close"><svg><use href="#i-close"/></svg></button>
   </div>
   <div id="why-device-text"></div>
+</dialog>
+
+<dialog id="picture" aria-labelledby="picture-title">
+  <div class="dialog-head"><h2 id="picture-title"></h2>
+    <button class="icon" data-close aria-label="Close"><svg><use href="#i-close"/></svg></button>
+  </div>
+  <img id="picture-img" alt="">
 </dialog>
 
 <dialog id="help" aria-labelledby="help-title">
@@ -9870,6 +9897,38 @@ function whyCard({tokens, position, chosen, candidates}) {
       the model's own probabilities, before temperature and top-k. ␣ is a space, ↵ a new line.`));
 }
 
+// ---- the walkthrough
+async function walk(event) {
+  event.preventDefault();
+  const out = (...nodes) => $('walk-out').replaceChildren(...nodes);
+  const button = $('walk-form').querySelector('button');
+  button.disabled = true;
+  out(make('p', {}, 'The model reads the text…'));
+  try {
+    const body = {model: model.id, prompt: $('walk-text').value};
+    if ($('walk-layer').value) body.layers = [Number($('walk-layer').value)];
+    const {tokens, prefill, decode, pictures} = await (await api('api/v1/inference/walk', body)).json();
+    const cost = ({us, bound}) => `${(us / 1000).toFixed(2)} ms, set by ${bound === 'memory'
+      ? 'how fast memory is read' : 'how fast it multiplies'}`;
+    out(make('p', {}, `${plural(tokens.length, 'token')} read at once: ${cost(prefill)}. One more:
+      ${cost(decode)}.`), ...pictures.slice(1).map(shot));
+    say('The walk is done');
+  } catch (error) {
+    out(make('p', {}, error.message));
+  }
+  button.disabled = false;
+}
+
+function shot({title, alt, url, width, height}) {
+  const src = url.slice(1);  // below wherever this page stands
+  return make('button', {'aria-label': 'Larger: ' + title, onclick: () => {
+    $('picture-title').textContent = title;
+    $('picture-img').src = src;
+    $('picture-img').alt = alt;
+    $('picture').showModal();
+  }}, make('img', {src, alt, width, height}));
+}
+
 // ---- the list of conversations
 function drawList() {
   const all = storedChats();
@@ -10022,8 +10081,9 @@ function openSides() {
   }
 }
 
+const kTabs = ['model', 'settings', 'walk'];
 function showTab(name, focus) {
-  for (const one of ['model', 'settings']) {
+  for (const one of kTabs) {
     $('tab-' + one).setAttribute('aria-selected', String(one === name));
     $('tab-' + one).tabIndex = one === name ? 0 : -1;
     $('pane-' + one).hidden = one !== name;
@@ -10168,12 +10228,14 @@ function start() {
   openKeeping();
   openSides();
   openKeys();
-  for (const name of ['model', 'settings']) {
+  kTabs.forEach((name, i) => {
     $('tab-' + name).onclick = () => showTab(name);
     $('tab-' + name).onkeydown = (event) => {
-      if (/^Arrow(Left|Right)$/.test(event.key)) showTab(name === 'model' ? 'settings' : 'model', true);
+      const to = {ArrowLeft: i + 2, ArrowRight: i + 1}[event.key];
+      if (to) showTab(kTabs[to % 3], true);
     };
-  }
+  });
+  $('walk-form').onsubmit = walk;
   for (const id of ['cli', 'curl']) {
     const button = iconButton('copy', 'Copy', () => copy($(id).textContent, button));
     $(id).after(button);

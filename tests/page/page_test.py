@@ -311,6 +311,41 @@ def why(page):
           page.wait("!document.querySelector('.tokens') && !!document.querySelector('.calc')"))
 
 
+def walk(page):
+    page.click("#tab-walk")
+    check("walk: the tab shows its form", page.js(
+        "$('walk-text').checkVisibility() && !$('pane-settings').checkVisibility()"))
+    page.js("$('walk-text').value = 'The sky is'; $('walk-layer').value = 1")
+    page.click("#walk-form button")
+    page.wait("$('walk-out').textContent.includes('read at once')")
+    if not page.js("!!document.querySelector('#walk-out img')"):
+        print("skipped  walk: the program was built without stb_image_write.h")
+        page.click("#tab-model")
+        return
+    shots = page.wait("[...document.querySelectorAll('#walk-out img')].length >= 7 && "
+                      "[...document.querySelectorAll('#walk-out img')].map((i) => i.src)")
+    check("walk: the pictures of the layer that was asked for", bool(shots)
+          and any(src.endswith("/attention_L01.png") for src in shots), shots)
+    check("walk: all of them arrive, and each has words beside it", page.wait(
+        "[...document.querySelectorAll('#walk-out img')].every((i) => i.complete && "
+        "i.naturalWidth === Number(i.getAttribute('width')) && i.alt.length > 10)"))
+    check("walk: how long it took, and what set the pace", page.js(
+        "/4 tokens read at once: .* ms, set by/s.test($('walk-out').textContent)"),
+        page.js("$('walk-out').textContent"))
+    page.click("#walk-out button")
+    check("walk: a picture opens large", page.wait(
+        "$('picture').open && $('picture-img').complete && $('picture-img').naturalWidth > 300 && "
+        "$('picture-title').textContent.length > 5"))
+    page.key("Escape")
+    check("walk: Esc closes it", page.js("!$('picture').open"))
+    page.js("$('walk-text').value = 'word '.repeat(200)")
+    page.click("#walk-form button")
+    check("walk: a text that is too long is refused in words", page.wait(
+        "/64 are the most/.test($('walk-out').textContent)"), page.js("$('walk-out').textContent"))
+    page.js("$('walk-text').value = ''; $('walk-layer').value = ''")
+    page.click("#tab-model")
+
+
 def settings(page):
     page.click("#tab-settings")
     page.click(".hint")
@@ -835,7 +870,7 @@ def run(program, sample, shots):
     try:
         section(document, server)
         page = Page(browser, server.url)
-        for call, *more in ((models, put), (chatting,), (why,), (settings,), (commands,),
+        for call, *more in ((models, put), (chatting,), (why,), (walk,), (settings,), (commands,),
                             (completion,), (keeping, folder)):
             section(call, page, *more)
         done(page)
