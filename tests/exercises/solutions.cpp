@@ -2,7 +2,7 @@
 #include <cmath>          // exp, log, log2, sqrt
 #include <unordered_map>  // unordered_map
 
-#include "exercises.hpp"
+#include "exercises/exercises.hpp"
 
 namespace exercises {
 
