@@ -289,7 +289,8 @@ def check_text(path, sources):
             if sections.get(word) != slug:
                 problem(path, number, f"there is no section {word} ({slug})")
         for code in re.findall(r"`([^`]+)`", line):
-            if code not in source and code not in own and not there(code):
+            whole = rf"(?<!\w){re.escape(code)}(?!\w)"  # Pass::smear is not Pass::smears
+            if not (re.search(whole, source) or code in own or there(code)):
                 problem(path, number, f"neither code nor a file: {code}")
         for link in re.findall(r"\]\(([^)]+)\)", line):
             if not there(os.path.join(os.path.dirname(path), link)):
