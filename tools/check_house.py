@@ -5,7 +5,8 @@
 
 Headers that are read from the top: their contents lists are true, their functions are short, their
 includes say what they are for, they leave no macro behind and depend on no switch. Above each CUDA
-kernel stands what it computes, on what, by whom, at what cost and in which order.
+kernel stands what it computes, on what, by whom, at what cost and in which order. The texts that
+teach (tools/MODEL.md, tools/EXERCISES.md) quote what is there.
 Standard library only.
 """
 import os
@@ -266,6 +267,72 @@ def check_includes(path, source):
             problem(path, number, "an include says what it is for: // name, name")
 
 
+def section_numbers(source):
+    return {number: slug for number, slug in
+            re.findall(r"^// ==== (\d+)\. ([a-z0-9_]+) =", source, flags=re.MULTILINE)}
+
+
+def check_text(path, sources):
+    """A text that teaches: what it quotes is in the sources, its sections and files are there."""
+    text, source = read(path), "\n".join(read(name) for name in sources)
+    squeezed, sections = re.sub(r"\s", "", source), section_numbers(read(HEADER))
+    own, block = " ".join(re.findall(r"```.*?```", text, flags=re.DOTALL)), None
+    for number, line in enumerate(text.split("\n"), 1):
+        if line.startswith("```"):
+            block = line[3:] if block is None else None
+            continue
+        if block == "cpp" and re.sub(r"\s", "", line) not in squeezed:
+            problem(path, number, f"not in {', '.join(sources)}: {line.strip()}")
+        if block is not None:
+            continue
+        for word, slug in re.findall(r"[Ss]ection (\d+)(?: \((\w+)\))?", line):
+            if sections.get(word) != slug:
+                problem(path, number, f"there is no section {word} ({slug})")
+        for code in re.findall(r"`([^`]+)`", line):
+            whole = rf"(?<!\w){re.escape(code)}(?!\w)"  # Pass::smear is not Pass::smears
+            if not (re.search(whole, source) or code in own or there(code)):
+                problem(path, number, f"neither code nor a file: {code}")
+        for link in re.findall(r"\]\(([^)]+)\)", line):
+            if not there(os.path.join(os.path.dirname(path), link)):
+                problem(path, number, f"leads nowhere: {link}")
+
+
+def there(path):
+    """The pictures and the ladder may be left out of a copy, whole."""
+    folder = re.match(r"tools/(walk|ladder)\b", path)
+    return (os.path.exists(os.path.join(ROOT, path))
+            or bool(folder) and not os.path.exists(os.path.join(ROOT, folder.group())))
+
+
+def check_model_text(path, header):
+    """It names every hook point, and the constants of the generations are the header's."""
+    text = read(path)
+    points = re.search(r"enum class HookPoint[^{]*\{(.*?)\};", header, re.DOTALL).group(1)
+    for point in re.findall(r"^ +(\w+)", points, flags=re.MULTILINE):
+        if not re.search(rf"`HookPoint::{point}`", text):
+            problem(path, 0, f"does not name HookPoint::{point}")
+    facts = re.findall(r'\{Generation::\w+, "(\w+)", "([^"]+)", (\d+), ([\d.]+)f?, (\d), (\d+), '
+                       r"(\d), (\d+), (true|false)\}", header)
+    for name, dates, base, scale, gate, channels, divisor, multiple, bf16 in facts:
+        window = "none" if divisor == "0" else f"S/{divisor}"
+        window += f", up to {multiple}" if multiple != "1" else ""
+        row = [name.capitalize(), dates, f"{int(base):,}", scale, gate if gate != "0" else "-",
+               channels if channels != "0" else "-", window,
+               "bfloat16" if bf16 == "true" else "float32"]
+        if f"| {' | '.join(row)} |" not in text:
+            problem(path, 0, f"the table of generations has no row | {' | '.join(row)} |")
+    if len(facts) != len(re.findall(r"\{Generation::", header)):
+        problem(path, 0, "not all rows of kGenerations can be read")
+
+
+def check_exercises(path, tests):
+    """Each exercise has its test and each test its exercise."""
+    asked = set(re.findall(r"^## (\d+)\.", read(path), flags=re.MULTILINE))
+    tested = set(re.findall(r'TEST_CASE\(\s*"exercise (\d+):', read(tests)))
+    if asked != tested or not asked:
+        problem(path, 0, f"exercises {sorted(asked)}, tests of {sorted(tested)}")
+
+
 def main():
     for entry in sorted(os.listdir(ROOT)):
         if not (entry.startswith((".", "build")) or entry in ROOT_ENTRIES):
@@ -279,6 +346,11 @@ def main():
         check_header(KERNELS, source)
         check_asks_for_nvcc(source)
         check_kernels(source)
+    exercises = ("tests/exercises/exercises.hpp", "tests/test_exercises.cpp")
+    check_text("tools/MODEL.md", (HEADER,))
+    check_model_text("tools/MODEL.md", read(HEADER))
+    check_text("tools/EXERCISES.md", (HEADER, *exercises))
+    check_exercises("tools/EXERCISES.md", exercises[1])
     for path in our_files():
         source = read(path)
         count = source.count("\n")

@@ -77,4 +77,14 @@ if [ -x "$build/nanogpt" ]; then
         fail "no sample model installed"
     ok "the installed program starts"
 fi
+
+# 5. A student's file with the line that tools/EXERCISES.md gives.
+mkdir "$work/student"
+cd "$work/student"
+ln -s "$root/nanogpt.hpp" "$root/tests" "$root/tools" "$root/README.md" .
+cp tests/exercises/solutions.cpp mine.cpp
+line=$(grep '^g++ .*mine\.cpp' tools/EXERCISES.md) || fail "tools/EXERCISES.md has no line with mine.cpp"
+printf 'CXX=$1\n"$CXX" %s\n' "${line#g++ }" > line.sh
+quietly sh line.sh "$cxx"
+ok "the exercises: ${line%% mine.cpp*}..."
 echo "consumers: all work"
