@@ -31,16 +31,22 @@ require() {
     find_compiler >/dev/null || missing+=(g++)
     have cmake || missing+=(cmake)
     have ninja || have make || missing+=(make)
-    if [ "${1:-}" = doctest ] && ! has_doctest; then missing+=(doctest-dev); fi
+    if [ "${1:-}" = doctest ] && ! has_header doctest/doctest.h; then missing+=(doctest-dev); fi
+    # For pictures. Without it all else works, so for it alone nobody is asked for a password.
+    if ! has_header stb_image_write.h && ! has_header stb/stb_image_write.h && have apt-get; then
+        if [ ${#missing[@]} -gt 0 ]; then missing+=(libstb-dev)
+        elif [ "$(id -u)" -eq 0 ]; then install_packages libstb-dev || say "walk draws no pictures"
+        fi
+    fi
     [ ${#missing[@]} -eq 0 ] || install_packages "${missing[@]}"
     CXX=$(find_compiler) || { say "no C++20 compiler works (g++ 12 or later is needed)"; return 1; }
     export CXX
 }
 
 # Where the compiler and CMake look, which is not only Debian's folder.
-has_doctest() {
+has_header() {
     find_compiler >/dev/null &&
-        "$(find_compiler)" -x c++ -E - >/dev/null 2>&1 <<<'#include <doctest/doctest.h>'
+        "$(find_compiler)" -x c++ -E - >/dev/null 2>&1 <<<"#include <$1>"
 }
 
 # Installs packages as root or with sudo; refreshes the package lists only when they are of no use.
