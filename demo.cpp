@@ -3904,6 +3904,8 @@ private:
         LensRow& row = w_.lens[i];
         row.is_output = i + 1 == streams_.size();
         row.name = row.is_output ? "output" : i == 0 ? "embed" : std::to_string(i - 1);
+        // G4 takes out some of the middle layer before the output: this row is not the output yet.
+        if (i + 2 == streams_.size() && c.generation == Generation::g4) row.name += " (no backout)";
         if (!row.is_output) ops::rms_norm(x.data(), x.data(), columns, D);
         ops::linear(pool_, logits.data(), x.data(), lm_head_, columns, V);
         for (std::size_t t = 0; t < columns; t++) {
@@ -4062,7 +4064,9 @@ Chart attention_overview(const Walk& w) {
 Chart lens_chart(const Walk& w) {
     const int columns = static_cast<int>(w.T() - w.lens_first),
               rows = static_cast<int>(w.lens.size());
-    const int wide = 104, high = 26, side = 76;
+    int side = 76;
+    for (const LensRow& row : w.lens) side = std::max(side, Picture::length(row.name) + 10);
+    const int wide = 104, high = 26;
     Chart chart{"lens", "Logit lens: the next token, if the model ended here",
                 "Likeliest next token and its probability, layers by positions"};
     const std::string part =
@@ -4578,17 +4582,21 @@ std::string time_table(const Walk& w) {
 }
 std::string lens_table(const Walk& w) {
     constexpr std::size_t kRows = 9;
-    const std::size_t wide = 11, room = (terminal.width - 22) / wide;
-    const std::size_t columns = w.T() - w.lens_first, first = columns - std::min(columns, room);
-    std::string text = paint(terminal.out, kBold, fit("AFTER", 9));
+    const std::size_t wide = 11, n = w.lens.size(), shown = std::min(n, kRows);
+    const auto row_of = [&](std::size_t i) { return w.lens[i * (n - 1) / (shown - 1)]; };
+    std::size_t side = 9;
+    for (std::size_t i = 0; i < shown; i++) side = std::max(side, row_of(i).name.size() + 2);
+    const std::size_t room = std::max(terminal.width, side + 12 + wide) - side - 12;
+    const std::size_t columns = w.T() - w.lens_first,
+                      first = columns - std::min(columns, room / wide);
+    std::string text = paint(terminal.out, kBold, fit("AFTER", side));
     for (std::size_t c = first; c < columns; c++)
         text += paint(terminal.out, kDim,
                       fit(safe(label_of(w.pieces[w.lens_first + c], wide - 1)), wide));
     text += "  SURE  RANK\n";
-    const std::size_t n = w.lens.size(), shown = std::min(n, kRows);
     for (std::size_t i = 0; i < shown; i++) {
-        const LensRow& row = w.lens[shown < 2 ? 0 : i * (n - 1) / (shown - 1)];
-        text += fit(row.name, 9);
+        const LensRow row = row_of(i);
+        text += fit(row.name, side);
         for (std::size_t c = first; c < columns; c++)
             text += fit(label_of(w.words.at(row.cells[c].token), wide - 1), wide);
         text += fit(percent_of(row.cells.back().probability), 6, true) +
