@@ -41,8 +41,7 @@ __global__ void __launch_bounds__(kWarps * 32) attention_kernel(const Attention 
         __syncthreads();  // and read by all
     }
     for (float& x : sum) x = 1 / row_sum(x);
-    for (int i = 0; i < 2 * kSteps; ++i)
-        store_sums(a.z + a.row(b, h, t) + i * 8, ld, z[i], sum[0], sum[1]);
+    for (int i = 0; i < 2 * kSteps; ++i) store_sums(a.z + a.row(b, h, t) + i * 8, ld, z[i], sum);
 }
 
 void launch(const Attention& a) {

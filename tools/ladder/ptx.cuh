@@ -108,13 +108,13 @@ __device__ inline void load_rows(std::uint32_t (&b)[4], const bf16* s_rows, int 
     ldmatrix_x4_trans(b, s_rows + swizzled(n + lane % 16, c + lane / 16));
 }
 
-// The sums of an mma, rounded to bf16: `to` (16, 8) with row stride ld. A lane's two rows times f.
-__device__ inline void store_sums(bf16* to, int ld, const float (&c)[4], float f0 = 1,
-                                  float f1 = 1) {
+// The sums of an mma, a lane's two rows times f[0] and f[1], rounded: `to` (16, 8) with row stride ld.
+__device__ inline void store_sums(bf16* to, int ld, const float (&c)[4],
+                                  const float (&f)[2] = {1, 1}) {
     const int lane = static_cast<int>(threadIdx.x) % 32;
     to += lane / 4 * ld + lane % 4 * 2;
-    *reinterpret_cast<std::uint32_t*>(to) = pack(c[0] * f0, c[1] * f0);
-    *reinterpret_cast<std::uint32_t*>(to + 8 * ld) = pack(c[2] * f1, c[3] * f1);
+    *reinterpret_cast<std::uint32_t*>(to) = pack(c[0] * f[0], c[1] * f[0]);
+    *reinterpret_cast<std::uint32_t*>(to + 8 * ld) = pack(c[2] * f[1], c[3] * f[1]);
 }
 
 // Sum over the four lanes that hold the same rows of an mma's sums.
