@@ -2,7 +2,7 @@
 //   idea      A warp takes 16 queries and 64 keys at a time: mma.sync makes their scores and, from
 //             their weights, which lie in the registers as the next mma wants them, the sums.
 //   expected  A page is 2.1 MFLOP for a block, 826 clocks of an H200's tensor cores, 2048 of a GB10's.
-//             Its 32 KB come in 800 clocks or so, and meanwhile a block does nothing: half the peak.
+//             It comes some 800 clocks after it was asked for, and till then the block waits: half the peak.
 //   measured  nothing yet
 //   taught    An instruction now does 4096 flops, not 32: attention is two matrix products again.
 #include "harness.cuh"
@@ -19,7 +19,7 @@ __global__ void __launch_bounds__(kWarps * 32) attention_kernel(const Attention 
     for (int i = 0; i < kSteps; ++i) load_factor(q[i], a.q + a.row(b, h, t) + i * 16, ld);
     float z[2 * kSteps][4] = {}, sum[2] = {};  // of a lane's two rows
     for (int s = 0; s <= t; s += kPage) {
-        for (int i = threadIdx.x * 8; i < kPageValues; i += kWarps * 32 * 8)
+        for (int n = 0, i = threadIdx.x * 8; n < 16; ++n, i += kPageValues / 16)
             *reinterpret_cast<uint4*>(s_page + swizzled(i / kHead, i % kHead / 8)) =
                 *reinterpret_cast<const uint4*>(a.pages + a.key(b, h, s) + i);
         __syncthreads();             // the page is whole

@@ -20,7 +20,8 @@ __global__ void __launch_bounds__(kThreads) gemm_kernel(const Gemm g) {
     const int tm = t / 16 * 4, tn = t % 16 * 4;
     float sum[8][8] = {};
     for (int k0 = 0; k0 < g.K; k0 += kTileK) {
-        for (int row = t / kTileK, k = t % kTileK; row < kTile; row += kThreads / kTileK) {
+        for (int i = 0; i < kTile; i += kThreads / kTileK) {
+            const int row = i + t / kTileK, k = t % kTileK;
             s_x[k][row] = float(g.x[(m0 + row) * g.K + k0 + k]);
             s_w[k][row] = float(g.w[(n0 + row) * g.K + k0 + k]);
         }

@@ -20,11 +20,10 @@ __global__ void __launch_bounds__(kThreads) gemm_kernel(const Gemm g) {
     const int warp_m = t / 64 * 64, warp_n = t / 32 % 2 * 64;
     float sum[4][8][4] = {};
     for (int k0 = 0; k0 < g.K; k0 += kTileK) {
-        for (int row = t / 4; row < 2 * kTile; row += kThreads / 4) {  // 16 bytes a thread
-            const bf16* from =
-                row < kTile ? g.x + (m0 + row) * g.K : g.w + (n0 + row - kTile) * g.K;
-            *reinterpret_cast<uint4*>(s_tile + place(row, t % 4)) =
-                *reinterpret_cast<const uint4*>(from + k0 + t % 4 * 8);
+        for (int i = 0; i < 2 * kTile; i += kThreads / 4) {  // 16 bytes a thread
+            const bf16* from = i < kTile ? g.x + (m0 + i) * g.K : g.w + (n0 + i - kTile) * g.K;
+            *reinterpret_cast<uint4*>(s_tile + place(i + t / 4, t % 4)) =
+                *reinterpret_cast<const uint4*>(from + t / 4 * g.K + k0 + t % 4 * 8);
         }
         __syncthreads();                           // the tile is whole
         for (int c = 0; c < kTileK / 8; c += 2) {  // 16 of K, two chunks of 8

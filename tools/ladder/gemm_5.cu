@@ -19,20 +19,19 @@ __global__ void __launch_bounds__(kThreads) gemm_kernel(const Gemm g) {
     const int t = threadIdx.x, lane = t % 32, m0 = blockIdx.y * kTile, n0 = blockIdx.x * kTile;
     const int warp_m = t / 64 * 64, warp_n = t / 32 % 2 * 64;
     const auto copy = [&](int k0, bf16* s_tile) {
-        for (int row = t / 4; k0 < g.K && row < 2 * kTile; row += kThreads / 4) {
-            const bf16* from =
-                row < kTile ? g.x + (m0 + row) * g.K : g.w + (n0 + row - kTile) * g.K;
-            cp_async_16(s_tile + place(row, t % 4), from + k0 + t % 4 * 8);
+        for (int i = 0; k0 < g.K && i < 2 * kTile; i += kThreads / 4) {
+            const bf16* from = i < kTile ? g.x + (m0 + i) * g.K : g.w + (n0 + i - kTile) * g.K;
+            cp_async_16(s_tile + place(i + t / 4, t % 4), from + t / 4 * g.K + k0 + t % 4 * 8);
         }
         cp_async_commit();  // an empty group past the end: they are counted
     };
     for (int i = 0; i < kStages - 1; ++i) copy(i * kTileK, s_ring + i * kStage);
     float sum[4][8][4] = {};
-    for (int k0 = 0, i = 0; k0 < g.K; k0 += kTileK, i = (i + 1) % kStages) {
+    for (int k0 = 0, stage = 0; k0 < g.K; k0 += kTileK, stage = (stage + 1) % kStages) {
         cp_async_wait<kStages - 2>();
         __syncthreads();  // this stage is whole, and the one before is read by all
-        copy(k0 + (kStages - 1) * kTileK, s_ring + (i + kStages - 1) % kStages * kStage);
-        const bf16* const s_tile = s_ring + i * kStage;
+        copy(k0 + (kStages - 1) * kTileK, s_ring + (stage + kStages - 1) % kStages * kStage);
+        const bf16* const s_tile = s_ring + stage * kStage;
         for (int c = 0; c < kTileK / 8; c += 2) {  // 16 of K, two chunks of 8
             std::uint32_t a[4][4], b[4][4];
             for (int i = 0; i < 4; ++i) {

@@ -1,8 +1,7 @@
 // gemm_7: the production kernel
 //   idea      As gemm_6, with the rest of the waiting taken out: fragments of the next mma are read
 //             during this one, and the next tile is fetched while the sums of this one are written.
-//   expected  gemm_6 waits for ldmatrix before its first mma and after each barrier, some 30 clocks in
-//             413; up to 10 percent. Nine tile shapes, chosen by cost, are for other sizes than this.
+//   expected  A warp of gemm_6 waits twice a step for ldmatrix, some 60 clocks of 826: 7 percent.
 //   measured  nothing yet
 //   taught    The last tenth costs more code than all before: 300 lines in kernels.cuh, section 8.
 #include "../../kernels.cuh"

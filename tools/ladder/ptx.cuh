@@ -117,6 +117,13 @@ __device__ inline void store_sums(bf16* to, int ld, const float (&c)[4],
     *reinterpret_cast<std::uint32_t*>(to + 8 * ld) = pack(c[2] * f[1], c[3] * f[1]);
 }
 
+// Four values, 8 bytes, as floats.
+__device__ inline void load_4(float (&v)[4], const bf16* from) {
+    const uint2 pairs = *reinterpret_cast<const uint2*>(from);
+    v[0] = __uint_as_float(pairs.x << 16), v[1] = __uint_as_float(pairs.x & 0xffff0000u);
+    v[2] = __uint_as_float(pairs.y << 16), v[3] = __uint_as_float(pairs.y & 0xffff0000u);
+}
+
 // Sum over the four lanes that hold the same rows of an mma's sums.
 __device__ inline float row_sum(float x) {
     x += __shfl_xor_sync(~0u, x, 1);
