@@ -13,6 +13,7 @@ run on another machine can be saved and taken from there. Exit code 1 if a rung 
 for bad usage, 77 if there is no nvcc or no GPU. Standard library only.
 """
 import argparse
+import ctypes
 import json
 import os
 import re
@@ -34,28 +35,37 @@ def rungs():
     return sorted(names, key=lambda name: (name.startswith("attention"), int(name.split("_")[1])))
 
 
-def build(folder):
-    """Compiles all rungs into a folder, for the GPU at hand."""
-    nvcc = shutil.which(os.environ.get("CUDACXX", "nvcc")) or shutil.which("nvcc",
-                                                                            path="/usr/local/cuda/bin")
-    if nvcc is None:
-        print("skipped: no nvcc in PATH, nor in CUDACXX")
+def find_nvcc():
+    """nvcc, if there is one and a GPU to compile for: without one it does not know for which."""
+    gpus = ctypes.c_int(0)
+    try:
+        driver = ctypes.CDLL("libcuda.so.1")
+        if driver.cuInit(0) == 0:
+            driver.cuDeviceGetCount(ctypes.byref(gpus))
+    except OSError:
+        pass
+    if gpus.value == 0:
+        print("skipped: no GPU can be used")
         sys.exit(SKIPPED)
-    for rung in rungs():
-        print(f"building {rung}", file=sys.stderr, flush=True)
-        command = [nvcc, "-std=c++20", "-O3", "-arch=native", os.path.join(HERE, rung + ".cu"),
-                   "-o", os.path.join(folder, rung)]
-        if subprocess.run(command).returncode != 0:
-            sys.exit(f"run.py: {rung} does not compile")
+    nvcc = shutil.which(os.environ.get("CUDACXX", "nvcc"))
+    nvcc = nvcc or shutil.which("nvcc", path="/usr/local/cuda/bin")
+    if nvcc is None:
+        print("skipped: no nvcc, neither in PATH nor in CUDACXX")
+        sys.exit(SKIPPED)
+    return nvcc
 
 
-def climb(folder, check):
-    """Runs all rungs, with their output shown; their last lines."""
+def climb(folder, nvcc, check):
+    """Builds each rung, unless nvcc is None, and runs it with its output shown; their last lines."""
     results = []
     for rung in rungs():
-        command = [os.path.join(folder, rung)] + (["--check"] if check else [])
+        program = os.path.join(folder, rung)
+        if nvcc and subprocess.run([nvcc, "-std=c++20", "-O3", "-arch=native", "-o", program,
+                                    os.path.join(HERE, rung + ".cu")]).returncode != 0:
+            sys.exit(f"run.py: {rung} does not compile")
         try:
-            done = subprocess.run(command, stdout=subprocess.PIPE, encoding="utf-8")
+            done = subprocess.run([program] + (["--check"] if check else []),
+                                  stdout=subprocess.PIPE, encoding="utf-8")
         except OSError as error:
             sys.exit(f"run.py: {rung} cannot be run: {error.strerror}")
         print(done.stdout, end="", flush=True)
@@ -144,11 +154,10 @@ def main():
         with open(args.log, encoding="utf-8") as file:
             results = parse(file.read())
     elif args.bin:
-        results = climb(args.bin, args.check)
+        results = climb(args.bin, None, args.check)
     else:
         with tempfile.TemporaryDirectory() as folder:
-            build(folder)
-            results = climb(folder, args.check)
+            results = climb(folder, find_nvcc(), args.check)
     if args.check:
         print(f"{len(results)} rungs are right")
         return
