@@ -1,10 +1,10 @@
 // attention_2: one pass, one warp a query
 //   idea      Softmax needs no second look: keep the greatest score so far, and shrink what has been
 //             summed when a greater one comes (Milakov and Gimelshein 2018). No score leaves the chip.
-//   expected  A key costs a warp some 42 instructions, of which an SM starts four in a clock, for 512
-//             flops: 49 per clock and SM, 13 TFLOP/s on an H200.
+//   expected  A key costs a warp some 57 instructions, of which an SM starts four in a clock, for 512
+//             flops: 36 per clock and SM, 9 TFLOP/s on an H200.
 //   measured  nothing yet
-//   taught    Fusing removed the memory; what is left is instructions, 12 flops for each.
+//   taught    Fusing removed the memory; what is left is instructions, 9 flops for each.
 #include "harness.cuh"
 
 using namespace ladder;
