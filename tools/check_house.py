@@ -7,6 +7,8 @@ Headers that are read from the top: their contents lists are true, their functio
 includes say what they are for, they leave no macro behind and depend on no switch. Above each CUDA
 kernel stands what it computes, on what, by whom, at what cost and in which order. The texts that
 teach (tools/MODEL.md, tools/EXERCISES.md) quote what is there.
+kernel stands what it computes, on what, by whom, at what cost and in which order. On the ladder of
+kernels each rung is a small step from the one before and says what it is for.
 Standard library only.
 """
 import os
@@ -22,6 +24,7 @@ TEXT = (".hpp", ".cpp", ".cuh", ".cu", ".py", ".sh", ".md", ".txt", ".cmake", ".
 # The aim for the header is 4000 lines. It has more: this number only ever goes down.
 MAX_LINES = {HEADER: 5220, KERNELS: 3764}
 MAX_FUNCTION, MAX_STORY = 60, 120  # the functions named forward tell the story and may be longer
+LADDER, MAX_STEP = os.path.join("tools", "ladder"), 60  # lines, as `diff | grep -c '^[<>]'` counts
 MAX_KERNEL = 130  # a pipeline in pieces is harder to follow than in one
 MAY_STAY_DEFINED = {HEADER: {"NANOGPT_VERSION"}, KERNELS: {"NANOGPT_CUDA_CHECK"}}
 BANNER = re.compile(r"^// ==== (\d+)\. ([a-z0-9_]+) =*$")
@@ -261,6 +264,45 @@ def check_kernels(source):
                     f"source:, in this order; found {', '.join(parts) or 'none'}")
 
 
+def differing_lines(a, b):
+    """How many lines are only in a or only in b: what is not in their longest common subsequence."""
+    row = [0] * (len(b) + 1)
+    for line in a:
+        diagonal = 0
+        for j, other in enumerate(b, 1):
+            diagonal, row[j] = row[j], diagonal + 1 if line == other else max(row[j], row[j - 1])
+    return len(a) + len(b) - 2 * row[-1]
+
+
+def check_ladder(names, read_rung, readme):
+    """Rungs gemm_1.cu, gemm_2.cu ... and attention_1.cu ... without a gap: each says what it is, its
+    neighbour is near, the last calls the production kernel, and README.md knows all."""
+    for kind in ("gemm", "attention"):
+        count = sum(name.startswith(kind + "_") and name.endswith(".cu") for name in names)
+        wanted = [f"{kind}_{i}.cu" for i in range(1, count + 1)]
+        if count < 2 or not set(wanted) <= set(names):
+            problem(LADDER, 0, f"the rungs of {kind} are not {kind}_1.cu, {kind}_2.cu, ...")
+            continue
+        before = None
+        for name in wanted:
+            path, lines = os.path.join(LADDER, name), read_rung(name).splitlines()
+            top = [line for line in lines[:next((i for i, line in enumerate(lines)
+                                                 if not line.startswith("//")), 0)]]
+            parts = [m.group(1) for m in (re.match(r"//   (\w+) +\S", line) for line in top) if m]
+            if not top or not re.match(rf"// {name[:-3]}: \S", top[0]):
+                problem(path, 1, f"the first line is not '// {name[:-3]}: what it is'")
+            if parts != ["idea", "expected", "measured", "taught"]:
+                problem(path, 1, f"the top tells idea, expected, measured and taught; found {parts}")
+            if ('#include "../../kernels.cuh"' in lines) != (name == wanted[-1]):
+                problem(path, 0, "the last rung includes ../../kernels.cuh, and no other")
+            if before and differing_lines(before, lines) > MAX_STEP:
+                problem(path, 0, f"{differing_lines(before, lines)} lines differ from the rung before, "
+                        f"at most {MAX_STEP} are allowed")
+            if f"({name})" not in readme:
+                problem(os.path.join(LADDER, "README.md"), 0, f"has no link to {name}")
+            before = lines
+
+
 def check_includes(path, source):
     for number, line in enumerate(source.split("\n"), 1):
         if re.match(r"\s*#\s*include\s*<", line) and "//" not in line:
@@ -351,6 +393,9 @@ def main():
     check_model_text("tools/MODEL.md", read(HEADER))
     check_text("tools/EXERCISES.md", (HEADER, *exercises))
     check_exercises("tools/EXERCISES.md", exercises[1])
+    check_ladder(os.listdir(os.path.join(ROOT, LADDER)),
+                 lambda name: read(os.path.join(LADDER, name)),
+                 read(os.path.join(LADDER, "README.md")))
     for path in our_files():
         source = read(path)
         count = source.count("\n")

@@ -1,0 +1,56 @@
+// gemm_6: larger tiles, in an order that shares
+//   idea      128 x 256 of y in a block, eight warps; blocks run down super-rows of 16 tiles, so that
+//             those that run at one time cover nearly a square and find each other's rows in the L2.
+//   expected  1 byte from the L2 for 85 flops: 470 to 600 TFLOP/s on an H200. A GB10's 48 blocks share
+//             2816 rows, not 4480: from memory 1.0 ms, not 1.7, and its tensor cores need 1.2.
+//   measured  nothing yet
+//   taught    A square has the least rim for its area: in registers, in shared memory, in the L2.
+#include "harness.cuh"
+
+using namespace ladder;
+
+constexpr int kTile = 128, kTileN = 256, kTileK = 32, kThreads = 256, kSuperRow = 16;
+constexpr int kStages = 4, kStage = (kTile + kTileN) * kTileK;  // values of a stage: 24 KB
+
+__device__ int place(int row, int chunk) { return row * kTileK + (chunk ^ row / 2 % 4) * 8; }
+
+__global__ void __launch_bounds__(kThreads) gemm_kernel(const Gemm g) {
+    extern __shared__ __align__(128) bf16 s_ring[];  // kStages times rows of x, rows of w
+    const int rows = min(kSuperRow, g.M / kTile), columns = g.N / kTileN, block = blockIdx.x;
+    const int m0 = (block / (rows * columns) * rows + block % rows) * kTile;
+    const int n0 = block / rows % columns * kTileN, t = threadIdx.x, lane = t % 32;
+    const int warp_m = t / 128 * 64, warp_n = t / 32 % 4 * 64;
+    const auto copy = [&](int k0, bf16* s_tile) {
+        for (int i = 0; k0 < g.K && i < kTile + kTileN; i += kThreads / 4) {
+            const bf16* from = i < kTile ? g.x + (m0 + i) * g.K : g.w + (n0 + i - kTile) * g.K;
+            cp_async_16(s_tile + place(i + t / 4, t % 4), from + t / 4 * g.K + k0 + t % 4 * 8);
+        }
+        cp_async_commit();  // an empty group past the end: they are counted
+    };
+    for (int i = 0; i < kStages - 1; ++i) copy(i * kTileK, s_ring + i * kStage);
+    float sum[4][8][4] = {};
+    for (int k0 = 0, stage = 0; k0 < g.K; k0 += kTileK, stage = (stage + 1) % kStages) {
+        cp_async_wait<kStages - 2>();
+        __syncthreads();  // this stage is whole, and the one before is read by all
+        copy(k0 + (kStages - 1) * kTileK, s_ring + (stage + kStages - 1) % kStages * kStage);
+        const bf16* const s_tile = s_ring + stage * kStage;
+        for (int c = 0; c < kTileK / 8; c += 2) {  // 16 of K, two chunks of 8
+            std::uint32_t a[4][4], b[4][4];
+            for (int i = 0; i < 4; ++i) {
+                const int row_b = kTile + warp_n + i * 16 + lane / 16 * 8 + lane % 8;
+                ldmatrix_x4(a[i], s_tile + place(warp_m + i * 16 + lane % 16, c + lane / 16));
+                ldmatrix_x4(b[i], s_tile + place(row_b, c + lane / 8 % 2));
+            }
+            for (int i = 0; i < 16; ++i) mma_16x16(&sum[i / 4][i % 4 * 2], a[i / 4], b[i % 4]);
+        }
+    }
+    bf16* const y = g.y + (m0 + warp_m) * g.N + n0 + warp_n;
+    for (int i = 0; i < 32; ++i)
+        store_sums(y + i / 8 * 16 * g.N + i % 8 * 8, g.N, sum[i / 8][i % 8]);
+}
+
+void launch(const Gemm& g) {
+    start(gemm_kernel, g.M / kTile * g.N / kTileN, kThreads, kStages * kStage * 2, g);
+}
+
+int main(int argc, char** argv) { return run_gemm(__FILE__, argc, argv, launch); }
