@@ -2195,7 +2195,7 @@ TEST_CASE("server: draining: what is asked now is refused, what was asked before
     const auto s = start(zoo(), {"--threads", "1", "--drain-seconds", "600"});
     Connection running(s->port(), 2), asks(s->port(), 3), looks(s->port(), 4);
     running.send(endless(200, R"(,"stream":true)", kSlow));
-    CHECK(running.begins());
+    CHECK(busy(s->port()));
     const std::string question = chat(), look = get("/health");
     asks.send(question.substr(0, question.size() - 1));  // begun, or they would be closed as idle
     looks.send(look.substr(0, look.size() - 1));
@@ -2235,7 +2235,7 @@ TEST_CASE("server: signals end it with 0, whatever it is doing") {
             loading.signal(number);
             ends(loading);
         }
-        const auto s = start(zoo(), {"--threads", "1", "--slots", "32", "--drain-seconds", "600"});
+        const auto s = start(zoo(), {"--threads", "1", "--slots", "33", "--drain-seconds", "600"});
         std::vector<Connection> open;
         for (int i = 0; i < 32; i++) {
             open.emplace_back(s->port(), 10 + i / 8);
