@@ -1473,9 +1473,11 @@ std::string openai_events(const Stream& s, const char* finish, const std::string
                ",\"logprobs\":null,\"finish_reason\":" + why + "}]" + end;
     };
     std::string out = event(R"({"role":"assistant","content":""})", "null");
-    for (std::size_t i = 1; i < s.data.size(); i++)
-        if (const Json* piece = at(json_of(s.data[i]), "choices.0.delta.content"))
+    for (std::size_t i = 1; i < s.data.size(); i++) {
+        const Json json = json_of(s.data[i]);
+        if (const Json* piece = at(json, "choices.0.delta.content"))
             out += event("{\"content\":" + json_string(piece->string) + "}", "null");
+    }
     out += event("{}", json_string(finish));
     if (!usage.empty()) out += begin + "],\"usage\":" + usage + "}\n\n";
     return out + "data: [DONE]\n\n";
@@ -1507,9 +1509,10 @@ TEST_CASE("server: streams: every byte is as specified, and pieces are whole cha
     CHECK(s.text == kAnswerText);
     CHECK(plain.body == openai_events(s, "stop", ""));
     CHECK(s.data.size() > 10);  // in pieces, not at once
-    for (const std::string& data : s.data)
-        if (const Json* piece = at(json_of(data), "choices.0.delta.content"))
-            CHECK(is_utf8(piece->string));
+    for (const std::string& data : s.data) {
+        const Json json = json_of(data);
+        if (const Json* piece = at(json, "choices.0.delta.content")) CHECK(is_utf8(piece->string));
+    }
     const Response usage =
         stream_of(chat(seed + R"(,"stream":true,"stream_options":{"include_usage":true})"));
     s = read_stream(usage.body);
