@@ -4598,12 +4598,12 @@ void Scheduler::publish(bool always) {
         s.finished = finished_, s.cancelled = cancelled_;
         s.memory_available = available_;
         s.first_token = first_token_, s.between_tokens = between_tokens_;
-        s.loading = loading_ != nullptr;
         s.broken = broken_;
     }
     {
         const std::lock_guard lock(mutex_);
         if (fresh) snapshot_ = std::move(*fresh);
+        snapshot_.loading = loading_ != nullptr || preload_ != nullptr;  // never "ok" in between
         snapshot_.active = running(), snapshot_.queued = queued;
         if (posted_.empty()) return;
         std::move(posted_.begin(), posted_.end(), std::back_inserter(events_));
