@@ -5218,6 +5218,10 @@ protected:
         return ids;
     }
     virtual Fields common_fields(const Connection&) { return {}; }
+    bool from_proxy(const std::string& peer) const {  // which asks for many clients
+        return trust_proxy_ && (peer.starts_with("127.") || peer == "::1");
+    }
+    bool trust_proxy_ = false;
 
     static constexpr std::uint64_t kListener = 0, kWake = 1, kOther = 2, kFirst = 16;  // keys
 
@@ -5354,7 +5358,8 @@ void HttpServer::accept_all() {
         c->fd = fd, c->id = next_id_++, c->peer = address_of(address, length);
         const auto count = per_client_.find(c->peer);
         if (connections_.size() >= Limits::kConnections ||
-            (count != per_client_.end() && count->second >= Limits::kPerClient)) {
+            (count != per_client_.end() && count->second >= Limits::kPerClient &&
+             !from_proxy(c->peer))) {
             refuse_politely(fd);
             continue;
         }
@@ -5583,7 +5588,7 @@ void draw_walk(WalkTask& task) {
 // the scheduler's thread writes the results before it posts the last event.
 struct Job {
     std::uint64_t connection = 0, id = 0;
-    std::string client;
+    std::string client, owner;  // who takes turns; whose limits it counts for: an address
     std::shared_ptr<const Offer> offer;
     std::vector<Token> prompt;
     GenerateParams params;
@@ -5795,10 +5800,10 @@ private:
         for (const auto& m : models_) n += m->running.size();
         return n;
     }
-    int running_of(const std::string& client) const {
+    int running_of(const std::string& owner) const {
         int n = 0;
         for (const auto& m : models_) {
-            for (const auto& r : m->running) n += r->job->client == client;
+            for (const auto& r : m->running) n += r->job->owner == owner;
         }
         return n;
     }
@@ -5929,7 +5934,9 @@ void Scheduler::admit() {
         Client& client = clients_[next_client_ % clients_.size()];
         next_client_ = (next_client_ + 1) % clients_.size();
         stuck++;
-        if (running_of(client.name) >= kRunningPerClient) continue;
+        if (client.waiting.empty() ||
+            running_of(client.waiting.front()->owner) >= kRunningPerClient)
+            continue;
         for (auto at = client.waiting.begin(); at != client.waiting.end(); ++at) {
             const std::shared_ptr<Job> job = *at;
             const Start result = start(job);
@@ -6037,7 +6044,7 @@ void Scheduler::begin_loading(std::shared_ptr<const Offer> offer) {
     load_percent_ = 0;
     if (!make_room(need, nullptr)) {
         const std::lock_guard lock(mutex_);
-        load_done_ = true;
+        load_done_ = poked_ = true;
         load_failure_ = {503, "out_of_memory",
                          cat(loading_->info.id, " needs ", human_bytes(need), " of memory, ",
                              human_bytes(detail::available_memory()), " is available and ",
@@ -6453,12 +6460,12 @@ void Scheduler::publish(bool always) {
         s.finished = finished_, s.cancelled = cancelled_;
         s.memory_available = available_;
         s.first_token = first_token_, s.between_tokens = between_tokens_;
-        s.loading = loading_ != nullptr;
         s.broken = broken_;
     }
     {
         const std::lock_guard lock(mutex_);
         if (fresh) snapshot_ = std::move(*fresh);
+        snapshot_.loading = loading_ != nullptr || preload_ != nullptr;  // never "ok" in between
         snapshot_.active = running(), snapshot_.queued = queued;
         if (posted_.empty()) return;
         std::move(posted_.begin(), posted_.end(), std::back_inserter(events_));
@@ -6734,7 +6741,6 @@ struct Exchange : Job {  // a job with how its answer is told
     Style style = Style::chat;
     bool streams = false, head_sent = false, include_usage = false;
     std::string answer_id, text;
-    std::string owner;                 // whose limits it counts for
     std::vector<Token> answer_tokens;  // why
     int position = 0, dropped_messages = 0, last_number = -1;
     std::int64_t created_unix = std::time(nullptr);
@@ -6955,8 +6961,8 @@ void Server::check(Connection& c) {
     const Request& r = c.request();
     c.request_id = cat("r-", hex(static_cast<std::uint32_t>(++next_request_), 4));
     c.client = c.peer;
-    const bool proxied = options_.trust_proxy && (c.peer.starts_with("127.") || c.peer == "::1");
-    if (const std::string* forwarded = r.find("x-forwarded-for"); forwarded != nullptr && proxied)
+    const std::string* forwarded = r.find("x-forwarded-for");
+    if (forwarded != nullptr && from_proxy(c.peer))
         c.client = trim(std::string_view(*forwarded).substr(forwarded->find_last_of(',') + 1));
     if (!host_allowed(c))
         throw HttpError(403, "host_not_allowed",
@@ -7251,7 +7257,8 @@ std::shared_ptr<Exchange> Server::new_exchange(const Connection& c, const Form& 
     x->style = style;
     x->connection = c.id;
     x->id = next_request_;
-    const std::string tab = c.request().get("x-client-id").substr(0, 64);  // the page's, per tab
+    // The page's, per tab. Anybody can make one up, so it takes turns but widens no limit.
+    const std::string tab = c.request().get("x-client-id").substr(0, 64);
     x->client = tab.empty() ? c.client : cat(c.client, " ", tab);
     x->offer = offer_of(form.text("model"));
     x->literal_tools = nanochat;
@@ -7557,6 +7564,23 @@ void Server::begin_events(Connection& c, Exchange& x) {
     if (x.style == Style::chat)
         stream(c, chunk(x, choice_json(x, "assistant", &empty, nullptr), nullptr));
 }
+// As Python writes JSON: some of nanochat's clients look for "done": true, with the space.
+std::string spaced(const Value& json) {
+    std::string out;
+    bool quoted = false;
+    for (std::size_t i = 0; i < json.text.size(); i++) {
+        const char c = json.text[i];
+        out += c;
+        if (quoted && c == '\\') {
+            out += json.text[++i];
+        } else if (c == '"') {
+            quoted = !quoted;
+        } else if (!quoted && (c == ':' || c == ',')) {
+            out += ' ';
+        }
+    }
+    return out;
+}
 void Server::tell_text(Connection& c, Exchange& x, const std::string& text) {
     if (!x.streams || options_.log_content) x.text += text;
     if (!x.streams) return;
@@ -7573,12 +7597,13 @@ void Server::tell_end(Connection& c, Exchange& x) {
     begin_events(c, x);
     const std::string_view finish = finish_word(x.answer.reason);
     if (x.style == Style::nanochat) {
-        Members members = {{"finish_reason", finish},
+        Members members = {{"done", true},
+                           {"finish_reason", finish},
                            {"seed", x.params.sampling.seed},
                            {"model", x.offer->info.id},
                            {"usage", usage(x)}};
         if (x.dropped_messages > 0) members.emplace_back("dropped_messages", x.dropped_messages);
-        stream(c, cat("data: {\"done\": true, ", object(members).text.substr(1), "\n\n"));
+        stream(c, cat("data: ", spaced(object(members)), "\n\n"));
     } else {
         stream(c, chunk(x, choice_json(x, nullptr, nullptr, finish), nullptr));
         if (x.include_usage) stream(c, chunk(x, raw("[]"), usage(x)));
@@ -7852,6 +7877,7 @@ Server::Server(Options& o) : options_(o), nonce_(random_hex(32)) {
             nonce_, "\">", kPageScript, "</script>\n</body>\n</html>\n");
     etag_ = cat("\"", nonce_.substr(0, 16), "\"");  // the page is the same as long as the process
     const bool local = o.host == "localhost" || o.host == "::1" || o.host.starts_with("127.");
+    trust_proxy_ = o.trust_proxy;
     keys_ = o.api_keys;
     if (keys_.empty() && !local && !o.open) keys_.push_back(random_hex(32));
     hosts_ = o.allow_hosts;

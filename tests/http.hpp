@@ -173,11 +173,16 @@ inline sockaddr_in loopback(int port, int client = 1) {
     return address;
 }
 
-// Opens a socket from 127.0.0.0 + client; -1 if it cannot connect. `buffer`: of what is received.
+// Opens a socket from 127.0.0.0 + client; -1 if it cannot connect. `buffer`: of what is received; with
+// small segments, by which the other side's kernel measures the buffer of what it sends.
 inline int open_socket(int port, int client = 1, int buffer = 0) {
     const int fd = ::socket(AF_INET, SOCK_STREAM | SOCK_CLOEXEC, 0);
     const int on = 1;
-    if (buffer > 0) ::setsockopt(fd, SOL_SOCKET, SO_RCVBUF, &buffer, sizeof buffer);
+    const int segment = 536;
+    if (buffer > 0) {
+        ::setsockopt(fd, SOL_SOCKET, SO_RCVBUF, &buffer, sizeof buffer);
+        ::setsockopt(fd, IPPROTO_TCP, TCP_MAXSEG, &segment, sizeof segment);
+    }
     ::setsockopt(fd, IPPROTO_TCP, TCP_NODELAY, &on, sizeof on);
 #ifdef IP_BIND_ADDRESS_NO_PORT
     ::setsockopt(fd, IPPROTO_IP, IP_BIND_ADDRESS_NO_PORT, &on, sizeof on);
@@ -239,6 +244,13 @@ public:
                 return r;
             }
         }
+    }
+    // Whether a byte comes within `ms`; it stays for receive().
+    bool begins(double ms = 60'000) {
+        const auto start = Clock::now();
+        while (rest_.empty() && fill(ms - ms_since(start))) {
+        }
+        return !rest_.empty();
     }
     // Whether the other side ends the connection within `ms`, with nothing more to say.
     bool ends(double ms = 5'000) {
