@@ -199,7 +199,7 @@ struct Options {
     std::vector<std::string> types;            // --type
     std::string sort;                          // --sort
     bool all = false, values = false;          // --all, --values
-    std::string ids, ids_file, out;            // logits; walk's directory
+    std::string ids, ids_file, out, hooks;     // logits; out: walk's directory
     std::string layers;                        // walk; empty: all, one of them printed
     int top = 10;                              // --top
     bool no_png = false, force = false;        // --no-png, --force
@@ -440,6 +440,7 @@ constexpr Flag kFlags[] = {
     {0, "no-png", "", kWalk, "no pictures", SET(o.no_png = true)},
     {0, "force", "", kWalk, "write into a directory that exists", SET(o.force = true)},
     {0, "out", "FILE", kLogits, "write the logits: float32 little-endian, (tokens, vocabulary), after the soft cap", SET(o.out = not_empty(g))},
+    {0, "hooks", "FILE", kLogits, "write what the forward pass computes, but for the attention maps: per value a line of JSON (name, pos, shape), then float32 little-endian", SET(o.hooks = not_empty(g))},
     {0, "jsonl", "", kTokenize | kDetokenize, "one JSON object per line, {\"text\":...} and {\"ids\":[...]}, stdin to stdout", SET(o.jsonl = true)},
     {0, "type", "LIST", kModels, "only these families, such as base,sft", set_types},
     {0, "sort", "KEY", kModels, "loss, step, date or name", SET(o.sort = one_of(g, {"loss", "step", "date", "name"}))},
@@ -2331,15 +2332,28 @@ int run_detokenize(Options& o) {
 
 // ---- logits
 
-struct LogitRows : Observer {  // logits (T, V) of a sequence, to a file and to their argmax
-    NewFile* out = nullptr;
+// Logits (T, V) of a sequence, to a file and to their argmax; all other values to a file of their own.
+struct LogitRows : Observer {
+    NewFile *out = nullptr, *hooks = nullptr;
     std::vector<Token> argmax;
     std::vector<float> best;
-    bool wants(HookPoint point, int) override { return point == HookPoint::logits; }
+    bool wants(HookPoint point, int) override {
+        // (H, T, keys) are left out: their size grows with the square of the sequence
+        const bool map = point == HookPoint::attn_scores || point == HookPoint::pattern;
+        return point == HookPoint::logits || (hooks != nullptr && !map);
+    }
     void on(const Activation& a) override {
+        const std::string_view bytes(reinterpret_cast<const char*>(a.values.data()),
+                                     a.values.size_bytes());
+        if (hooks != nullptr) {
+            const Value head = object(
+                {{"name", name(a.point, a.layer)}, {"pos", a.pos}, {"shape", array(a.shape)}});
+            hooks->write(head.text + "\n");
+            hooks->write(bytes);
+        }
+        if (a.point != HookPoint::logits) return;
         const std::size_t V = static_cast<std::size_t>(a.shape[1]);
-        if (out != nullptr)
-            out->write({reinterpret_cast<const char*>(a.values.data()), a.values.size_bytes()});
+        if (out != nullptr) out->write(bytes);
         for (std::size_t at = 0; at < a.values.size(); at += V) {
             const auto row = a.values.subspan(at, V);
             const auto top = std::max_element(row.begin(), row.end());
@@ -2367,8 +2381,9 @@ int run_logits(Options& o) {
     const std::unique_ptr<Backend> backend = open_device(info, o).backend;
     const int T = static_cast<int>(ids.size()), V = info.config.vocab_size;
     LogitRows rows;
-    std::optional<NewFile> file;
+    std::optional<NewFile> file, hooks;
     if (!o.out.empty()) rows.out = &file.emplace(o.out);
+    if (!o.hooks.empty()) rows.hooks = &hooks.emplace(o.hooks);
     const std::unique_ptr<Sequence> sequence = backend->new_sequence(T);
     constexpr std::size_t kPiece = 1024;  // tokens: their logits are in memory at once
     for (std::size_t at = 0; at < ids.size(); at += kPiece) {
@@ -2377,6 +2392,7 @@ int run_logits(Options& o) {
         backend->step({&chunk, 1}, &rows);
     }
     if (file) file->commit();
+    if (hooks) hooks->commit();
     if (o.json) {
         write_json(object({{"shape", array(std::array{T, V})}, {"argmax", array(rows.argmax)}}));
     } else if (file) {

@@ -2346,24 +2346,24 @@ inline constexpr std::uint16_t kSpaceRuns[] = {
 // clang-format on
 
 // The runs above laid out as one byte per code point up to the last letter (0.2 MB); what lies
-// beyond is `other`. Made at the first call, in about 50 us, and constant from then on.
-inline std::span<const CharClass> char_classes() {
-    static const std::vector<CharClass> classes = [] {
-        std::size_t end = 0;
-        for (const std::uint16_t run : kLetterRuns) end += run;
-        std::vector<CharClass> table(end, CharClass::other);
-        const auto fill = [&](std::span<const std::uint16_t> runs, CharClass what) {
-            std::size_t at = 0;
-            for (std::size_t i = 0; i + 1 < runs.size(); i += 2) {
-                at += runs[i];
-                for (std::uint16_t n = 0; n < runs[i + 1]; ++n) table[at++] = what;
-            }
-        };
-        fill(kLetterRuns, CharClass::letter);
-        fill(kNumberRuns, CharClass::number);
-        fill(kSpaceRuns, CharClass::space);
-        return table;
-    }();
+// beyond is `other`. On purpose no lambda: g++ takes one for constexpr and tries it for seconds.
+inline std::vector<CharClass> lay_out_char_classes() {
+    std::size_t end = 0;
+    for (const std::uint16_t run : kLetterRuns) end += run;
+    std::vector<CharClass> table(end, CharClass::other);
+    const auto fill = [&](std::span<const std::uint16_t> runs, CharClass what) {
+        for (std::size_t i = 0, at = 0; i + 1 < runs.size(); i += 2) {
+            at += runs[i];
+            for (std::uint16_t n = 0; n < runs[i + 1]; ++n) table[at++] = what;
+        }
+    };
+    fill(kLetterRuns, CharClass::letter);
+    fill(kNumberRuns, CharClass::number);
+    fill(kSpaceRuns, CharClass::space);
+    return table;
+}
+inline std::span<const CharClass> char_classes() {  // made at the first call, in about 50 us
+    static const std::vector<CharClass> classes = lay_out_char_classes();
     return classes;
 }
 
