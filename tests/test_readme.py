@@ -18,9 +18,10 @@ import tempfile
 import urllib.error
 import urllib.request
 
-NANOGPT, ROOT = sys.argv[1:3]
+NANOGPT, ROOT = map(os.path.abspath, sys.argv[1:3])
 SAMPLE = os.path.join(ROOT, "tools", "sample")
 FIRST_COMMAND = 15  # the line by which a reader has something to type
+MOST_WORDS = 900
 
 passed = failed = 0
 
@@ -45,7 +46,7 @@ def run(arguments, home, **more):
     """The program with a home of its own and no GPU."""
     env = {"PATH": os.environ["PATH"], "HOME": home, "CUDA_VISIBLE_DEVICES": "-1", **more}
     return subprocess.run([NANOGPT, *arguments], env=env, stdin=subprocess.DEVNULL,
-                          capture_output=True, text=True, timeout=300)
+                          capture_output=True, text=True, timeout=300, cwd=home)
 
 
 HELP = {}  # command -> the text of its flags
@@ -172,6 +173,8 @@ def form():
     lines = README.splitlines()
     first = lines.index("```sh") + 2
     check(f"the first command stands by line {FIRST_COMMAND}", first <= FIRST_COMMAND, first)
+    words = len(README.split())
+    check(f"fewer than {MOST_WORDS} words", words < MOST_WORDS, words)
 
 
 def main():
