@@ -21,6 +21,7 @@ import urllib.request
 NANOGPT, ROOT = sys.argv[1:3]
 SAMPLE = os.path.join(ROOT, "tools", "sample")
 FIRST_COMMAND = 15  # the line by which a reader has something to type
+MOST_WORDS = 900    # below it, as `wc -w` counts
 
 passed = failed = 0
 
@@ -172,6 +173,8 @@ def form():
     lines = README.splitlines()
     first = lines.index("```sh") + 2
     check(f"the first command stands by line {FIRST_COMMAND}", first <= FIRST_COMMAND, first)
+    words = len(README.split())
+    check(f"README.md has fewer than {MOST_WORDS} words", words < MOST_WORDS, words)
 
 
 def main():
