@@ -3544,7 +3544,7 @@ struct Operation {
 constexpr Operation kOperations[] = {
     {HookPoint::embed, "embedding", "lookup", HookPoint::embed_norm},
     {HookPoint::embed_norm, "norm of it", "norm", HookPoint::embed_norm},
-    {HookPoint::smear, "previous token", "mix", HookPoint::smear},
+    {HookPoint::smear, "previous token", "mix", HookPoint::embed_norm},
     {HookPoint::resid_pre, "residual mix", "mix", HookPoint::attn_in},
     {HookPoint::attn_in, "norm", "norm", HookPoint::attn_in},
     {HookPoint::q, "q, k, v", "product", HookPoint::q},
@@ -4310,7 +4310,7 @@ Chart roofline_chart(const Walk& w) {
                 "Left of the edge the memory sets the pace, right of it the multipliers. Small: "
                 "norms and mixes. Above the roof: caches.");
     const double edge = w.peak.rate / w.peak.bandwidth, top = std::log10(2 * w.peak.rate);
-    const RoofAxes axes{std::log10(0.05), std::log10(std::max(1000.0, 4 * edge)), top - 5, top};
+    const RoofAxes axes{std::log10(0.05), std::log10(std::max(1000.0, 4 * edge)), top - 4, top};
     Picture& p = chart.picture;
     axes.draw(p);
     const double left = std::pow(10, axes.x0), right = std::pow(10, axes.x1);
