@@ -3998,6 +3998,10 @@ int longest(const std::vector<std::string>& labels, double unit) {
     for (const std::string& label : labels) most = std::max(most, Picture::length(label, unit));
     return most;
 }
+// Said in the caption and the alternative text.
+std::string pooled_words(std::size_t T, std::size_t drawn) {
+    return T > drawn ? cat("; ", T, " positions pooled to ", drawn, " by their largest") : "";
+}
 std::string percent_of(double share, int digits = 0) { return decimals(100 * share, digits) + "%"; }
 
 // All heads of one layer: what each query (a row) looked at (a column).
@@ -4013,11 +4017,10 @@ Chart attention_chart(const Walk& w, std::size_t which) {
     const int across = std::min(heads, std::max(1, std::min(heads > 4 ? 4 : heads, 2400 / tile)));
     const int down = (heads + across - 1) / across, gap = 22;
     const int wide = side + tile + gap, high = side + tile + 30 + gap;
+    const std::string pooled = pooled_words(T, drawn);
     Chart chart{cat("attention_L", layer < 10 ? "0" : "", layer),
                 cat("Layer ", layer, ": where each head looks"),
-                cat("Attention of the ", heads, " heads of layer ", layer)};
-    const std::string pooled =
-        T > drawn ? cat(", ", T, " positions pooled to ", drawn, " by their largest") : "";
+                cat("Attention of the ", heads, " heads of layer ", layer, pooled)};
     begin_chart(chart, std::max(across * wide, kScaleWidth), down * high + 24,
                 cat("Row: the token that looks. Column: the token looked at. Each row adds up to 1",
                     pooled, "."));
@@ -4050,11 +4053,13 @@ Chart attention_overview(const Walk& w) {
     const int heads = static_cast<int>(w.H()), layers = static_cast<int>(w.L());
     const int n = static_cast<int>(w.thumb), most = std::clamp(900 / heads, 48, 120);
     const int cell = std::max(1, most / n), tile = n * cell, step = tile + 10, side = 84;
+    const std::string pooled = pooled_words(w.T(), w.thumb);
     Chart chart{"attention_all", "Attention of all layers and heads",
-                "Small attention maps, layers down and heads across"};
+                cat("Small attention maps, layers down and heads across", pooled)};
     begin_chart(chart, std::max(side + heads * step, kScaleWidth), 24 + layers * step + 24,
-                "Row: a layer, the first on top. Column: a head. Diagonals look near, a left edge "
-                "rests on the first token.");
+                cat("Row: a layer, the first on top. Column: a head. Diagonals look near, a left "
+                    "edge rests on the first token",
+                    pooled, "."));
     for (int head = 0; head < heads; head++)
         chart.picture.text(kMargin + side + head * step + 2, kTop, cat(head), kMuted, 1.4);
     for (int layer = 0; layer < layers; layer++) {

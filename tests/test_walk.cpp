@@ -184,8 +184,13 @@ std::vector<float> logits_of(const Truth& t, nanogpt::Observer* observer) {
 }
 Truth truth_of(const fs::path& model, const fs::path& tokenizer, const std::string& prompt,
                const nanogpt::LoadOptions& options = {}) {
-    Truth t{nanogpt::load_model(model, options), nanogpt::load_tokenizer(tokenizer), {}, {}, {},
-            {}, {}};
+    Truth t{nanogpt::load_model(model, options),
+            nanogpt::load_tokenizer(tokenizer),
+            {},
+            {},
+            {},
+            {},
+            {}};
     t.ids = t.tokenizer.encode(prompt);
     t.ids.insert(t.ids.begin(), t.tokenizer.special("<|bos|>"));
     t.plain = logits_of(t, nullptr);
@@ -400,8 +405,8 @@ void matrix_is_right(const Truth& t, const Json& rows, const std::vector<float>&
     bool same = rows.array.size() * t.T() == want.size();
     for (std::size_t i = 0; same && i < want.size(); i++) {
         const Json& row = rows.array[i / t.T()];
-        same = row.array.size() == t.T() &&
-               near(row.array[i % t.T()].number, double{want[i]}, 1e-6);
+        same =
+            row.array.size() == t.T() && near(row.array[i % t.T()].number, double{want[i]}, 1e-6);
     }
     g1(same, what);
 }
@@ -410,8 +415,7 @@ void matrix_is_right(const Truth& t, const Json& rows, const std::vector<float>&
 
 // softcap * tanh(lm_head norm(x) / softcap), in float64, and its softmax.
 std::vector<double> said_of(const Truth& t, std::span<const float> x, bool normed) {
-    const std::vector<double> h =
-        normed ? std::vector<double>(x.begin(), x.end()) : rms_norm(x);
+    const std::vector<double> h = normed ? std::vector<double>(x.begin(), x.end()) : rms_norm(x);
     const double cap = double{t.c().softcap};
     std::vector<float> row(t.D());
     std::vector<double> p;
@@ -480,14 +484,17 @@ void lens_is_right(const Truth& t, const Json& json, const std::string& of) {
                flag->boolean == output,
            of + "lens after " + name + ": tokens, probabilities, entropies, ranks");
     }
-    const Json &last = list(rows.array[t.L()], "cells"), &end = list(rows.array[t.L() + 1], "cells");
+    const Json &last = list(rows.array[t.L()], "cells"),
+               &end = list(rows.array[t.L() + 1], "cells");
     bool equal = true;
     for (std::size_t c = 0; c < columns; c++)
-        equal = equal && number(last.array[c], "probability") == number(end.array[c], "probability") &&
+        equal = equal &&
+                number(last.array[c], "probability") == number(end.array[c], "probability") &&
                 number(last.array[c], "entropy") == number(end.array[c], "entropy");
     g1(equal == (t.c().generation != nanogpt::Generation::g4),
        of + "the last layer's row is the output, unless the middle layer is subtracted");
-    g1(number(end.array.back(), "probability") == number(list(json, "next").array[0], "probability") &&
+    g1(number(end.array.back(), "probability") ==
+               number(list(json, "next").array[0], "probability") &&
            number(end.array.back(), "token") == number(list(json, "next").array[0], "token"),
        of + "the last cell is the answer, bit for bit");
 }
@@ -504,11 +511,12 @@ void next_is_right(const Truth& t, const Json& json, const std::string& of) {
                 p[token] <= before && told.insert(token).second;
         if (token < p.size()) before = p[token];
     }
-    for (std::size_t id = 0; id < p.size(); id++) right = right && (told.contains(id) || p[id] <= before);
+    for (std::size_t id = 0; id < p.size(); id++)
+        right = right && (told.contains(id) || p[id] <= before);
     g1(right, of + "the next tokens are the ten likeliest of the softmax");
     g1(std::memcmp(t.plain.data(), t.watched.data(), t.plain.size() * sizeof(float)) == 0 &&
-           std::memcmp(t.plain.data(), t.all.data() + (t.T() - 1) * t.V(),
-                       t.V() * sizeof(float)) == 0,
+           std::memcmp(t.plain.data(), t.all.data() + (t.T() - 1) * t.V(), t.V() * sizeof(float)) ==
+               0,
        of + "watched or not, the logits have the same bits");
     g1(number(list(json, "choice"), "token") == test::argmax(t.plain),
        of + "the choice is the largest logit");
@@ -525,9 +533,9 @@ void next_is_right(const Truth& t, const Json& json, const std::string& of) {
 void others_agree(const Subject& s, const Truth& t, const Json& json, const std::string& prompt,
                   const std::string& of) {
     const test::TempDir dir;
-    const Words model = Words{"-q", "--base-dir", s.base.string(), "-i",
-                              s.name == "sample" ? "sft" : "base"} +
-                        s.flags;
+    const Words model =
+        Words{"-q", "--base-dir", s.base.string(), "-i", s.name == "sample" ? "sft" : "base"} +
+        s.flags;
     const Result one =
         run(dir.path(), Words{"sample", "-p", prompt, "-t", "0", "-m", "1", "--json"} + model);
     const auto choice = static_cast<Token>(number(list(json, "choice"), "token"));
@@ -568,7 +576,8 @@ public:
             case HookPoint::final_norm:  // squares, their sum, the product with the root
                 n_.flops += 3 * x, activations(2 * x);
                 break;
-            case HookPoint::smear:  // a dot product of 24 and a weighted sum, unless it is the first
+            case HookPoint::
+                smear:  // a dot product of 24 and a weighted sum, unless it is the first
                 for (std::size_t i = 0; i < T_; i++)
                     if (pos_ + i > 0) n_.flops += 2 * 24 + 2 * static_cast<double>(t_.D());
                 activations(3 * x);
@@ -686,10 +695,10 @@ bool cost_is_right(const Json& got, const Count& want, const Json& peak) {
     const double by_memory = want.bytes / bandwidth, by_rate = want.flops / rate;
     return number(got, "flops") == want.flops && number(got, "bytes") == want.bytes && us >= 0 &&
            near(number(got, "intensity"), want.flops / want.bytes) &&
-           (us == 0 || (near(number(got, "gflops"), want.flops / us / 1e3) &&
-                        near(number(got, "gbs"), want.bytes / us / 1e3) &&
-                        near(number(got, "percent_of_peak"),
-                             1e8 * std::max(by_memory, by_rate) / us))) &&
+           (us == 0 ||
+            (near(number(got, "gflops"), want.flops / us / 1e3) &&
+             near(number(got, "gbs"), want.bytes / us / 1e3) &&
+             near(number(got, "percent_of_peak"), 1e8 * std::max(by_memory, by_rate) / us))) &&
            word(got, "bound") == (by_rate < by_memory ? "memory" : "compute");
 }
 void costs_are_right(const Truth& t, const Json& json, const std::string& of) {
@@ -707,8 +716,7 @@ void costs_are_right(const Truth& t, const Json& json, const std::string& of) {
         for (std::size_t i = 0; i < std::min(stages.array.size(), t.seen.size()); i++) {
             const Json& stage = stages.array[i];
             const Seen& s = t.seen[i];
-            const Count want =
-                counter.of(s.point, static_cast<std::size_t>(std::max(s.layer, 0)));
+            const Count want = counter.of(s.point, static_cast<std::size_t>(std::max(s.layer, 0)));
             const Json* got = stage.find(side);
             const std::string name = nanogpt::name(s.point, s.layer) + ", " + side;
             if (want.bytes == 0) {
@@ -756,4 +764,682 @@ TEST_CASE("walk: every number is that of a plain computation, for every generati
         costs_are_right(t, json, of);
     }
 }
+
+// ==== G2: pictures ===============================================================================
+
+#ifdef NANOGPT_READS_PNG
+struct Color {
+    int r = 0, g = 0, b = 0;
+    bool operator==(const Color&) const = default;
+};
+constexpr Color kNotANumber{214, 40, 150};
+
+struct Image {
+    int width = 0, height = 0;
+    std::vector<unsigned char> bytes;
+    Color pixel(int x, int y) const {  // nothing outside: equal to no colour
+        if (x < 0 || y < 0 || x >= width || y >= height) return {-1, -1, -1};
+        const auto i = 3 * (static_cast<std::size_t>(y) * static_cast<std::size_t>(width) +
+                            static_cast<std::size_t>(x));
+        return {bytes[i], bytes[i + 1], bytes[i + 2]};
+    }
+};
+Image decode(std::string_view png) {
+    Image image;
+    int channels = 0;
+    unsigned char* const data = stbi_load_from_memory(
+        reinterpret_cast<const unsigned char*>(png.data()), static_cast<int>(png.size()),
+        &image.width, &image.height, &channels, 0);
+    if (data == nullptr || channels != 3) return image.width = 0, image;
+    image.bytes.assign(data, data + 3 * image.width * image.height);
+    stbi_image_free(data);
+    return image;
+}
+
+// ---- the colour map, taken back from sRGB to lightness, chroma and hue (Ottosson 2020)
+
+struct Shade {
+    double lightness, chroma, hue;  // hue in degrees
+};
+Shade shade_of(Color c) {
+    const auto linear = [](int v) {
+        const double x = v / 255.0;
+        return x <= 0.04045 ? x / 12.92 : std::pow((x + 0.055) / 1.055, 2.4);
+    };
+    const double r = linear(c.r), g = linear(c.g), b = linear(c.b);
+    const double l = std::cbrt(0.4122214708 * r + 0.5363325363 * g + 0.0514459929 * b),
+                 m = std::cbrt(0.2119034982 * r + 0.6806995451 * g + 0.1073969566 * b),
+                 s = std::cbrt(0.0883024619 * r + 0.2817188376 * g + 0.6299787005 * b);
+    const double a = 1.9779984951 * l - 2.4285922050 * m + 0.4505937099 * s,
+                 bb = 0.0259040371 * l + 0.7827717662 * m - 0.8086757660 * s;
+    return {0.2104542553 * l + 0.7936177850 * m - 0.0040720468 * s, std::hypot(a, bb),
+            std::fmod(std::atan2(bb, a) * 180 / 3.14159265358979 + 360, 360)};
+}
+void map_is_right(const std::vector<Color>& bar) {
+    double before = 2, worst = 0, hue = 0, chroma = 0;
+    bool falls = true;
+    for (std::size_t i = 0; i < 256; i++) {
+        const Shade s = shade_of(bar[i]);
+        const double x = static_cast<double>(i) / 255;
+        falls = falls && s.lightness < before;
+        before = s.lightness;
+        worst = std::max(worst, std::abs(s.lightness - (0.985 - 0.735 * x)));
+        const double wanted = 0.004 + 0.135 * std::sin(3.14159265358979 * std::pow(x, 0.9));
+        chroma = std::max(chroma, std::abs(s.chroma - wanted));
+        // of almost grey colours the hue is what eight bits leave of it
+        if (s.chroma > 0.05) hue = std::max(hue, std::abs(s.hue - (195 + 95 * x)));
+    }
+    g2(falls, "every shade is darker than the one before");
+    g2(worst < 0.003,
+       "lightness falls evenly: " + std::to_string(worst));  // half of 1/255, and gamma
+    g2(chroma < 0.004, "chroma rises and falls: " + std::to_string(chroma));
+    g2(hue < 2.5, "hue turns from green-blue to violet: " + std::to_string(hue));
+    g2(shade_of(bar[0]).lightness > 0.97 && shade_of(bar[255]).lightness < 0.27,
+       "from almost white to almost black");
+}
+
+// ---- the matrices of the pictures
+
+struct Matrix {
+    std::vector<double> values;
+    double low = 0, high = 1;
+    bool logarithmic = false;
+};
+// The largest of each block: rows r * m / n, in float64 from the other side.
+std::vector<double> pooled(const float* map, std::size_t n, std::size_t m) {
+    std::vector<double> out;
+    for (std::size_t r = 0; r < m; r++) {
+        for (std::size_t c = 0; c < m; c++) {
+            double most = -1;
+            for (std::size_t i = r * n / m; i < n && i * m / n <= r; i++)
+                for (std::size_t j = c * n / m; j < n && j * m / n <= c; j++)
+                    if (i * m / n == r && j * m / n == c)
+                        most = std::max(most, double{map[i * n + j]});
+            out.push_back(most);
+        }
+    }
+    return out;
+}
+// Every grid by picture and name, "attention_L02/head 1".
+std::map<std::string, Matrix> matrices_of(const Truth& t, const Json& json) {
+    std::map<std::string, Matrix> all;
+    const auto doubles = [](const std::vector<float>& v) {
+        return std::vector<double>(v.begin(), v.end());
+    };
+    Matrix& residual = all["residual/residual"] = {doubles(residual_of(t)), 1e300, 0, true};
+    for (const double v : residual.values) {
+        if (!std::isfinite(v) || v <= 0) continue;
+        residual.low = std::min(residual.low, v), residual.high = std::max(residual.high, v);
+    }
+    if (residual.low > residual.high) residual.low = 0, residual.high = 1;
+    all["neurons/neurons"] = {doubles(silent_of(t))};
+    for (std::size_t layer = 0; layer < t.L(); layer++) {
+        for (std::size_t head = 0; head < t.H(); head++) {
+            const float* map = &t.at(HookPoint::pattern, layer).values[head * t.T() * t.T()];
+            const std::string h = "head " + std::to_string(head), l = std::to_string(layer);
+            all["attention_L0" + l + "/" + h] = {
+                pooled(map, t.T(), std::min<std::size_t>(t.T(), 512))};
+            all["attention_all/layer " + l + " " + h] = {
+                pooled(map, t.T(), std::min<std::size_t>(t.T(), 48))};
+        }
+    }
+    for (const Json& row : list(json, "lens").array)  // G1 has compared these with a computation
+        for (const Json& cell : list(row, "cells").array)
+            all["lens/lens"].values.push_back(number(cell, "probability"));
+    return all;
+}
+// Whether a cell has the colour of its number. Its middle may hold a word: then the corners count.
+bool cell_is_filled(const Image& image, const std::vector<Color>& bar, const Matrix& m,
+                    double value, int x, int y, int wide, int high, bool corners) {
+    double share = 0;
+    if (m.high > m.low) {
+        const auto f = [&](double v) { return m.logarithmic ? std::log(std::max(v, 1e-30)) : v; };
+        share = (f(value) - f(m.low)) / (f(m.high) - f(m.low));
+    }
+    const double at = 255 * std::clamp(share, 0.0, 1.0);
+    for (int j = 0; j < high; j++) {
+        for (int i = 0; i < wide; i++) {
+            if (corners && !((i == 0 || i == wide - 1) && (j == 0 || j == high - 1))) continue;
+            const Color got = image.pixel(x + i, y + j);
+            // the last bit of a logarithm may be another one in the program
+            const bool right = std::isnan(value)
+                                   ? got == kNotANumber
+                                   : got == bar[static_cast<std::size_t>(std::lround(at))] ||
+                                         (std::abs(at - std::floor(at) - 0.5) < 1e-6 &&
+                                          got == bar[static_cast<std::size_t>(at)]);
+            if (!right) return false;
+        }
+    }
+    return true;
+}
+bool grid_is_right(const Image& image, const std::vector<Color>& bar, const Json& grid,
+                   const Matrix& m, bool corners) {
+    const auto whole = [&](const char* key) { return static_cast<int>(number(grid, key)); };
+    const int rows = whole("rows"), columns = whole("columns"), wide = whole("cell_width"),
+              high = whole("cell_height");
+    const Json* logarithmic = grid.find("logarithmic");
+    if (static_cast<std::size_t>(rows) * static_cast<std::size_t>(columns) != m.values.size() ||
+        wide < 1 || high < 1 || !near(number(grid, "low"), m.low, 1e-6) ||
+        !near(number(grid, "high"), m.high, 1e-6) || logarithmic == nullptr ||
+        logarithmic->boolean != m.logarithmic)
+        return false;
+    for (int r = 0; r < rows; r++)
+        for (int c = 0; c < columns; c++)
+            if (!cell_is_filled(image, bar, m, m.values[static_cast<std::size_t>(r * columns + c)],
+                                whole("x") + c * wide, whole("y") + r * high, wide, high, corners))
+                return false;
+    return true;
+}
+// Every picture of a walk; returns how many grids there were.
+std::size_t pictures_are_right(const Truth& t, const Json& json, const fs::path& dir,
+                               const std::string& of) {
+    const std::map<std::string, Matrix> matrices = matrices_of(t, json);
+    std::set<std::string> drawn;
+    for (const Json& picture : list(json, "pictures").array) {
+        const std::string name = word(picture, "name");
+        const Image image = decode(test::read_file(dir / word(picture, "file")));
+        g2(image.width > 0 && image.width == number(picture, "width") &&
+               image.height == number(picture, "height") && !word(picture, "alt").empty(),
+           of + name + ": decodes, of the size that is told");
+        const int x = static_cast<int>(number(picture, "scale_x")),
+                  y = static_cast<int>(number(picture, "scale_y"));
+        const Json& grids = list(picture, "grids");
+        if (grids.array.empty()) continue;
+        std::vector<Color> bar;
+        for (int i = 0; i < 256; i++) bar.push_back(image.pixel(x + i, y));
+        if (of == "short: " && name == "lens") map_is_right(bar);
+        bool straight = true;
+        for (int i = 0; i < 256; i++)
+            straight = straight && image.pixel(x + i, y + 11) == bar[static_cast<std::size_t>(i)];
+        g2(straight, of + name + ": the scale is drawn whole");
+        for (const Json& grid : grids.array) {
+            const std::string what = name + "/" + word(grid, "what");
+            const auto at = matrices.find(what);
+            g2(at != matrices.end() && drawn.insert(what).second &&
+                   grid_is_right(image, bar, grid, at->second, name == "lens"),
+               of + what + ": every cell has the colour of its number");
+        }
+    }
+    g2(drawn.size() == matrices.size(), of + "every matrix is drawn");
+    return drawn.size();
+}
+
+// Walks a text with pictures and looks at all of them.
+struct Drawn {
+    Result result;
+    Json json;
+};
+Drawn draw(const Subject& s, const std::string& prompt, const std::string& of) {
+    const test::TempDir dir;
+    Drawn d{run(dir.path(), walk(s.base, prompt) + Words{"--out", "w"} + s.flags), {}};
+    INFO(d.result.err);
+    g2(d.result.code == 0 && fs::exists(dir / "w" / "walk.json"), of + "pictures are made");
+    if (d.result.code != 0) return d;
+    d.json = json_of(test::read_file(dir / "w" / "walk.json"));
+    const Truth t = truth_of(s.model, s.tokenizer, prompt, s.options);
+    g2(list(d.json, "tokens").array.size() == t.T(), of + "tokens");
+    pictures_are_right(t, d.json, dir / "w", of);
+    return d;
+}
+std::string alt_of(const Json& json, const std::string& name) {
+    for (const Json& picture : list(json, "pictures").array)
+        if (word(picture, "name") == name) return word(picture, "alt");
+    return "(no picture)";
+}
+
+test::CheckpointSpec long_model() {  // reads 1024 tokens in no time
+    test::CheckpointSpec spec;
+    spec.gen = test::Gen::g0;
+    spec.shape = test::kMicro;
+    spec.shape.sequence_len = 1100;
+    return spec;
+}
+bool draws_pictures() {
+    static const bool draws = [] {
+        const test::TempDir dir;
+        const Result r = run(dir.path(), walk(test::sample_dir(), ""));
+        if (contains(r.err, "built without stb_image_write.h"))
+            MESSAGE("skipped: the program was built without stb_image_write.h");
+        return r.code == 0;
+    }();
+    return draws;
+}
+
+TEST_CASE("walk: every cell of every picture has the colour of its number") {
+    if (no_binary() || !draws_pictures()) return;
+    const test::TempDir dir;
+    test::CheckpointSpec small;
+    small.shape.n_layer = 3;
+    const Subject g4 = toy(dir, "g4", small), micro = toy(dir, "long", long_model());
+    draw(sample_model(), "The sky is blue because", "short: ");
+    draw(g4, "", "1 token: ");
+    draw(g4, letters(20), "20 tokens: ");
+    if (test::quick()) return;
+    const Drawn half = draw(micro, letters(512), "512 tokens: ");
+    g2(!contains(alt_of(half.json, "attention_L00"), "pooled") &&
+           contains(alt_of(half.json, "attention_all"), "512 positions pooled to 48"),
+       "512 tokens are drawn one by one, but in the overview");
+    const Drawn whole = draw(micro, letters(777), "777 tokens: ");
+    g2(contains(alt_of(whole.json, "attention_L00"), "777 positions pooled to 512"),
+       "more are pooled, and it is said");
+}
+
+// Fills all weights but some with one number.
+test::CheckpointSpec filled(const test::Fill& fill) {
+    test::CheckpointSpec spec = long_model();
+    spec.fill = fill;
+    return spec;
+}
+TEST_CASE("walk: where all numbers are equal every cell has the first colour") {
+    if (no_binary() || !draws_pictures()) return;
+    const test::TempDir dir;
+    const Subject equal =
+        toy(dir, "equal", filled([](std::string_view name, std::span<float> values) {
+                std::fill(values.begin(), values.end(), contains(name, "wte") ? 0.5f : 0.0f);
+            }));
+    const Drawn d = draw(equal, "bfg", "all equal: ");
+    const Json& cell = list(list(d.json, "lens").array.at(0), "cells").array.at(0);
+    g2(near(number(cell, "probability"), 1.0 / 320) &&
+           near(number(cell, "entropy"), std::log2(320.0)),
+       "all equal: nothing is likelier than the rest");
+    const Subject zero = toy(dir, "zero", filled([](std::string_view, std::span<float> values) {
+                                 std::fill(values.begin(), values.end(), 0.0f);
+                             }));
+    draw(zero, "bfg", "all zero: ");
+}
+
+// An infinite neuron at the tokens "x" of the only layer: no others see it.
+void infinite_at_x(std::string_view name, std::span<float> values) {
+    test::golden_fill(name, values);
+    const std::size_t D = 16;
+    if (contains(name, "attn.c_proj") || contains(name, "mlp.c_proj"))
+        std::fill(values.begin(), values.end(), 0.0f);
+    if (contains(name, "mlp.c_proj"))
+        for (std::size_t d = 0; d < D; d++) values[d * 4 * D] = 1;
+    if (contains(name, "mlp.c_fc")) {
+        std::fill(values.begin(), values.begin() + D, 0.0f);
+        values[0] = 1e25f;
+    }
+    if (contains(name, "wte"))
+        for (std::size_t id = 0; id * D < values.size(); id++) values[id * D] = id == 'x' ? 1 : -1;
+}
+TEST_CASE("walk: what is not a number has its own colour, or the walk is refused") {
+    if (no_binary() || !draws_pictures()) return;
+    const test::TempDir dir;
+    const Subject infinite = toy(dir, "infinite", filled(infinite_at_x));
+    const Drawn d = draw(infinite, "bxg", "an infinity: ");
+    const Json& rows = list(d.json, "lens");
+    const Json& cell = list(rows.array.at(2), "cells").array.at(2);
+    g2(cell.find("probability")->kind == Json::Kind::null &&
+           cell.find("entropy")->kind == Json::Kind::null,
+       "an infinity: what the output says there is nothing");
+    const Subject row = toy(dir, "row", filled([](std::string_view name, std::span<float> values) {
+                                test::golden_fill(name, values);
+                                if (contains(name, "lm_head"))
+                                    for (std::size_t i = 0; i < 16; i++) values[7 * 16 + i] = NAN;
+                            }));
+    const Drawn one = draw(row, "bfg", "one NaN: ");
+    bool named = false;
+    for (const Json& c : list(one.json, "next").array) named = named || number(c, "token") == 7;
+    g2(!named && number(list(one.json, "stages").array.back(), "not_finite") == 1 &&
+           number(list(one.json, "choice"), "probability") > 0,
+       "one NaN: that token is impossible, the others are told");
+    for (const char* where : {"lm_head.weight", "transformer.wte.weight", "attn.c_v"}) {
+        const Subject all = toy(dir, where, filled([&](std::string_view name, std::span<float> v) {
+                                    test::golden_fill(name, v);
+                                    if (contains(name, where)) std::fill(v.begin(), v.end(), NAN);
+                                }));
+        const test::TempDir out;
+        const Result r = run(out.path(), walk(all.base, "bfg"));
+        INFO(r.err);
+        g2(r.code == 4 && r.out.empty() && std::count(r.err.begin(), r.err.end(), '\n') == 1,
+           std::string("NaN in ") + where + ": refused in one line");
+        g2(fs::is_empty(out.path()), std::string("NaN in ") + where + ": nothing stays behind");
+    }
+}
+#else
+TEST_CASE("walk: pictures") { MESSAGE("skipped: without stb_image.h pictures are not decoded"); }
+#endif
+
+// ==== the command ================================================================================
+
+// Of UTF-8.
+std::size_t widest(std::string_view text) {
+    std::size_t most = 0, width = 0;
+    for (const char c : text) {
+        width = c == '\n' ? 0 : width + ((static_cast<unsigned char>(c) & 0xC0) != 0x80);
+        most = std::max(most, width);
+    }
+    return most;
+}
+// The first byte or character that would do something to a terminal; "" if there is none.
+std::string control_in(std::string_view text) {
+    for (const char c : text) {
+        const auto byte = static_cast<unsigned char>(c);
+        if ((byte < 0x20 && c != '\n') || byte == 0x7F) return "byte " + std::to_string(byte);
+    }
+    for (const char* c : {"\xC2\x9B", "\xC2\x85", "\u202E", "\u2066", "\u200F"})
+        if (contains(text, c)) return "a control character";
+    return nanogpt::detail::is_utf8(text) ? "" : "not UTF-8";
+}
+const std::string kHostile =
+    "\x1b[31m\x1b]0;title\x07 <script>alert(1)</script> \" & \xC2\x9B \u202E \x7F "
+    "\u00e9\u4e16\xFF\r\t";
+
+TEST_CASE("walk: text for a terminal is 80 columns wide and has no control bytes") {
+    if (no_binary()) return;
+    const test::TempDir dir;
+    const fs::path base = test::sample_dir();
+    for (const std::string& prompt : {std::string("The sky is blue because"), std::string(),
+                                      kHostile, letters(60), "The " + std::string(90, '7')}) {
+        const Result r = run(dir.path(), walk(base, prompt) + Words{"--no-png", "--layers", "all"});
+        INFO(prompt);
+        INFO(r.out);
+        CHECK(r.code == 0);
+        CHECK(widest(r.out) <= 80);
+        CHECK(control_in(r.out) == "");
+        CHECK(r.err == "");
+        for (const char* part :
+             {"What every stage puts out", "hook_embed", "mlp c_proj", "Logit lens", "output",
+              "Where the heads look", "Next token", "chosen"})
+            CHECK_MESSAGE(contains(r.out, part), part);
+        CHECK(contains(r.out, prompt.empty() ? "1 token: <|bos|>" : " tokens: <|bos|>"));
+    }
+    CHECK(fs::is_empty(dir.path()));
+    const Result narrow =
+        run(dir.path(), walk(base, "The sky is blue") + Words{"--no-png"}, {"COLUMNS=20"});
+    CHECK(narrow.code == 0);  // what is not the last token gives way
+    CHECK(!contains(narrow.out, "·is       "));
+}
+
+TEST_CASE("walk: --json is one object, --top and --layers count, and no files are written") {
+    if (no_binary()) return;
+    const test::TempDir dir;
+    const fs::path base = test::sample_dir();
+    for (const std::string& prompt : {std::string("Hi"), kHostile}) {
+        const Result r = run(
+            dir.path(), walk(base, prompt) + Words{"--json", "--top", "3", "--layers", "2,0,2"});
+        const Json json = nanogpt::parse_json(r.out);
+        CHECK(r.code == 0);
+        CHECK(std::count(r.out.begin(), r.out.end(), '\n') == 1);
+        CHECK(control_in(r.out) == "");
+        CHECK(list(json, "next").array.size() == 3);
+        CHECK(list(json, "layers").array.size() == 2);
+        CHECK(list(json, "layers").array[0].number == 0);
+        CHECK(json.find("pictures") == nullptr);
+        std::size_t maps = 0;
+        for (const Json& head : list(json, "attention").array) maps += head.find("map") != nullptr;
+        CHECK(maps == 4);
+        CHECK(fs::is_empty(dir.path()));
+    }
+    const Result warm =
+        run(dir.path(), walk(base, "Hi") + Words{"--json", "-t", "1", "-k", "5", "--seed", "3"});
+    const Json json = nanogpt::parse_json(warm.out);
+    bool among = false;  // of the likeliest five
+    for (std::size_t i = 0; i < 5; i++)
+        among = among || number(list(json, "next").array[i], "token") ==
+                             number(list(json, "choice"), "token");
+    CHECK(among);
+}
+
+TEST_CASE("walk: files go to a new directory; its page needs no script") {
+    if (no_binary() || run("/tmp", walk(test::sample_dir(), "") + Words{"--no-png"}).code != 0)
+        return;
+    const test::TempDir dir;
+    const test::TempDir model;
+    const Subject s = toy(model, "tiny", {});
+    const Words args = walk(s.base, kHostile);
+    const Result first = run(dir.path(), args);
+    if (contains(first.err, "built without stb_image_write.h")) {
+        MESSAGE("skipped: the program was built without stb_image_write.h");
+        CHECK(first.code == 2);
+        CHECK(fs::is_empty(dir.path()));
+        return;
+    }
+    CHECK(first.code == 0);
+    CHECK(fs::exists(dir / "walk" / "index.html"));
+    CHECK(run(dir.path(), args).code == 0);
+    CHECK(fs::exists(dir / "walk-2" / "index.html"));
+    CHECK(!fs::exists(dir / "walk-3"));
+
+    const std::string page = test::read_file(dir / "walk" / "index.html");
+    CHECK(!contains(page, "<script"));
+    CHECK(contains(page, "&lt;script&gt;alert(1)&lt;/script&gt; &quot; &amp; "));
+    CHECK(control_in(page) == "");
+    const Json json = nanogpt::parse_json(test::read_file(dir / "walk" / "walk.json"));
+    std::size_t images = 0, pictures = list(json, "pictures").array.size();
+    for (std::size_t i = page.find("<img "); i != page.npos; i = page.find("<img ", i + 1)) {
+        const std::string tag = page.substr(i, page.find('>', i) - i);
+        const std::size_t alt = tag.find(" alt=\"");
+        CHECK(alt != tag.npos);
+        CHECK(tag[alt + 6] != '"');
+        images++;
+    }
+    CHECK(images == pictures);
+    CHECK(pictures >= 9);
+    for (const Json& picture : list(json, "pictures").array) {
+        CHECK(fs::file_size(dir / "walk" / word(picture, "file")) > 100);
+        CHECK(contains(page, "src=\"" + word(picture, "file") + "\""));
+    }
+    std::size_t files = 0;
+    for (const auto& entry : fs::directory_iterator(dir / "walk")) files += entry.is_regular_file();
+    CHECK(files == pictures + 2);
+
+    // never over files, unless told to
+    test::write_file(dir / "mine" / "index.html", "mine");
+    const Result refused = run(dir.path(), args + Words{"--out", "mine"});
+    CHECK(refused.code == 2);
+    CHECK(contains(refused.err, "--force"));
+    CHECK(test::read_file(dir / "mine" / "index.html") == "mine");
+    CHECK(!fs::exists(dir / "mine" / "walk.json"));
+    CHECK(run(dir.path(), args + Words{"--out", "mine", "--force"}).code == 0);
+    CHECK(contains(test::read_file(dir / "mine" / "index.html"), "<!doctype html>"));
+    // with --json only where it is asked for
+    const Result both = run(dir.path(), args + Words{"--json", "--out", "both"});
+    CHECK(both.code == 0);
+    CHECK(nanogpt::parse_json(both.out).kind == Json::Kind::object);
+    CHECK(fs::exists(dir / "both" / "lens.png"));
+}
+
+TEST_CASE("walk: errors are one line with the reason, and write nothing") {
+    if (no_binary()) return;
+    const test::TempDir dir, models;
+    const fs::path base = test::sample_dir();
+    test::CheckpointSpec wide = long_model();
+    wide.shape.n_layer = 8, wide.shape.n_head = 32, wide.shape.n_kv_head = 32;
+    wide.shape.n_embd = 64;
+    const Subject deep = toy(models, "wide", wide);
+    struct Row {
+        Words args;
+        int code;
+        std::string says;
+    };
+    const Row rows[] = {
+        {{"walk", "--base-dir", base.string()}, 2, "-p TEXT"},
+        {walk(base, "x") + Words{"--layers", "4"}, 2, "a layer from 0 to 3, or all"},
+        {walk(base, "x") + Words{"--layers", "-1"}, 2, "a layer from 0 to 3, or all"},
+        {walk(base, "x") + Words{"--layers", "a"}, 2, "a layer from 0 to 3, or all"},
+        {walk(base, "x") + Words{"--layers", ","}, 2, "--layers"},
+        {walk(base, "x") + Words{"--top", "0"}, 2, "--top"},
+        {walk(base, "x") + Words{"--out", ""}, 2, "--out"},
+        {walk(base, letters(3000)), 2, " tokens, 1023 are the most"},
+        {walk(deep.base, letters(1025)), 2, "the text has 1025 tokens, 1024 are the most"},
+        {walk(deep.base, letters(1024)), 2,
+         "maps of 8 layers and 1024 tokens would take 1.3 GB, 1.1 GB are the most"},
+        {walk(base, "x") + Words{"-g", "d99"}, 3, "d99"},
+        {walk(base, "x") + Words{"--out", "/proc/none/w"}, 1, "cannot make the directory"},
+    };
+    for (const Row& row : rows) {
+        const Result r = run(dir.path(), row.args);
+        INFO(row.says);
+        INFO(r.err);
+        CHECK(r.code == row.code);
+        CHECK(r.out == "");
+        CHECK(contains(r.err, row.says));
+        CHECK(r.err.starts_with("nanogpt: "));
+        CHECK(std::count(r.err.begin(), r.err.end(), '\n') == 1);
+        CHECK(fs::is_empty(dir.path()));
+    }
+}
+
+// ==== the server =================================================================================
+
+std::unique_ptr<http::Server> serve(const fs::path& base, const fs::path& log,
+                                    const Words& more = {}) {
+    auto s =
+        std::make_unique<http::Server>(NANOGPT_BINARY, Words{"--base-dir", base.string()} + more,
+                                       log.string(), Words{"CUDA_VISIBLE_DEVICES=-1"});
+    const auto begin = http::Clock::now();  // it listens before the model is in memory
+    while (contains(ask(s->port(), get("/health")).body, "loading") &&
+           http::ms_since(begin) < 60'000)
+        http::sleep_ms(5);
+    return s;
+}
+std::string walk_request(const std::string& members, std::string_view more = "") {
+    return post("/api/v1/inference/walk", "{" + members + "}", more);
+}
+bool idle(int port) {
+    for (const auto start = http::Clock::now(); http::ms_since(start) < 20'000; http::sleep_ms(5)) {
+        const Json json = json_of(ask(port, get("/health")).body);
+        if (number_at(json, "active") == 0 && number_at(json, "queued") == 0) return true;
+    }
+    return false;
+}
+bool has_pictures(const Json& json) {
+    if (!list(json, "pictures").array.empty()) return true;
+    MESSAGE("skipped: the program was built without stb_image_write.h");
+    return false;
+}
+
+TEST_CASE("walk: the server tells the same numbers and keeps the last 16 walks' pictures") {
+    if (no_binary()) return;
+    const test::TempDir dir;
+    const Subject s = toy(dir, "tiny", {});
+    const auto server = serve(s.base, dir / "log");
+    const Response r = ask(server->port(), walk_request(R"("prompt":"The sea")"));
+    REQUIRE(r.status == 200);
+    const Json json = nanogpt::parse_json(r.body);
+    const Truth t = truth_of(s.model, s.tokenizer, "The sea");
+    stages_are_right(t, json, "server: ");
+    next_is_right(t, json, "server: ");
+    lens_is_right(t, json, "server: ");
+    costs_are_right(t, json, "server: ");
+    CHECK(list(json, "layers").array.size() == 1);
+    CHECK(list(json, "layers").array[0].number == 1);  // the middle of two
+    CHECK(number(json, "runs") == 1);
+
+    const Json more = json_of(
+        ask(server->port(),
+            walk_request(R"("prompt":"a","layers":[1,0,1],"top":3,"temperature":1.5,"seed":5)"))
+            .body);
+    CHECK(list(more, "layers").array.size() == 2);
+    CHECK(list(more, "next").array.size() == 3);
+    if (!has_pictures(json)) return;
+    const auto first_url = [](const Json& j) { return word(list(j, "pictures").array[0], "url"); };
+    for (const Json& picture : list(json, "pictures").array) {
+        const Response png = ask(server->port(), get(word(picture, "url")));
+        CHECK(png.status == 200);
+        CHECK(png.field("content-type") == "image/png");
+        CHECK(contains(word(picture, "url"), word(picture, "file")));
+#ifdef NANOGPT_READS_PNG
+        const Image image = decode(png.body);
+        g2(image.width == number(picture, "width") && image.height == number(picture, "height") &&
+               image.width > 0,
+           "server: " + word(picture, "name") + " decodes");
+#endif
+    }
+    std::string unknown = first_url(json);
+    unknown[unknown.find("walk/") + 5] ^= 1;
+    for (const std::string& url :
+         {unknown, first_url(json) + "x", std::string("/api/v1/inference/walk/")}) {
+        const Response none = ask(server->port(), get(url));
+        CHECK(none.status == 404);
+        CHECK(text_at(json_of(none.body), "error.code") == "no_such_route");
+    }
+    for (int i = 0; i < 14; i++)  // 16 in all
+        CHECK(ask(server->port(), walk_request(R"("prompt":"")")).status == 200);
+    CHECK(ask(server->port(), get(first_url(json))).status == 200);
+    CHECK(ask(server->port(), walk_request(R"("prompt":"")")).status == 200);
+    CHECK(ask(server->port(), get(first_url(json))).status == 404);
+    CHECK(ask(server->port(), get(first_url(more))).status == 200);
+}
+
+TEST_CASE("walk: the server's errors say which parameter is wrong") {
+    if (no_binary()) return;
+    const test::TempDir dir;
+    const auto server =
+        serve(test::sample_dir(), dir / "log", {"--api-key", "secret-of-the-class"});
+    const std::string key = "Authorization: Bearer secret-of-the-class\r\n";
+    struct Row {
+        std::string body;
+        int status;
+        std::string code, param;
+    };
+    const Row rows[] = {
+        {R"("layers":[1])", 400, "missing_field", "prompt"},
+        {R"("prompt":7)", 400, "wrong_type", "prompt"},
+        {R"("prompt":"x","layers":"all")", 400, "wrong_type", "layers"},
+        {R"("prompt":"x","layers":[4])", 400, "out_of_range", "layers"},
+        {R"("prompt":"x","layers":[-1])", 400, "out_of_range", "layers"},
+        {R"("prompt":"x","layers":[])", 400, "out_of_range", "layers"},
+        {R"("prompt":"x","top":0)", 400, "out_of_range", "top"},
+        {R"("prompt":"x","top":101)", 400, "out_of_range", "top"},
+        {R"("prompt":"x","top":"a")", 400, "wrong_type", "top"},
+        {R"("prompt":"x","temperature":3)", 400, "out_of_range", "temperature"},
+        {R"("prompt":")" + letters(200) + R"(")", 400, "out_of_range", "prompt"},
+        {R"("prompt":"x","model":"sft/d99")", 404, "model_not_found", "model"},
+    };
+    for (const Row& row : rows) {
+        const Response r = ask(server->port(), walk_request(row.body, key));
+        const Json json = json_of(r.body);
+        INFO(row.body);
+        INFO(r.body);
+        CHECK(r.status == row.status);
+        CHECK(text_at(json, "error.code") == row.code);
+        CHECK(text_at(json, "error.param") == row.param);
+    }
+    CHECK(ask(server->port(), walk_request(R"("prompt":"x")")).status == 401);
+    const Response r = ask(server->port(), walk_request(R"("prompt":"x")", key));
+    REQUIRE(r.status == 200);
+    const Json json = json_of(r.body);
+    if (!has_pictures(json)) return;  // an image in a page sends no key: the address is one
+    CHECK(ask(server->port(), get(word(list(json, "pictures").array[0], "url"))).status == 200);
+}
+
+TEST_CASE(
+    "walk: other answers keep their text meanwhile, and a client that leaves frees its place") {
+    if (no_binary()) return;
+    const test::TempDir dir;
+    const auto server = serve(test::sample_dir(), dir / "log");
+    const std::string story =
+        post("/v1/completions", R"({"prompt":"Once upon a time","temperature":0,"stream":true,)"
+                                R"("max_tokens":300})");
+    const auto text_of = [](const Response& r) { return http::read_stream(r.body).text; };
+    const std::string alone = text_of(ask(server->port(), story));
+    CHECK(alone.size() > 100);
+    http::Connection telling(server->port());
+    telling.send(story);
+    const Response walked =
+        ask(server->port(), walk_request(R"("prompt":"The sky is blue because")"), 2);
+    CHECK(walked.status == 200);
+    CHECK(text_of(telling.receive()) == alone);
+
+    for (int i = 0; i < 3; i++) {  // once at the very beginning, then further on
+        http::Connection leaving(server->port(), 3);
+        leaving.send(walk_request(R"("prompt":"The sky is blue because")"));
+        http::sleep_ms(30 * i);
+        leaving.reset();
+        CHECK(idle(server->port()));
+    }
+    const Response again =
+        ask(server->port(), walk_request(R"("prompt":"The sky is blue because")"), 2);
+    CHECK(text_at(json_of(again.body), "choice.text") ==
+          text_at(json_of(walked.body), "choice.text"));
+    CHECK(text_of(ask(server->port(), story)) == alone);
+}
+
+TEST_CASE("walk: how many checks there were") {
+    for (const auto& [group, sum] : tallies()) test::report(group.c_str(), sum.first, sum.second);
+}
+
 }  // namespace
