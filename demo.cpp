@@ -711,6 +711,19 @@ std::string fit(std::string_view text, std::size_t width, bool right = false) {
     return right ? blanks + out : out + blanks;
 }
 
+// `text` broken at blanks into lines of the terminal's width, all but the first indented.
+std::string wrapped(std::string_view text, std::size_t indent) {
+    std::string out;
+    std::size_t column = indent;
+    for (const std::string& word : split(text, " ")) {
+        const bool breaks = column > indent && column + 1 + width_of(word) > terminal.width;
+        if (breaks) out += "\n" + std::string(indent, ' '), column = indent;
+        if (column > indent) out += " ", column++;
+        out += word, column += width_of(word);
+    }
+    return out + "\n";
+}
+
 std::string paint(const Stream& stream, const char* code, std::string_view text) {
     return stream.color ? cat("\x1b[", code, "m", text, "\x1b[0m") : std::string(text);
 }
@@ -3475,8 +3488,8 @@ struct Cost {
 };
 struct WalkSizes {
     double T = 0, pos = 0;  // tokens of the call, and before it
-    double weight = 4, value = 4,
-           kept = 4;  // bytes of a weight, of an activation, of a key's number
+    // bytes of a number: in a matrix, in an embedding, of an activation, of a key
+    double weight = 4, table = 4, value = 4, kept = 4;
 };
 // A matrix product reads its weights once and its rows once: x (T, K), w (N, K) -> (T, N).
 Cost product(const WalkSizes& s, double T, double K, double N) {
@@ -3496,20 +3509,22 @@ Cost cost_of(const Config& c, const WalkSizes& s, HookPoint point, int layer) {
     const double gates = c.ve_gate_channels;
     switch (point) {
         case HookPoint::embed:
-            return {0, T * D * (s.weight + v)};
+            return {0, T * D * (s.table + v)};
         case HookPoint::embed_norm:
         case HookPoint::attn_in:
         case HookPoint::mlp_in:
         case HookPoint::final_norm:
             return {3 * T * D, 2 * T * D * v};
-        case HookPoint::smear:
-            return {T * (48 + 2 * D), 3 * T * D * v};
+        case HookPoint::smear:  // the first token has none before it
+            return {(T - (s.pos == 0)) * (48 + 2 * D), 3 * T * D * v};
         case HookPoint::resid_pre:
+            if (c.generation == Generation::g2e)  // and the bigram's embedding
+                return {5 * T * D, T * D * (s.table + 3 * v)};
             return c.has_lambdas() ? Cost{3 * T * D, 3 * T * D * v} : Cost{};
         case HookPoint::q:
             return product(s, T, D, D + 2 * KV);
         case HookPoint::ve_gate:
-            return {T * (c.n_kv_head * 2 * gates + 2 * KV), T * KV * (s.weight + 2 * v)};
+            return {T * (c.n_kv_head * 2 * gates + 2 * KV), T * KV * (s.table + 2 * v)};
         case HookPoint::rot_q:
             return {7 * T * (D + KV), 2 * T * (D + KV) * v};
         case HookPoint::z:
@@ -3776,15 +3791,17 @@ private:
 
 // ---- walking
 
-// The likeliest tokens of softmax(logits), and how sure the model is.
+// softmax(logits). NaN is impossible, as it is to the sampler; where nothing is left all are NaN.
 std::vector<double> probabilities(std::span<const float> logits) {
-    const double top = double{*std::max_element(logits.begin(), logits.end())};
+    double top = -std::numeric_limits<double>::infinity(), sum = 0;
+    for (const float v : logits) top = double{v} > top ? double{v} : top;
     std::vector<double> p;
-    double sum = 0;
-    for (const float v : logits) sum += p.emplace_back(std::exp(double{v} - top));
+    for (const float v : logits)
+        sum += p.emplace_back(std::isnan(v) ? 0.0 : std::exp(double{v} - top));
     for (double& x : p) x /= sum;
     return p;
 }
+// The likeliest tokens, and how sure the model is.
 std::vector<Candidate> likeliest(std::span<const double> p, std::size_t n) {
     std::vector<Token> ids(p.size());
     for (std::size_t i = 0; i < ids.size(); i++) ids[i] = static_cast<Token>(i);
@@ -3860,9 +3877,14 @@ public:
         w_.runs = plan.runs;
         for (const Token t : w_.tokens) w_.pieces.emplace_back(tokenizer.piece(t));
         const auto T = static_cast<double>(w_.T()), value = cuda ? 2.0 : 4.0;
-        const auto weight = static_cast<double>(size_of(w_.dtype));
-        w_.prefill_sizes = {T, 0, weight, value, value};
-        w_.decode_sizes = {1, T, weight, value, value};
+        const auto held = [&](std::string_view tensor) {  // bfloat16 in the file stays so
+            const auto at = std::ranges::find(info.tensors, tensor, &TensorInfo::name);
+            const bool half = at != info.tensors.end() && at->dtype == DType::bf16;
+            return half || w_.dtype == DType::bf16 ? 2.0 : 4.0;
+        };
+        const double weight = held("lm_head.weight"), table = held("transformer.wte.weight");
+        w_.prefill_sizes = {T, 0, weight, table, value, value};
+        w_.decode_sizes = {1, T, weight, table, value, value};
     }
     // One more pass; false when there is none left: observed for the numbers, then the lens, then timed,
     // once more than counts, and then the same for the token that the model chose.
@@ -3935,7 +3957,7 @@ private:
             cell.chosen = p[static_cast<std::size_t>(final_[t])];
             cell.rank = 1;
             for (std::size_t id = 0; id < V; id++) {
-                if (p[id] > 0) cell.entropy -= p[id] * std::log2(p[id]);
+                if (p[id] != 0) cell.entropy -= p[id] * std::log2(p[id]);
                 cell.rank += p[id] > cell.chosen ||
                              (p[id] == cell.chosen && static_cast<Token>(id) < final_[t]);
             }
@@ -3994,6 +4016,10 @@ int longest(const std::vector<std::string>& labels, double unit) {
     for (const std::string& label : labels) most = std::max(most, Picture::length(label, unit));
     return most;
 }
+// Said in the caption and the alternative text.
+std::string pooled_words(std::size_t T, std::size_t drawn) {
+    return T > drawn ? cat("; ", T, " positions pooled to ", drawn, " by their largest") : "";
+}
 std::string percent_of(double share, int digits = 0) { return decimals(100 * share, digits) + "%"; }
 
 // All heads of one layer: what each query (a row) looked at (a column).
@@ -4009,11 +4035,10 @@ Chart attention_chart(const Walk& w, std::size_t which) {
     const int across = std::min(heads, std::max(1, std::min(heads > 4 ? 4 : heads, 2400 / tile)));
     const int down = (heads + across - 1) / across, gap = 22;
     const int wide = side + tile + gap, high = side + tile + 30 + gap;
+    const std::string pooled = pooled_words(T, drawn);
     Chart chart{cat("attention_L", layer < 10 ? "0" : "", layer),
                 cat("Layer ", layer, ": where each head looks"),
-                cat("Attention of the ", heads, " heads of layer ", layer)};
-    const std::string pooled =
-        T > drawn ? cat(", ", T, " positions pooled to ", drawn, " by their largest") : "";
+                cat("Attention of the ", heads, " heads of layer ", layer, pooled)};
     begin_chart(chart, std::max(across * wide, kScaleWidth), down * high + 24,
                 cat("Row: the token that looks. Column: the token looked at. Each row adds up to 1",
                     pooled, "."));
@@ -4046,11 +4071,13 @@ Chart attention_overview(const Walk& w) {
     const int heads = static_cast<int>(w.H()), layers = static_cast<int>(w.L());
     const int n = static_cast<int>(w.thumb), most = std::clamp(900 / heads, 48, 120);
     const int cell = std::max(1, most / n), tile = n * cell, step = tile + 10, side = 84;
+    const std::string pooled = pooled_words(w.T(), w.thumb);
     Chart chart{"attention_all", "Attention of all layers and heads",
-                "Small attention maps, layers down and heads across"};
+                cat("Small attention maps, layers down and heads across", pooled)};
     begin_chart(chart, std::max(side + heads * step, kScaleWidth), 24 + layers * step + 24,
-                "Row: a layer, the first on top. Column: a head. Diagonals look near, a left edge "
-                "rests on the first token.");
+                cat("Row: a layer, the first on top. Column: a head. Diagonals look near, a left "
+                    "edge rests on the first token",
+                    pooled, "."));
     for (int head = 0; head < heads; head++)
         chart.picture.text(kMargin + side + head * step + 2, kTop, cat(head), kMuted, 1.4);
     for (int layer = 0; layer < layers; layer++) {
@@ -4657,15 +4684,15 @@ std::string next_table(const Walk& w) {
 }
 std::string walk_text(const Walk& w) {
     const auto title = [](const std::string& words) {
-        return "\n" + paint(terminal.out, kBold, words) + "\n";
+        return "\n" + paint(terminal.out, kBold, wrapped(words, 0));
     };
-    std::string words;
+    std::string words = cat(w.T(), w.T() == 1 ? " token:" : " tokens:");
     for (const std::string& piece : w.pieces) words += " " + label_of(piece, 24);
     const bool several = w.L() > w.shown.size();
     return cat(
-        safe(w.info.id), " on ", safe(w.device), ", ", name_of(w.dtype), "; memory ",
-        gigabytes_per_second(w.peak.bandwidth), ", products ", few_digits(w.peak.rate / 1e9),
-        " GFLOP/s (measured now)\n", w.T(), " tokens:", words, "\n",
+        wrapped(cat(safe(w.info.id), " on ", safe(w.device), ", ", name_of(w.dtype)), 2),
+        "measured now: memory ", gigabytes_per_second(w.peak.bandwidth), ", products ",
+        few_digits(w.peak.rate / 1e9), " GFLOP/s\n", wrapped(words, 2),
         title(cat(
             "What every stage puts out",
             several ? cat(" (layer ", join(w.shown, ", ", [](int i) { return std::to_string(i); }),
@@ -4675,8 +4702,9 @@ std::string walk_text(const Walk& w) {
         title(cat("Time: the prompt read at once, and one token more (all layers, median of ",
                   w.runs, ")")),
         time_table(w),
-        w.cuda ? "On a GPU the host waits after every operation here; chat does not, and reads "
-                 "single tokens with other kernels.\n"
+        w.cuda ? wrapped("On a GPU the host waits after every operation here; chat does not, and "
+                         "reads single tokens with other kernels.",
+                         0)
                : "",
         title("Logit lens: the likeliest next token, if the model ended there"), lens_table(w),
         title("Where the heads look (entropy in bits, distance in tokens)"), head_table(w),
@@ -4688,18 +4716,24 @@ std::string walk_text(const Walk& w) {
 // Pictures, numbers and a page that shows them, in a directory of their own.
 class WalkFiles {
 public:
-    WalkFiles(const Options& o) : force_(o.force), directory_(o.out) {
+    explicit WalkFiles(const Options& o) : force_(o.force), directory_(o.out) {
         std::error_code error;
         for (int n = 2; o.out.empty() && (n == 2 || fs::exists(directory_, error)); n++)
             directory_ = n == 2 && !fs::exists("walk", error) ? "walk" : cat("walk-", n);
         if (!force_ && fs::exists(directory_, error))
             bad_usage(cat("--out: ", detail::quote(directory_.string(), 300),
                           " exists. Choose a new name, or --force to write into it"));
-        fs::create_directories(directory_, error);
+        made_ = fs::create_directories(directory_, error);
         if (error)
             throw std::runtime_error(cat("cannot make the directory ",
                                          detail::quote(directory_.string(), 300), ": ",
                                          error.message()));
+    }
+    WalkFiles(const WalkFiles&) = delete;
+    WalkFiles& operator=(const WalkFiles&) = delete;
+    ~WalkFiles() {  // of a walk that failed no empty directory stays
+        std::error_code ignored;
+        if (made_) fs::remove(directory_, ignored);  // which leaves one with files alone
     }
     void write(const std::string& name, std::string_view bytes) const {
         NewFile file((directory_ / name).string());
@@ -4709,7 +4743,7 @@ public:
     const fs::path& directory() const { return directory_; }
 
 private:
-    bool force_;
+    bool force_, made_ = false;
     fs::path directory_;
 };
 std::string html_text(std::string_view text) {
@@ -7999,18 +8033,6 @@ int run_serve(Options& o) {
 // ==== 12. main ===================================================================================
 // Help, and the one place where an exception becomes an exit code.
 
-// `text` broken at blanks into lines of the terminal's width, all but the first indented.
-std::string wrapped(std::string_view text, std::size_t indent) {
-    std::string out;
-    std::size_t column = indent;
-    for (const std::string& word : split(text, " ")) {
-        const bool breaks = column > indent && column + 1 + width_of(word) > terminal.width;
-        if (breaks) out += "\n" + std::string(indent, ' '), column = indent;
-        if (column > indent) out += " ", column++;
-        out += word, column += width_of(word);
-    }
-    return out + "\n";
-}
 std::string flags_help(unsigned bit) {
     std::string text;
     for (const Flag& flag : kFlags) {
