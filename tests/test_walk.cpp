@@ -478,7 +478,8 @@ void lens_is_right(const Truth& t, const Json& json, const std::string& of) {
             right = right && cell_is_right(cells.array[c], p, final_token[c], 1e-12) &&
                     number(cells.array[c], "rank_of_final") == 1;
         }
-        const std::string name = output ? "output" : i == 0 ? "embed" : std::to_string(i - 1);
+        std::string name = output ? "output" : i == 0 ? "embed" : std::to_string(i - 1);
+        if (i == t.L() && t.c().generation == nanogpt::Generation::g4) name += " (no backout)";
         const Json* flag = rows.array[i].find("is_output");
         g1(right && word(rows.array[i], "after") == name && flag != nullptr &&
                flag->boolean == output,
