@@ -3313,6 +3313,9 @@ public:
     std::string png() const {
         std::string bytes;
 #ifdef NANOGPT_PNG
+        // flat areas and few colours: trying more filters and longer matches saves 3 % of the bytes
+        // and made a walk with pictures a quarter slower
+        stbi_write_force_png_filter = 2, stbi_write_png_compression_level = 5;
         if (stbi_write_png_to_func(append_png, &bytes, width_, height_, 3, pixels_.data(),
                                    3 * width_) == 0)
             throw std::bad_alloc();

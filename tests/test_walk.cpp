@@ -996,11 +996,11 @@ test::CheckpointSpec long_model() {  // reads 1024 tokens in no time
 }
 bool draws_pictures() {
     static const bool draws = [] {
-        const test::TempDir dir;
-        const Result r = run(dir.path(), walk(test::sample_dir(), ""));
-        if (contains(r.err, "built without stb_image_write.h"))
-            MESSAGE("skipped: the program was built without stb_image_write.h");
-        return r.code == 0;
+        const test::TempDir dir;  // it says so before it sees that there is such a directory
+        const Result r = run("/", walk(test::sample_dir(), "") + Words{"--out", dir.path()});
+        const bool without = contains(r.err, "built without stb_image_write.h");
+        if (without) MESSAGE("skipped: the program was built without stb_image_write.h");
+        return !without;
     }();
     return draws;
 }
@@ -1182,8 +1182,7 @@ TEST_CASE("walk: --json is one object, --top and --layers count, and no files ar
 }
 
 TEST_CASE("walk: files go to a new directory; its page needs no script") {
-    if (no_binary() || run("/tmp", walk(test::sample_dir(), "") + Words{"--no-png"}).code != 0)
-        return;
+    if (no_binary()) return;
     const test::TempDir dir;
     const test::TempDir model;
     const Subject s = toy(model, "tiny", {});
