@@ -3329,6 +3329,9 @@ public:
     std::string png() const {
         std::string bytes;
 #ifdef NANOGPT_PNG
+        // flat areas and few colours: trying more filters and longer matches saves 3 % of the bytes
+        // and made a walk with pictures a quarter slower
+        stbi_write_force_png_filter = 2, stbi_write_png_compression_level = 5;
         if (stbi_write_png_to_func(append_png, &bytes, width_, height_, 3, pixels_.data(),
                                    3 * width_) == 0)
             throw std::bad_alloc();
@@ -4355,15 +4358,7 @@ Chart roofline_chart(const Walk& w) {
 }
 
 // One page: the answer, how it came about, and where the time went.
-Chart overview_chart(const Walk& w) {
-    const std::vector<Chart> parts = [&] {
-        std::vector<Chart> p;
-        p.push_back(next_chart(w)), p.push_back(lens_chart(w)), p.push_back(residual_chart(w));
-        p.push_back(neurons_chart(w)), p.push_back(attention_overview(w));
-        p.push_back(timing_chart(w));
-        if (w.peak.known()) p.push_back(roofline_chart(w));
-        return p;
-    }();
+Chart overview_chart(const Walk& w, std::span<const Chart> parts) {
     // Two columns; each part goes where there is less so far.
     int widest = 0;
     for (const Chart& part : parts) widest = std::max(widest, part.picture.width());
@@ -4387,12 +4382,12 @@ Chart overview_chart(const Walk& w) {
 
 std::vector<Chart> charts_of(const Walk& w) {
     std::vector<Chart> charts;
-    charts.push_back(overview_chart(w)), charts.push_back(next_chart(w));
-    charts.push_back(lens_chart(w)), charts.push_back(residual_chart(w));
-    charts.push_back(neurons_chart(w)), charts.push_back(attention_overview(w));
-    for (std::size_t i = 0; i < w.layers.size(); i++) charts.push_back(attention_chart(w, i));
-    charts.push_back(timing_chart(w));
+    charts.push_back(next_chart(w)), charts.push_back(lens_chart(w));
+    charts.push_back(residual_chart(w)), charts.push_back(neurons_chart(w));
+    charts.push_back(attention_overview(w)), charts.push_back(timing_chart(w));
     if (w.peak.known()) charts.push_back(roofline_chart(w));
+    charts.insert(charts.begin(), overview_chart(w, charts));
+    for (std::size_t i = 0; i < w.layers.size(); i++) charts.push_back(attention_chart(w, i));
     return charts;
 }
 

@@ -997,11 +997,11 @@ test::CheckpointSpec long_model() {  // reads 1024 tokens in no time
 }
 bool draws_pictures() {
     static const bool draws = [] {
-        const test::TempDir dir;
-        const Result r = run(dir.path(), walk(test::sample_dir(), ""));
-        if (contains(r.err, "built without stb_image_write.h"))
-            MESSAGE("skipped: the program was built without stb_image_write.h");
-        return r.code == 0;
+        const test::TempDir dir;  // it says so before it sees that there is such a directory
+        const Result r = run("/", walk(test::sample_dir(), "") + Words{"--out", dir.path()});
+        const bool without = contains(r.err, "built without stb_image_write.h");
+        if (without) MESSAGE("skipped: the program was built without stb_image_write.h");
+        return !without;
     }();
     return draws;
 }
@@ -1131,8 +1131,7 @@ TEST_CASE("walk: text for a terminal is 80 columns wide and has no control bytes
     if (no_binary()) return;
     const test::TempDir dir;
     const fs::path base = test::sample_dir();
-    for (const std::string& prompt : {std::string("The sky is blue because"), std::string(),
-                                      kHostile, letters(60), "The " + std::string(90, '7')}) {
+    for (const std::string& prompt : {std::string(), kHostile, "The " + std::string(90, '7')}) {
         const Result r = run(dir.path(), walk(base, prompt) + Words{"--no-png", "--layers", "all"});
         INFO(prompt);
         INFO(r.out);
@@ -1184,8 +1183,7 @@ TEST_CASE("walk: --json is one object, --top and --layers count, and no files ar
 }
 
 TEST_CASE("walk: files go to a new directory; its page needs no script") {
-    if (no_binary() || run("/tmp", walk(test::sample_dir(), "") + Words{"--no-png"}).code != 0)
-        return;
+    if (no_binary()) return;
     const test::TempDir dir;
     const test::TempDir model;
     const Subject s = toy(model, "tiny", {});
@@ -1357,6 +1355,7 @@ TEST_CASE("walk: the server tells the same numbers and keeps the last 16 walks' 
         CHECK(none.status == 404);
         CHECK(text_at(json_of(none.body), "error.code") == "no_such_route");
     }
+    if (test::quick()) return;
     for (int i = 0; i < 14; i++)  // 16 in all
         CHECK(ask(server->port(), walk_request(R"("prompt":"")")).status == 200);
     CHECK(ask(server->port(), get(first_url(json))).status == 200);
