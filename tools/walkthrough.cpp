@@ -20,7 +20,7 @@ using Vector = std::vector<float>;
 struct State {
     std::vector<Token> tokens;
     Vector before;                     // (D), normed embedding of the last token, for the smear
-    std::vector<Vector> keys, values;  // per layer and head: (tokens, hd padded to 16 with zeros)
+    std::vector<Vector> keys, values;  // per layer and kv head: (tokens, hd padded to 16)
 };
 
 inline Vector row(const nanogpt::Tensor& table, std::size_t r) {  // (rows, n) -> (n)
