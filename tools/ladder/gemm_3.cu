@@ -2,7 +2,7 @@
 //   idea      16 values from shared memory make 64 products, where gemm_2 read two for each.
 //   expected  A warp's 64 multiply-adds take 16 clocks, its four loads of 16 bytes 6 or 8: the limit
 //             is that of the FMA units, 128 per clock and SM: 67 TFLOP/s on an H200, 8 times gemm_2, a
-//             ninth of what its tensor cores do.
+//             tenth of what its tensor cores do.
 //   measured  nothing yet
 //   taught    Registers are the fastest memory: the larger a thread's part of y, the less it loads.
 #include "harness.cuh"
