@@ -6329,23 +6329,10 @@ void Scheduler::look_ahead(Loaded& m, Running& r) {
     guarded({&row, 1}, [&](std::span<Running* const>) {
         const Chunk chunk = {r.sequence.get(), std::span(r.job->prompt).subspan(r.read()), true};
         const std::span<const float> logits = m.backend().step({&chunk, 1});
-        const double top = double{logits[static_cast<std::size_t>(Sampler::argmax(logits))]};
-        double total = 0;
-        for (const float x : logits) total += is_finite(x) ? std::exp(double{x} - top) : 0;
-        const auto probability = [&](Token id) {
-            const float x = logits[static_cast<std::size_t>(id)];
-            return is_finite(x) ? std::exp(double{x} - top) / total : 0;
-        };
-        std::vector<Candidate>& best = r.job->candidates;
-        for (Token id = 0; id < static_cast<Token>(logits.size()); id++)
-            best.push_back({id, probability(id)});
-        const auto end = best.begin() + std::min<std::ptrdiff_t>(10, std::ssize(best));
-        std::partial_sort(best.begin(), end, best.end(), [](const auto& a, const auto& b) {
-            return a.probability != b.probability ? a.probability > b.probability
-                                                  : a.token < b.token;
-        });
-        best.erase(end, best.end());
-        r.job->chosen.probability = probability(r.job->chosen.token);
+        Sampler::argmax(logits);  // throws if they are no numbers
+        const std::vector<double> p = probabilities(logits);
+        r.job->candidates = likeliest(p, 10);
+        r.job->chosen.probability = p[static_cast<std::size_t>(r.job->chosen.token)];
         r.over = true;
     });
 }
