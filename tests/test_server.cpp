@@ -2627,6 +2627,50 @@ TEST_CASE("server: with no checkpoint it still serves, and says what is missing"
 
 // ---- damaged models, memory ---------------------------------------------------------------------
 
+TEST_CASE(
+    "server: why these words: the ten likeliest of the softmax, and the one that was chosen") {
+    if (no_binary()) return;
+    const fs::path sample = test::sample_dir();
+    const nanogpt::Tokenizer tokenizer =
+        nanogpt::load_tokenizer(sample / "tokenizer" / "tokenizer.pkl");
+    const auto model = nanogpt::load_model(sample / "chatsft_checkpoints" / "d4");
+    const std::string body =
+        R"({"messages":[{"role":"user","content":"Hi"},{"role":"assistant","content":"The sky"}],)"
+        R"("position":1})";
+    const Response r = ask(sample_port(), post("/api/v1/inference/why", body));
+    CHECK(r.status == 200);
+    const Json reply = json_of(r.body);
+    // What the model had read when it chose the second token of the answer.
+    std::vector<nanogpt::Token> read = {tokenizer.special("<|bos|>"),
+                                        tokenizer.special("<|user_start|>")};
+    for (const nanogpt::Token id : tokenizer.encode("Hi")) read.push_back(id);
+    for (const char* mark : {"<|user_end|>", "<|assistant_start|>"})
+        read.push_back(tokenizer.special(mark));
+    const std::vector<nanogpt::Token> answer = tokenizer.encode("The sky");
+    REQUIRE(answer.size() >= 2);
+    read.push_back(answer[0]);
+    nanogpt::KVCache cache(*model, 64);
+    const std::span<const float> logits = nanogpt::forward(*model, cache, read);
+    double sum = 0;
+    for (const float x : logits) sum += std::exp(double{x});
+    const auto probability = [&](double id) {
+        return std::exp(double{logits[static_cast<std::size_t>(id)]}) / sum;
+    };
+    CHECK(number_at(reply, "chosen.id") == answer[1]);
+    CHECK(std::abs(number_at(reply, "chosen.probability") - probability(answer[1])) < 1e-5);
+    std::vector<float> sorted(logits.begin(), logits.end());
+    std::sort(sorted.rbegin(), sorted.rend());
+    REQUIRE(reply.find("candidates") != nullptr);
+    CHECK(reply.find("candidates")->array.size() == 10);
+    for (std::size_t i = 0; i < 10; i++) {
+        const std::string at_i = "candidates." + std::to_string(i);
+        const double id = number_at(reply, at_i + ".id");
+        REQUIRE((id >= 0 && id < static_cast<double>(logits.size())));
+        CHECK(std::abs(double{logits[static_cast<std::size_t>(id)]} - double{sorted[i]}) < 1e-3);
+        CHECK(std::abs(number_at(reply, at_i + ".probability") - probability(id)) < 1e-5);
+    }
+}
+
 TEST_CASE("server: a damaged model ends the answers that meet the damage, and no others") {
     if (no_binary()) return;
     const test::TempDir base;
