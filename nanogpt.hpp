@@ -139,12 +139,39 @@ enum class ErrorKind : std::uint8_t {
     device          // an accelerator failed
 };
 
+namespace detail {
+
+// A part of a message: a text, which it only points at, or a whole number below 2^63.
+struct TextPart {
+    std::string_view text;
+    std::optional<std::int64_t> number;
+    TextPart(const char* s) : text(s) {}
+    TextPart(std::string_view s) : text(s) {}
+    TextPart(const std::string& s) : text(s) {}
+    template <std::integral Number>
+    TextPart(Number n) : number(static_cast<std::int64_t>(n)) {}
+};
+using TextParts = std::initializer_list<TextPart>;
+
+// cat({"step ", 7, " of ", n}): one call, where a chain of + compiles into a string for every part.
+[[gnu::cold]] inline std::string cat(TextParts parts) {
+    std::string out;
+    for (const TextPart& p : parts) {
+        out += p.text;
+        if (p.number) out += std::to_string(*p.number);
+    }
+    return out;
+}
+
+}  // namespace detail
+
 // what() is one line: "<file or thing>: <what was found>, <what is needed>. <what to do>".
 struct Error : std::runtime_error {
     ErrorKind kind;
     std::int64_t offset;  // byte in the file, -1 if none
     Error(ErrorKind k, const std::string& message, std::int64_t at = -1)
         : std::runtime_error(message), kind(k), offset(at) {}
+    Error(ErrorKind k, detail::TextParts message) : Error(k, detail::cat(message)) {}
 };
 
 namespace detail {
@@ -165,49 +192,17 @@ namespace detail {
     return out + (s.size() > most ? "...\"" : "\"");
 }
 
-// A part of a message: a text, which it only points at, or a whole number.
-struct TextPart {
-    std::string_view text = {};
-    std::uint64_t number = 0;
-    bool is_number = false, is_negative = false;
-    TextPart(const char* s) : text(s) {}
-    TextPart(std::string_view s) : text(s) {}
-    TextPart(const std::string& s) : text(s) {}
-    template <std::integral Number>
-    TextPart(Number n)
-        : number(static_cast<std::uint64_t>(n)),
-          is_number(true),
-          is_negative(std::cmp_less(n, 0)) {}
-};
-using TextParts = std::initializer_list<TextPart>;
-
-// cat({"step ", 7, " of ", n}): one call, where a chain of + would be compiled into a string with
-// its destructor for every part. Cold: no inner loop makes text.
-[[gnu::cold]] inline std::string cat(TextParts parts) {
-    std::string out;
-    for (const TextPart& p : parts) {
-        if (p.is_negative) out += '-';
-        out += p.text;
-        if (p.is_number) out += std::to_string(p.is_negative ? -p.number : p.number);
-    }
-    return out;
-}
-
 // Refuses what was read from a file, at byte `at` of it.
 [[noreturn, gnu::cold]] inline void refuse(TextParts message, std::int64_t at = -1) {
     const std::string text = cat(message);
     throw Error(ErrorKind::refused, at < 0 ? text : cat({text, " at byte ", at}), at);
 }
-[[noreturn]] inline void refuse(const char* message, std::int64_t at = -1) {
-    refuse({TextPart(message)}, at);
-}
+[[noreturn]] inline void refuse(const char* s, std::int64_t at = -1) { refuse({TextPart(s)}, at); }
 // Refuses what a caller asked for.
-[[noreturn, gnu::cold]] inline void misuse(TextParts message) {
-    throw Error(ErrorKind::usage, cat(message));
-}
-[[noreturn]] inline void misuse(const char* message) { misuse({TextPart(message)}); }
+[[noreturn, gnu::cold]] inline void misuse(TextParts s) { throw Error(ErrorKind::usage, s); }
+[[noreturn]] inline void misuse(const char* s) { misuse({TextPart(s)}); }
 [[noreturn, gnu::cold]] inline void unsupported(TextParts message) {
-    throw Error(ErrorKind::unsupported, cat(message));
+    throw Error(ErrorKind::unsupported, message);
 }
 
 // Runs a reader and puts the file's name in front of whatever it complains about.
@@ -219,41 +214,35 @@ auto naming(const std::filesystem::path& file, Read&& read) {
         throw Error(e.kind, cat({quote(file.filename().string(), 200), ": ", e.what()}), e.offset);
     } catch (const std::bad_alloc&) {
         throw Error(ErrorKind::out_of_memory,
-                    cat({quote(file.filename().string(), 200), ": not enough memory to read it"}));
+                    {quote(file.filename().string(), 200), ": not enough memory to read it"});
     }
 }
 
-// Sorts by key(thing), a number or a view of its name; of equal keys the first stays first. Sorts
-// pairs of key and place: std::sort is then compiled for two types, not for each kind of thing.
+// Sorts by key(thing), a whole number or a view of a name; things of equal keys keep their order.
+// Returns one whose key another has too, or null. Sorts pairs of key and place: so std::sort is
+// compiled for two types, not for every kind of thing.
 template <class T, class Key>
-void sort_by(std::vector<T>& things, Key key) {
-    std::vector<std::pair<decltype(key(things[0])), std::size_t>> order;
+const T* sort_by(std::vector<T>& things, Key key) {
+    constexpr bool number = std::is_integral_v<decltype(key(things[0]))>;
+    using Order = std::conditional_t<number, std::int64_t, std::string_view>;
+    std::vector<std::pair<Order, std::size_t>> order;
     for (const T& thing : things) order.emplace_back(key(thing), order.size());
     std::sort(order.begin(), order.end());
+    std::size_t twice = 0;
+    for (std::size_t i = order.size(); i-- > 1;)
+        if (order[i - 1].first == order[i].first) twice = i;
     std::vector<T> sorted;
     for (const auto& pair : order) sorted.push_back(std::move(things[pair.second]));
-    things = std::move(sorted);
+    things.swap(sorted);
+    return twice == 0 ? nullptr : &things[twice];
 }
-// The thing of this name among things that are sorted by `name`, or null.
-template <class T, class Name>
-const T* find_by(std::span<const T> things, std::string_view wanted, Name name) {
-    std::size_t begin = 0, end = things.size();
-    while (begin < end) {
-        const std::size_t middle = begin + (end - begin) / 2;
-        if (name(things[middle]) < wanted)
-            begin = middle + 1;
-        else
-            end = middle;
-    }
-    return begin < things.size() && name(things[begin]) == wanted ? &things[begin] : nullptr;
-}
-// The first thing whose name is also the next one's, or null.
-template <class T, class Name>
-const T* find_twice(std::span<const T> things, Name name) {
-    for (std::size_t i = 1; i < things.size(); ++i) {
-        if (name(things[i - 1]) == name(things[i])) return &things[i];
-    }
-    return nullptr;
+// The thing of this name in a list sorted by `name`, or null.
+template <class List, class Name>
+auto find_by(const List& list, std::string_view wanted, Name name) -> decltype(&list[0]) {
+    const auto at =
+        std::lower_bound(list.begin(), list.end(), wanted,
+                         [&](const auto& thing, std::string_view w) { return name(thing) < w; });
+    return at != list.end() && name(*at) == wanted ? &*at : nullptr;
 }
 
 // Sizes from outside are only ever added and multiplied here.
@@ -441,9 +430,8 @@ inline std::shared_ptr<std::byte> allocate(std::uint64_t bytes, bool large_pages
     constexpr std::uint64_t kPage = std::uint64_t{2} << 20;
     const std::uint64_t size = checked_add(bytes, kPage - 1) / kPage * kPage;
     void* p = size > SIZE_MAX / 2 ? nullptr : std::aligned_alloc(kPage, std::max(size, kPage));
-    if (p == nullptr) {
-        throw Error(ErrorKind::out_of_memory, cat({"cannot allocate ", bytes >> 20, " MiB"}));
-    }
+    if (p == nullptr)
+        throw Error(ErrorKind::out_of_memory, {"cannot allocate ", bytes >> 20, " MiB"});
     if (large_pages) madvise(p, size, MADV_HUGEPAGE);  // a wish; ignored where it cannot be met
     return {static_cast<std::byte*>(p), [](std::byte* q) { std::free(q); }};
 }
@@ -463,9 +451,9 @@ public:
         const int reason = errno;
         if (fd_ < 0) {
             const bool none = reason == ENOENT || reason == ENOTDIR;
-            throw Error(none ? ErrorKind::not_found : ErrorKind::refused,
-                        detail::cat({"cannot open ", detail::quote(path.string(), 300), ": ",
-                                     std::strerror(reason)}));
+            throw Error(
+                none ? ErrorKind::not_found : ErrorKind::refused,
+                {"cannot open ", detail::quote(path.string(), 300), ": ", std::strerror(reason)});
         }
         struct stat s {};
         if (::fstat(fd_, &s) != 0 || !S_ISREG(s.st_mode)) {
@@ -654,9 +642,9 @@ public:
     }
 
     const File& file() const { return file_; }
-    std::span<const ZipEntry> entries() const { return entries_; }  // sorted by name
+    const std::vector<ZipEntry>& entries() const { return entries_; }  // sorted by name
     const ZipEntry* find(std::string_view name) const {
-        return find_by(entries(), name, ZipEntry::key);
+        return find_by(entries_, name, ZipEntry::key);
     }
     // All bytes of an entry of at most `max_bytes`, with its checksum verified.
     std::vector<std::byte> read(const ZipEntry& entry, std::uint64_t max_bytes) const {
@@ -724,9 +712,8 @@ private:
         if (little_endian<8>(end, 24) != count) refuse("zip: entry counts disagree", where);
         if ((count_ != 0xffff && count_ != count) ||
             (directory_size_ != 0xffffffff && directory_size_ != size) ||
-            (directory_ != 0xffffffff && directory_ != directory)) {
+            (directory_ != 0xffffffff && directory_ != directory))
             refuse("zip: the two end records disagree", where);
-        }
         count_ = count, directory_size_ = size, directory_ = directory;
         return at;
     }
@@ -740,9 +727,8 @@ private:
         for (std::uint64_t i = 0; i < count_; ++i) at = read_entry(bytes, at);
         if (at != bytes.size())
             refuse("zip: the directory holds more than its entries", position(at));
-        sort_by(entries_, ZipEntry::key);
-        const ZipEntry* twice = find_twice(entries(), ZipEntry::key);
-        if (twice != nullptr) refuse({"zip: two entries are called ", quote(twice->name)});
+        if (const ZipEntry* twice = sort_by(entries_, ZipEntry::key))
+            refuse({"zip: two entries are called ", quote(twice->name)});
     }
     std::int64_t position(std::size_t at) const {
         return static_cast<std::int64_t>(directory_ + at);
@@ -897,8 +883,7 @@ struct PickleTree {  // values name each other by index
 
 enum class PickleFor : std::uint8_t { checkpoint, tokenizer };  // what is allowed in it
 
-constexpr std::uint64_t kMaxPickle = std::uint64_t{16}
-                                     << 20;  // bytes; a real state dict has 20 to 100 KiB
+constexpr std::uint64_t kMaxPickle = 16 << 20;  // bytes; a real state dict has 20 to 100 KiB
 constexpr std::size_t kMaxPickleValues = std::size_t{1} << 19;  // 64 bytes each
 constexpr std::size_t kMaxPickleStack = 65536;
 constexpr std::size_t kMaxPickleMarks = 64;
@@ -934,10 +919,9 @@ public:
 private:
     using Kind = PickleKind;
 
-    [[noreturn]] void fail(TextParts message) const {
-        refuse(message, static_cast<std::int64_t>(op_at_));
+    [[noreturn]] void fail(std::string_view message) const {
+        refuse({message}, static_cast<std::int64_t>(op_at_));
     }
-    [[noreturn]] void fail(const char* message) const { fail({TextPart(message)}); }
 
     std::string_view take(std::uint64_t n) {
         if (n > in_.size() - at_) fail("pickle: cut off");
@@ -993,13 +977,13 @@ private:
     }
     void put(std::uint64_t i) {
         if (i >= std::min(in_.size(), 2 * kMaxPickleValues))
-            fail({"pickle: memo index ", i, " is out of range"});
+            fail(cat({"pickle: memo index ", i, " is out of range"}));
         if (i >= memo_.size()) memo_.resize(static_cast<std::size_t>(i) + 1, kUnset);
         memo_[static_cast<std::size_t>(i)] = top();
     }
     void get(std::uint64_t i) {
         if (i >= memo_.size() || memo_[static_cast<std::size_t>(i)] == kUnset)
-            fail({"pickle: memo entry ", i, " was never set"});
+            fail(cat({"pickle: memo entry ", i, " was never set"}));
         if (stack_.size() >= kMaxPickleStack) fail("pickle: more than 65,536 values on the stack");
         stack_.push_back(memo_[static_cast<std::size_t>(i)]);
     }
@@ -1012,7 +996,7 @@ private:
     }
     void text(std::uint64_t n, Kind kind) {
         if (n > kMaxPickleText)
-            fail({"pickle: a string of ", n, " bytes, at most 65,536 are accepted"});
+            fail(cat({"pickle: a string of ", n, " bytes, at most 65,536 are accepted"}));
         const std::string_view s = take(n);
         if (kind == Kind::text && !is_utf8(s)) fail("pickle: a string is not UTF-8");
         node(push(kind)).text = s;
@@ -1040,10 +1024,9 @@ private:
         const std::string full = cat({module, " ", name});
         const std::string_view allowed = allowed_global(full);
         if (allowed.empty()) {
-            const std::string dotted = cat({module, ".", name});
-            fail({"pickle: names ", quote(dotted), ", which no ",
-                  what_ == PickleFor::checkpoint ? "checkpoint" : "tokenizer",
-                  " needs. Nothing was executed"});
+            fail(cat({"pickle: names ", quote(cat({module, ".", name})), ", which no ",
+                      what_ == PickleFor::checkpoint ? "checkpoint" : "tokenizer",
+                      " needs. Nothing was executed"}));
         }
         node(push(Kind::global)).text = allowed;
     }
@@ -1111,9 +1094,8 @@ private:
     void new_object() {
         const std::uint32_t args = pop(), cls = pop();
         if (!is_global(cls, "tiktoken.core Encoding") || !is(args, Kind::tuple) ||
-            !node(args).items.empty()) {
+            !node(args).items.empty())
             fail("pickle: NEWOBJ on what is no tiktoken.Encoding");
-        }
         push(Kind::encoding);
     }
     void build() {
@@ -1173,7 +1155,7 @@ private:
             default: break;
         }
         // clang-format on
-        fail({"pickle: opcode ", opcode_name(op), " is not accepted. Nothing was executed"});
+        fail(cat({"pickle: opcode ", opcode_name(op), " is not accepted. Nothing was executed"}));
     }
     void stop() {
         tree_.root = pop();
@@ -1204,7 +1186,7 @@ private:
     }
     void protocol(std::uint64_t version) {
         if (op_at_ != 0 || version < 2 || version > 5)
-            fail({"pickle: protocol ", version, " is not accepted here"});
+            fail(cat({"pickle: protocol ", version, " is not accepted here"}));
     }
     void long1(std::uint64_t n) {  // n bytes of two's complement, low byte first
         if (n > 8) fail("pickle: an integer of more than 64 bits");
@@ -1299,10 +1281,9 @@ public:
     }
 
 private:
-    [[noreturn]] void fail(TextParts what) const {
-        refuse({"JSON ", cat(what)}, static_cast<std::int64_t>(at_));
+    [[noreturn]] void fail(std::string_view what) const {
+        refuse({"JSON ", what}, static_cast<std::int64_t>(at_));
     }
-    [[noreturn]] void fail(const char* what) const { fail({TextPart(what)}); }
     char peek() const { return at_ < in_.size() ? in_[at_] : '\0'; }
     bool accept(std::string_view word) {
         if (!in_.substr(at_).starts_with(word)) return false;
@@ -1317,7 +1298,7 @@ private:
 
     Json read(int depth) {
         space();
-        if (depth > max_depth_) fail({"is nested deeper than ", max_depth_});
+        if (depth > max_depth_) fail(cat({"is nested deeper than ", max_depth_}));
         if (++values_ > kMaxJsonValues) fail("has more than 100,000 values");
         Json value;
         if (at_ == in_.size()) fail(in_.empty() ? "is empty" : "ends too early");
@@ -1363,10 +1344,8 @@ private:
         if (!accept("}")) fail("has an object without , or }");
         std::vector<std::string_view> keys;
         for (const auto& member : value.object) keys.push_back(member.first);
-        const auto itself = [](std::string_view key) { return key; };
-        sort_by(keys, itself);
-        const auto* twice = find_twice(std::span<const std::string_view>(keys), itself);
-        if (twice != nullptr) fail({"has the key ", quote(*twice), " twice"});
+        if (const auto* twice = sort_by(keys, [](std::string_view key) { return key; }))
+            fail(cat({"has the key ", quote(*twice), " twice"}));
     }
 
     std::string read_string() {
@@ -1566,6 +1545,8 @@ struct ModelInfo {  // all that is known without reading the weights
 
 namespace detail {
 
+inline void warn(ModelInfo& info, TextParts text) { info.warnings.push_back(cat(text)); }
+
 constexpr int kSmearChannels = 24;  // of x, that G4's smear gate reads
 
 struct GenerationFacts {
@@ -1713,10 +1694,8 @@ inline std::vector<StoredTensor> read_state_dict(const ZipFile& zip) {
             refuse({"entry ", quote(key.text), " of the state dict is no tensor"}, value.at);
         tensors.push_back(stored_tensor(tree, value, plain_name(key.text), zip, top));
     }
-    sort_by(tensors, StoredTensor::key);
-    const StoredTensor* twice =
-        find_twice(std::span<const StoredTensor>(tensors), StoredTensor::key);
-    if (twice != nullptr) refuse({"has two tensors ", quote(twice->info.name)});
+    if (const StoredTensor* twice = sort_by(tensors, StoredTensor::key))
+        refuse({"has two tensors ", quote(twice->info.name)});
     // two tensors may share a storage only if they are the same
     std::vector<const StoredTensor*> order;
     for (const StoredTensor& t : tensors) order.push_back(&t);
@@ -1731,14 +1710,14 @@ inline std::vector<StoredTensor> read_state_dict(const ZipFile& zip) {
     return tensors;
 }
 
-inline const StoredTensor* find_tensor(std::span<const StoredTensor> tensors,
+inline const StoredTensor* find_tensor(const std::vector<StoredTensor>& tensors,
                                        std::string_view name) {
     return find_by(tensors, name, StoredTensor::key);
 }
 
 // ---- from the tensors to the generation, from the generation to the tensors
 
-inline Generation detect_generation(std::span<const StoredTensor> tensors) {
+inline Generation detect_generation(const std::vector<StoredTensor>& tensors) {
     bool gate12 = false, gate32 = false;
     for (const StoredTensor& t : tensors) {
         const std::string_view n = t.info.name;
@@ -1818,7 +1797,7 @@ inline void refuse_any(const std::string& verb, const std::vector<std::string>& 
     refuse({verb, " ", names.size(), " ", what, ": ", list});
 }
 
-inline void check_tensors(const Config& config, std::span<const StoredTensor> tensors) {
+inline void check_tensors(const Config& config, const std::vector<StoredTensor>& tensors) {
     std::vector<TensorInfo> expected = expected_tensors(config);
     const auto key = [](const TensorInfo& e) { return std::string_view(e.name); };
     sort_by(expected, key);
@@ -1839,8 +1818,7 @@ inline void check_tensors(const Config& config, std::span<const StoredTensor> te
         }
     }
     for (const StoredTensor& t : tensors) {
-        if (find_by(std::span<const TensorInfo>(expected), t.info.name, key) == nullptr)
-            unknown.push_back(quote(t.info.name));
+        if (find_by(expected, t.info.name, key) == nullptr) unknown.push_back(quote(t.info.name));
     }
     refuse_any("lacks", missing, "tensors");
     refuse_any("has", unknown, "unknown tensors");
@@ -1860,16 +1838,14 @@ inline int read_int(const Json& object, std::string_view key, int low, int high)
     const auto end = s.data() + s.size();
     const auto result = std::from_chars(s.data(), end, n);
     if (value->kind != Json::Kind::number || result.ec != std::errc{} || result.ptr != end ||
-        n < low || n > high) {
+        n < low || n > high)
         refuse({who, " must be an integer from ", low, " to ", high});
-    }
     return n;
 }
 inline void check_window_pattern(const std::string& pattern) {
     if (pattern.empty() || pattern.size() > 256 ||
-        pattern.find_first_not_of("SLsl") != pattern.npos) {
+        pattern.find_first_not_of("SLsl") != pattern.npos)
         refuse({"window_pattern ", quote(pattern), " must be 1 to 256 letters S or L"});
-    }
 }
 
 // The six numbers every generation stores, and the window pattern where there is one.
@@ -1879,9 +1855,8 @@ inline Config read_config(const Json& meta, bool& has_pattern) {
     if (mc == nullptr || mc->kind != Json::Kind::object)
         refuse("the metadata has no object model_config");
     if (mc->find("num_experts") != nullptr)
-        unsupported(
-            {"model_config.num_experts: nanochat's unmerged mixture-of-experts branches "
-             "are not run"});
+        unsupported({"model_config.num_experts: nanochat's unmerged mixture-of-experts branches ",
+                     "are not run"});
     Config c;
     c.sequence_len = read_int(*mc, "sequence_len", 1, 1 << 20);
     c.vocab_size = read_int(*mc, "vocab_size", 1, 1 << 20);
@@ -1909,9 +1884,8 @@ inline Config read_config(const Json& meta, bool& has_pattern) {
 inline void read_losses(const Json& meta, ModelInfo& info) {
     for (const auto& [key, value] : meta.object) {
         if (value.kind != Json::Kind::number || key == "step" || key == "device_batch_size" ||
-            key == "max_seq_len" || key == "total_batch_size" || !is_finite(value.number)) {
+            key == "max_seq_len" || key == "total_batch_size" || !is_finite(value.number))
             continue;
-        }
         const bool bits = key == "val_bpb", nats = key == "val_loss";
         if (!bits && !nats) info.metrics.emplace_back(key, value.number);
         // only bits per byte compare across tokenizers
@@ -1924,8 +1898,8 @@ inline void read_losses(const Json& meta, ModelInfo& info) {
     const Json* step = meta.find("step");
     if (step != nullptr && step->kind == Json::Kind::number &&
         step->number != static_cast<double>(info.step)) {
-        info.warnings.push_back(cat({"the metadata says step ", quote(step->string),
-                                     ", the file name ", info.step, "; the name counts"}));
+        warn(info, {"the metadata says step ", quote(step->string), ", the file name ", info.step,
+                    "; the name counts"});
     }
 }
 
@@ -2006,25 +1980,23 @@ inline void check_pattern(ModelInfo& info, const Overrides& o, bool has_pattern,
                           const Json& sibling) {
     if (info.config.generation == Generation::g0) {
         if (o.short_window ||
-            o.window_pattern.value_or("").find_first_of("Ss") != std::string::npos) {
+            o.window_pattern.value_or("").find_first_of("Ss") != std::string::npos)
             misuse(
                 "this checkpoint is of generation g0, which had no windows. Add --gen g1 to "
                 "insist");
-        }
         if (has_pattern) {
-            info.warnings.push_back(cat({"window_pattern ", quote(info.config.window_pattern),
-                                         " is ignored: this generation had no windows"}));
+            warn(info, {"window_pattern ", quote(info.config.window_pattern),
+                        " is ignored: this generation had no windows"});
         }
         info.config.window_pattern = "L";
     } else if (!has_pattern && !o.window_pattern) {
         const Json* mc = sibling.find("model_config");
         const Json* theirs = mc != nullptr ? mc->find("window_pattern") : nullptr;
-        const std::string hint =
-            theirs != nullptr ? cat({"; the base model of this tag has ", quote(theirs->string)})
-                              : "";
-        info.warnings.push_back(
-            cat({"window_pattern is not stored, \"L\" is assumed as nanochat does", hint,
-                 " (--window-pattern)"}));
+        std::string hint;
+        if (theirs != nullptr)
+            hint = cat({"; the base model of this tag has ", quote(theirs->string)});
+        warn(info, {"window_pattern is not stored, \"L\" is assumed as nanochat does", hint,
+                    " (--window-pattern)"});
     }
 }
 
@@ -2032,10 +2004,9 @@ inline Overrides merge(Overrides first, const Overrides& second) {
     const auto fill = [](auto& value, const auto& other) { value = value ? value : other; };
     fill(first.generation, second.generation), fill(first.softcap, second.softcap);
     fill(first.rope_base, second.rope_base), fill(first.qk_scale, second.qk_scale);
-    fill(first.window_pattern, second.window_pattern),
-        fill(first.short_window, second.short_window);
-    fill(first.sequence_len, second.sequence_len),
-        fill(first.bf16_rope_tables, second.bf16_rope_tables);
+    fill(first.window_pattern, second.window_pattern);
+    fill(first.short_window, second.short_window), fill(first.sequence_len, second.sequence_len);
+    fill(first.bf16_rope_tables, second.bf16_rope_tables);
     return first;
 }
 
@@ -2092,10 +2063,9 @@ inline void settle(ModelInfo& info, const Json& meta, bool has_pattern, Generati
     number("softcap", c.softcap, o.softcap, cap20 ? 20.0f : 15.0f,
            g2 ? Origin::assumed : Origin::implied);
     if (g2 && !o.softcap) {
-        info.warnings.push_back(
-            cat({"softcap ", format(c.softcap),
-                 " is assumed: it was 15, but 20 from 2026-03-03 to 03-09, and the "
-                 "file does not tell (--softcap)"}));
+        warn(info, {"softcap ", format(c.softcap),
+                    " is assumed: it was 15, but 20 from 2026-03-03 to 03-09, and the "
+                    "file does not tell (--softcap)"});
     }
     check_pattern(info, o, has_pattern, sibling);
     c.window_pattern = o.window_pattern.value_or(c.window_pattern);
@@ -2128,8 +2098,8 @@ inline std::vector<StoredTensor> inspect(ModelInfo& info, const ZipFile& zip,
         if (rows < V || rows > (1 << 21))
             refuse({"transformer.wte.weight has ", rows, " rows, vocab_size is ", V});
         if (rows != V && rows != (V + 63) / 64 * 64) {
-            info.warnings.push_back(cat({"the vocabulary is padded to ", rows,
-                                         " rows, nanochat pads to a multiple of 64"}));
+            warn(info, {"the vocabulary is padded to ", rows,
+                        " rows, nanochat pads to a multiple of 64"});
         }
         info.config.vocab_rows = static_cast<int>(rows);
         settle(info, meta, has_pattern, detect_generation(tensors), overrides);
@@ -2216,13 +2186,10 @@ inline std::int64_t depth_of(std::string_view tag) {
     return depth;
 }
 inline bool is_tag(std::string_view tag) {
-    constexpr std::string_view kMore = "._-";
-    const auto alphanumeric = [](char c) {
-        return (c >= '0' && c <= '9') || (c >= 'a' && c <= 'z') || (c >= 'A' && c <= 'Z');
-    };
-    if (tag.empty() || tag.size() > 128 || !alphanumeric(tag[0])) return false;
-    return std::all_of(tag.begin(), tag.end(),
-                       [&](char c) { return alphanumeric(c) || kMore.find(c) != kMore.npos; });
+    constexpr std::string_view kAllowed =
+        "._-0123456789abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ";
+    return !tag.empty() && tag.size() <= 128 && kAllowed.substr(0, 3).find(tag[0]) == tag.npos &&
+           tag.find_first_not_of(kAllowed) == tag.npos;
 }
 
 }  // namespace detail
@@ -2243,18 +2210,11 @@ inline std::filesystem::path base_dir(const std::filesystem::path& given = {}) {
 inline std::vector<ModelInfo> find_models(const std::filesystem::path& base,
                                           const Overrides& overrides = {},
                                           std::vector<std::string>* warnings = nullptr) {
-    // keys by which the largest depth and the last step come first
-    const auto depth = [](const std::filesystem::path& dir) {
-        return ~static_cast<std::uint64_t>(detail::depth_of(dir.filename().native()) + 1);
-    };
-    const auto step = [](const std::filesystem::path& file) {
-        return ~static_cast<std::uint64_t>(detail::step_of(file.filename().native()) + 1);
-    };
     std::vector<ModelInfo> models;
     for (const detail::SourceFolder& source : detail::kSources) {
         const std::size_t before = models.size();
         auto dirs = detail::list(base / source.folder);
-        detail::sort_by(dirs, depth);
+        detail::sort_by(dirs, [](auto& d) { return -detail::depth_of(d.filename().native()); });
         for (const auto& dir : dirs) {
             std::error_code ec;
             if (!std::filesystem::is_directory(dir, ec)) continue;
@@ -2266,7 +2226,7 @@ inline std::vector<ModelInfo> find_models(const std::filesystem::path& base,
                 continue;
             }
             auto files = detail::list(dir);
-            detail::sort_by(files, step);
+            detail::sort_by(files, [](auto& f) { return -detail::step_of(f.filename().native()); });
             for (const auto& file : files) {
                 if (detail::step_of(file.filename().native()) < 0) continue;
                 ModelInfo info = detail::place(file);
@@ -2290,7 +2250,7 @@ inline std::filesystem::path model_file(const std::filesystem::path& dir_or_file
     if (!found.empty()) return found;
     const std::string wanted = step < 0 ? "model_<step>.pt" : cat({"checkpoint of step ", step});
     throw Error(ErrorKind::not_found,
-                cat({quote(dir_or_file.string(), 300), ": no ", wanted, " there"}));
+                {quote(dir_or_file.string(), 300), ": no ", wanted, " there"});
 }
 }  // namespace detail
 
@@ -2313,11 +2273,10 @@ inline std::filesystem::path find_tokenizer(const ModelInfo& info) {
          {dir, dir.parent_path().parent_path() / "tokenizer", base_dir() / "tokenizer"}) {
         if (std::filesystem::exists(folder / "tokenizer.pkl", ec)) return folder / "tokenizer.pkl";
     }
-    throw Error(
-        ErrorKind::not_found,
-        detail::cat({"no tokenizer.pkl for ", detail::quote(info.id),
-                     ": looked beside the model, in ../../tokenizer "
-                     "and in the base directory. Copy nanochat's tokenizer/tokenizer.pkl there"}));
+    throw Error(ErrorKind::not_found,
+                {"no tokenizer.pkl for ", detail::quote(info.id),
+                 ": looked beside the model, in ../../tokenizer and in the base directory. "
+                 "Copy nanochat's tokenizer/tokenizer.pkl there"});
 }
 
 // ==== 10. unicode ================================================================================
@@ -2897,7 +2856,7 @@ private:
             if (v_.find_special(name) != nullptr) continue;
             refuse({"special token ", quote(name), " is missing"}, dict.at);
         }
-        sort_by(v_.specials, [](const auto& s) { return static_cast<std::uint64_t>(s.first); });
+        sort_by(v_.specials, [](const auto& s) { return s.first; });
     }
 
     // Ranks are 0 to N-1, special ids follow. The exception is nanochat's own: when two merges of
@@ -2987,8 +2946,7 @@ public:
     // Returns the id of a special token, as in special("<|bos|>"). Throws not_found.
     Token special(std::string_view name) const {
         if (const Token* id = v_.find_special(name)) return *id;
-        throw Error(ErrorKind::not_found,
-                    detail::cat({"there is no special token ", detail::quote(name)}));
+        throw Error(ErrorKind::not_found, {"there is no special token ", detail::quote(name)});
     }
     bool is_special(Token token) const {
         return token >= v_.specials.front().first && token <= v_.specials.back().first;
@@ -3033,7 +2991,7 @@ public:
         } catch (const std::system_error&) {
             stop();
             throw Error(ErrorKind::out_of_memory,
-                        detail::cat({"cannot start ", n, " threads. Try --threads 1"}));
+                        {"cannot start ", n, " threads. Try --threads 1"});
         }
     }
     ~ThreadPool() { stop(); }
@@ -3047,8 +3005,8 @@ public:
     // which i is left to chance: no result may depend on it.
     template <class Task>
     void run(std::size_t n, const Task& task) {
-        run(
-            n, [](const void* t, std::size_t i) { (*static_cast<const Task*>(t))(i); }, &task);
+        const auto call = [](const void* t, std::size_t i) { (*static_cast<const Task*>(t))(i); };
+        run(n, call, &task);
     }
 
     static int physical_cores() {
@@ -3339,6 +3297,7 @@ void for_rows(ThreadPool& pool, std::size_t n, const Rows& rows) {
              [&](std::size_t i) { rows(i * kPart, std::min(n, i * kPart + kPart)); });
 }
 
+class ModelLoader;  // section 13
 }  // namespace detail
 
 // The instruction set in use: "avx512", "avx2", "sse2" or "neon".
@@ -3570,7 +3529,7 @@ public:
     ThreadPool& pool() const { return *pool_; }
 
 private:
-    friend class ModelLoader;
+    friend class detail::ModelLoader;
     ModelInfo info_;
     Weights weights_;
     std::uint64_t bytes_ = 0;
@@ -3600,26 +3559,22 @@ inline void copy_row(float* out, const Tensor& table, std::size_t row) {
     }
 }
 
-}  // namespace detail
-
 // Reads the weights of one checkpoint straight to where they stay: one allocation, and a quarter of
 // a megabyte per thread for those that change their type on the way. So there are never two copies
 // of the model.
 class ModelLoader {
 public:
     static std::shared_ptr<const Model> load(ModelInfo info, const LoadOptions& options) {
-        if (options.dtype != DType::f32 && options.dtype != DType::bf16) {
-            detail::misuse(
-                {"weights are kept as float32 or bfloat16, not ", name_of(options.dtype)});
-        }
+        if (options.dtype != DType::f32 && options.dtype != DType::bf16)
+            misuse({"weights are kept as float32 or bfloat16, not ", name_of(options.dtype)});
         ModelLoader loader(std::move(info), options);
-        detail::naming(loader.model_->info_.model_file, [&] { loader.read(); });
+        naming(loader.model_->info_.model_file, [&] { loader.read(); });
         return std::move(loader.model_);
     }
 
 private:
     struct Job {
-        const detail::StoredTensor* from;
+        const StoredTensor* from;
         DType to;
         std::uint64_t at;  // byte of the allocation
     };
@@ -3627,14 +3582,13 @@ private:
     ModelLoader(ModelInfo info, const LoadOptions& options)
         : options_(options),
           model_(std::make_shared<Model>()),
-          zip_(detail::naming(info.model_file,
-                              [&] { return detail::ZipFile(File(info.model_file)); })) {
+          zip_(naming(info.model_file, [&] { return ZipFile(File(info.model_file)); })) {
         ModelInfo& own = model_->info_;
-        own = detail::place(info.model_file);
+        own = place(info.model_file);
         if (!info.id.empty())
             own.source = info.source, own.tag = info.tag, own.id = info.id,
             own.meta_file = info.meta_file;
-        stored_ = detail::inspect(own, zip_, detail::merge(options.overrides, info.overrides));
+        stored_ = inspect(own, zip_, merge(options.overrides, info.overrides));
         model_->pool_ = std::make_unique<ThreadPool>(options.threads);
         model_->dtype_ = options.dtype;
         plan();
@@ -3644,45 +3598,41 @@ private:
     // them would double the bytes and change no result.
     void plan() {
         std::uint64_t at = 0;
-        for (const detail::StoredTensor& t : stored_) {
+        for (const StoredTensor& t : stored_) {
             const bool matrix = t.info.shape.size() > 1;
             const bool keep =
                 matrix && (t.info.dtype == DType::bf16 || options_.dtype == DType::bf16);
             jobs_.push_back({&t, keep ? DType::bf16 : DType::f32, at});
-            at += detail::round_up(detail::count(t.info.shape) * (keep ? 2u : 4u), 64);
+            at += round_up(count(t.info.shape) * (keep ? 2u : 4u), 64);
         }
         model_->bytes_ = at;
-        const std::uint64_t available = detail::available_memory();
+        const std::uint64_t available = available_memory();
         if (at > available) {
-            throw Error(
-                ErrorKind::out_of_memory,
-                detail::cat({detail::quote(model_->info_.id), " needs ", at >> 20, " MiB, ",
-                             available >> 20,
-                             " MiB are free. Close other programs, or try --dtype bfloat16"}));
+            throw Error(ErrorKind::out_of_memory,
+                        {quote(model_->info_.id), " needs ", at >> 20, " MiB, ", available >> 20,
+                         " MiB are free. Close other programs, or try --dtype bfloat16"});
         }
     }
 
     void read() {
-        memory_ = detail::allocate(model_->bytes_, true);
+        memory_ = allocate(model_->bytes_, true);
         // the largest first, so that no thread ends up with it alone
-        detail::sort_by(jobs_, [](const Job& j) { return ~j.from->bytes(); });
+        sort_by(jobs_, [](const Job& j) { return -static_cast<std::int64_t>(j.from->bytes()); });
         std::uint64_t total = 0;
         for (const Job& j : jobs_) total += j.from->bytes();
         model_->pool_->run(jobs_.size(), [&](std::size_t i) { read_tensor(jobs_[i], total); });
         if (!zip_.file().unchanged())
-            detail::refuse(
-                "changed while it was read: still being written. Try again when it is complete");
+            refuse("changed while it was read: still being written. Try again when it is complete");
         constexpr std::uint64_t kLarge = std::uint64_t{1} << 30;
         if (zip_.file().size() >= kLarge) zip_.file().forget(0, zip_.file().size());
         bind();
     }
 
     void read_tensor(const Job& job, std::uint64_t total) {
-        constexpr std::size_t kPiece = std::size_t{1}
-                                       << 20;  // bytes; a checksum over them hits the cache
+        constexpr std::size_t kPiece = 1 << 20;  // bytes; a checksum over them hits the cache
         const DType from = job.from->info.dtype;
         const std::uint64_t bytes = job.from->bytes();
-        const detail::ZipEntry& entry = *job.from->entry;
+        const ZipEntry& entry = *job.from->entry;
         std::vector<std::byte> staging(from == job.to ? 0 : std::min<std::uint64_t>(kPiece, bytes));
         std::uint32_t crc = 0;
         for (std::uint64_t done = 0; done < bytes; done += kPiece) {
@@ -3690,39 +3640,31 @@ private:
             std::byte* out = memory_.get() + job.at + done / size_of(from) * size_of(job.to);
             const std::span<std::byte> piece(from == job.to ? out : staging.data(), n);
             zip_.file().read(entry.offset + done, piece);
-            if (options_.verify) crc = detail::crc32(piece, crc);
+            if (options_.verify) crc = crc32(piece, crc);
             if (from != job.to) convert(out, job.to, piece.data(), from, n / size_of(from));
             report(n, total);
         }
-        if (options_.verify) detail::ZipFile::verify(entry, crc);
+        if (options_.verify) ZipFile::verify(entry, crc);
+    }
+    static float element(const std::byte* in, DType type) {
+        const auto as = [in](auto x) { return std::memcpy(&x, in, sizeof x), x; };
+        if (type == DType::f32) return as(0.0f);
+        if (type == DType::f64) return static_cast<float>(as(0.0));
+        const auto h = as(std::uint16_t{0});
+        return type == DType::f16 ? f16_to_f32(h) : bf16_to_f32(h);
     }
     static void convert(std::byte* out, DType to, const std::byte* in, DType from, std::size_t n) {
-        const auto run = [&](auto read) {
-            for (std::size_t i = 0; i < n; ++i) {
-                const float x = read(i);
-                const std::uint16_t h = to == DType::bf16 ? f32_to_bf16(x) : std::uint16_t{0};
-                if (to == DType::bf16)
-                    std::memcpy(out + 2 * i, &h, 2);
-                else
-                    std::memcpy(out + 4 * i, &x, 4);
-            }
-        };
-        const auto as = [&](auto zero, std::size_t i) {
-            std::memcpy(&zero, in + i * sizeof zero, sizeof zero);
-            return zero;
-        };
-        if (from == DType::f32) run([&](std::size_t i) { return as(0.0f, i); });
-        if (from == DType::f64) run([&](std::size_t i) { return static_cast<float>(as(0.0, i)); });
-        if (from == DType::f16)
-            run([&](std::size_t i) { return f16_to_f32(as(std::uint16_t{0}, i)); });
-        if (from == DType::bf16)
-            run([&](std::size_t i) { return bf16_to_f32(as(std::uint16_t{0}, i)); });
+        for (std::size_t i = 0; i < n; ++i) {
+            const float x = element(in + i * size_of(from), from);
+            const std::uint16_t h = f32_to_bf16(x);
+            to == DType::bf16 ? std::memcpy(out + 2 * i, &h, 2) : std::memcpy(out + 4 * i, &x, 4);
+        }
     }
     void report(std::size_t bytes, std::uint64_t total) {
         if (!options_.progress) return;
         const std::lock_guard lock(progress_mutex_);
         done_ += bytes;
-        if (!options_.progress(done_, total)) detail::misuse("loading was stopped");
+        if (!options_.progress(done_, total)) misuse("loading was stopped");
     }
 
     Tensor tensor(const std::string& name) const {
@@ -3735,9 +3677,8 @@ private:
     float scalar(const std::string& name, std::size_t i, float otherwise) const {
         const Tensor t = tensor(name);
         const float x = t ? t.f32()[i] : otherwise;
-        if (!is_finite(x)) {
-            detail::refuse({name, "[", i, "] is not a finite number: the checkpoint is damaged"});
-        }
+        if (!is_finite(x))
+            refuse({name, "[", i, "] is not a finite number: the checkpoint is damaged"});
         return x;
     }
     void bind() {
@@ -3749,16 +3690,18 @@ private:
         w.smear_lambda = scalar("smear_lambda", 0, 0);
         w.backout_lambda = scalar("backout_lambda", 0, 0);
         for (int i = 0; i < model_->config().n_layer; ++i) {
-            const std::string h = detail::cat({"transformer.h.", i, "."});
+            const auto own = [&](const char* name) {
+                return tensor(cat({"transformer.h.", i, ".", name}));
+            };
             const auto n = static_cast<std::size_t>(i);
-            w.layers.push_back({.c_q = tensor(detail::cat({h, "attn.c_q.weight"})),
-                                .c_k = tensor(detail::cat({h, "attn.c_k.weight"})),
-                                .c_v = tensor(detail::cat({h, "attn.c_v.weight"})),
-                                .attn_c_proj = tensor(detail::cat({h, "attn.c_proj.weight"})),
-                                .c_fc = tensor(detail::cat({h, "mlp.c_fc.weight"})),
-                                .mlp_c_proj = tensor(detail::cat({h, "mlp.c_proj.weight"})),
-                                .ve_gate = tensor(detail::cat({h, "attn.ve_gate.weight"})),
-                                .value_embed = tensor(detail::cat({"value_embeds.", i, ".weight"})),
+            w.layers.push_back({.c_q = own("attn.c_q.weight"),
+                                .c_k = own("attn.c_k.weight"),
+                                .c_v = own("attn.c_v.weight"),
+                                .attn_c_proj = own("attn.c_proj.weight"),
+                                .c_fc = own("mlp.c_fc.weight"),
+                                .mlp_c_proj = own("mlp.c_proj.weight"),
+                                .ve_gate = own("attn.ve_gate.weight"),
+                                .value_embed = tensor(cat({"value_embeds.", i, ".weight"})),
                                 .resid_lambda = scalar("resid_lambdas", n, 1),
                                 .x0_lambda = scalar("x0_lambdas", n, 0),
                                 .bigram_lambda = scalar("bigram_lambdas", n, 0)});
@@ -3767,19 +3710,21 @@ private:
 
     LoadOptions options_;
     std::shared_ptr<Model> model_;
-    detail::ZipFile zip_;
-    std::vector<detail::StoredTensor> stored_;
+    ZipFile zip_;
+    std::vector<StoredTensor> stored_;
     std::vector<Job> jobs_;
     std::shared_ptr<std::byte> memory_;
     std::mutex progress_mutex_;
     std::uint64_t done_ = 0;
 };
 
+}  // namespace detail
+
 // Loads one checkpoint: found by find_models, or a directory, or a model_<step>.pt with its meta
 // beside it. Throws not_found, refused, unsupported, out_of_memory; nothing stays behind then.
 inline std::shared_ptr<const Model> load_model(const ModelInfo& info,
                                                const LoadOptions& options = {}) {
-    return ModelLoader::load(info, options);
+    return detail::ModelLoader::load(info, options);
 }
 inline std::shared_ptr<const Model> load_model(const std::filesystem::path& checkpoint_dir_or_file,
                                                const LoadOptions& options = {}) {
@@ -4286,8 +4231,7 @@ inline std::span<const float> Pass::head() {
         for (std::size_t n = 0; n < last.size(); ++n)
             std::copy_n(&ws_.logits[last[n] * V], V, &ws_.logits[n * V]);
     }
-    for (const Part& part :
-         parts_) {  // only now: a pass that throws leaves the sequences as they were
+    for (const Part& part : parts_) {  // only now: a pass that throws changes no sequence
         std::vector<Token> ids;
         for (std::size_t t = part.begin; t < part.begin + part.T; ++t) ids.push_back(rows_[t].id);
         part.cache->append(ids);
@@ -4530,9 +4474,8 @@ private:
 inline Chunk read_prompt(Backend& backend, Sequence& sequence, std::span<const Token> prompt) {
     constexpr std::size_t kPiece = 1024;  // tokens
     if (prompt.empty()) misuse("a prompt needs at least one token");
-    if (prompt.size() > static_cast<std::size_t>(sequence.capacity())) {
+    if (prompt.size() > static_cast<std::size_t>(sequence.capacity()))
         misuse({"the prompt has ", prompt.size(), " tokens, the context ", sequence.capacity()});
-    }
     const auto held = sequence.tokens();
     const auto differ = std::mismatch(prompt.begin(), prompt.end(), held.begin(), held.end());
     auto known = static_cast<std::size_t>(differ.first - prompt.begin());
