@@ -219,8 +219,7 @@ auto naming(const std::filesystem::path& file, Read&& read) {
 }
 
 // Sorts by key(thing), a whole number or a view of a name; things of equal keys keep their order.
-// Returns one whose key another has too, or null. Sorts pairs of key and place: so std::sort is
-// compiled for two types, not for every kind of thing.
+// Returns one whose key another has too, or null. std::sort sees pairs of key and place: two types.
 template <class T, class Key>
 const T* sort_by(std::vector<T>& things, Key key) {
     constexpr bool number = std::is_integral_v<decltype(key(things[0]))>;
@@ -230,7 +229,7 @@ const T* sort_by(std::vector<T>& things, Key key) {
     std::sort(order.begin(), order.end());
     std::size_t twice = 0;
     for (std::size_t i = order.size(); i-- > 1;)
-        if (order[i - 1].first == order[i].first) twice = i;
+        twice = order[i - 1].first == order[i].first ? i : twice;
     std::vector<T> sorted;
     for (const auto& pair : order) sorted.push_back(std::move(things[pair.second]));
     things.swap(sorted);
@@ -239,9 +238,8 @@ const T* sort_by(std::vector<T>& things, Key key) {
 // The thing of this name in a list sorted by `name`, or null.
 template <class List, class Name>
 auto find_by(const List& list, std::string_view wanted, Name name) -> decltype(&list[0]) {
-    const auto at =
-        std::lower_bound(list.begin(), list.end(), wanted,
-                         [&](const auto& thing, std::string_view w) { return name(thing) < w; });
+    const auto below = [&](const auto& thing, std::string_view w) { return name(thing) < w; };
+    const auto at = std::lower_bound(list.begin(), list.end(), wanted, below);
     return at != list.end() && name(*at) == wanted ? &*at : nullptr;
 }
 
@@ -2856,6 +2854,7 @@ private:
             if (v_.find_special(name) != nullptr) continue;
             refuse({"special token ", quote(name), " is missing"}, dict.at);
         }
+        sort_by(v_.specials, [](const auto& s) { return std::string_view(s.second); });
         sort_by(v_.specials, [](const auto& s) { return s.first; });
     }
 
