@@ -88,6 +88,7 @@
 #include <chrono>              // steady_clock
 #include <climits>             // INT_MAX
 #include <cmath>               // sqrt, exp, tanh
+#include <concepts>            // integral
 #include <condition_variable>  // condition_variable
 #include <cstddef>             // byte, size_t
 #include <cstdint>             // int32_t
@@ -138,19 +139,46 @@ enum class ErrorKind : std::uint8_t {
     device          // an accelerator failed
 };
 
+namespace detail {
+
+// A part of a message: a text, which it only points at, or a whole number below 2^63.
+struct TextPart {
+    std::string_view text;
+    std::optional<std::int64_t> number;
+    TextPart(const char* s) : text(s) {}
+    TextPart(std::string_view s) : text(s) {}
+    TextPart(const std::string& s) : text(s) {}
+    template <std::integral Number>
+    TextPart(Number n) : number(static_cast<std::int64_t>(n)) {}
+};
+using TextParts = std::initializer_list<TextPart>;
+
+// cat({"step ", 7, " of ", n}): one call, where a chain of + compiles into a string for every part.
+[[gnu::cold]] inline std::string cat(TextParts parts) {
+    std::string out;
+    for (const TextPart& p : parts) {
+        out += p.text;
+        if (p.number) out += std::to_string(*p.number);
+    }
+    return out;
+}
+
+}  // namespace detail
+
 // what() is one line: "<file or thing>: <what was found>, <what is needed>. <what to do>".
 struct Error : std::runtime_error {
     ErrorKind kind;
     std::int64_t offset;  // byte in the file, -1 if none
     Error(ErrorKind k, const std::string& message, std::int64_t at = -1)
         : std::runtime_error(message), kind(k), offset(at) {}
+    Error(ErrorKind k, detail::TextParts message) : Error(k, detail::cat(message)) {}
 };
 
 namespace detail {
 
 // Text from outside, made fit for a message: printable ASCII in quotes, the rest as \xNN, cut at
 // `most` bytes. A tensor's name may hold an escape sequence for the terminal that will show it.
-inline std::string quote(std::string_view s, std::size_t most = 80) {
+[[gnu::cold]] inline std::string quote(std::string_view s, std::size_t most = 80) {
     constexpr char kHex[] = "0123456789abcdef";
     std::string out = "\"";
     for (const char c : s.substr(0, most)) {
@@ -165,15 +193,15 @@ inline std::string quote(std::string_view s, std::size_t most = 80) {
 }
 
 // Refuses what was read from a file, at byte `at` of it.
-[[noreturn]] inline void refuse(const std::string& message, std::int64_t at = -1) {
-    throw Error(ErrorKind::refused, at < 0 ? message : message + " at byte " + std::to_string(at),
-                at);
+[[noreturn, gnu::cold]] inline void refuse(TextParts message, std::int64_t at = -1) {
+    const std::string text = cat(message);
+    throw Error(ErrorKind::refused, at < 0 ? text : cat({text, " at byte ", at}), at);
 }
+[[noreturn]] inline void refuse(const char* s, std::int64_t at = -1) { refuse({TextPart(s)}, at); }
 // Refuses what a caller asked for.
-[[noreturn]] inline void misuse(const std::string& message) {
-    throw Error(ErrorKind::usage, message);
-}
-[[noreturn]] inline void unsupported(const std::string& message) {
+[[noreturn, gnu::cold]] inline void misuse(TextParts s) { throw Error(ErrorKind::usage, s); }
+[[noreturn]] inline void misuse(const char* s) { misuse({TextPart(s)}); }
+[[noreturn, gnu::cold]] inline void unsupported(TextParts message) {
     throw Error(ErrorKind::unsupported, message);
 }
 
@@ -183,11 +211,36 @@ auto naming(const std::filesystem::path& file, Read&& read) {
     try {
         return read();
     } catch (const Error& e) {
-        throw Error(e.kind, quote(file.filename().string(), 200) + ": " + e.what(), e.offset);
+        throw Error(e.kind, cat({quote(file.filename().string(), 200), ": ", e.what()}), e.offset);
     } catch (const std::bad_alloc&) {
         throw Error(ErrorKind::out_of_memory,
-                    quote(file.filename().string(), 200) + ": not enough memory to read it");
+                    {quote(file.filename().string(), 200), ": not enough memory to read it"});
     }
+}
+
+// Sorts by key(thing), a whole number or a view of a name; things of equal keys keep their order.
+// Returns one whose key another has too, or null. std::sort sees pairs of key and place: two types.
+template <class T, class Key>
+const T* sort_by(std::vector<T>& things, Key key) {
+    constexpr bool number = std::is_integral_v<decltype(key(things[0]))>;
+    using Order = std::conditional_t<number, std::int64_t, std::string_view>;
+    std::vector<std::pair<Order, std::size_t>> order;
+    for (const T& thing : things) order.emplace_back(key(thing), order.size());
+    std::sort(order.begin(), order.end());
+    std::size_t twice = 0;
+    for (std::size_t i = order.size(); i-- > 1;)
+        twice = order[i - 1].first == order[i].first ? i : twice;
+    std::vector<T> sorted;
+    for (const auto& pair : order) sorted.push_back(std::move(things[pair.second]));
+    things.swap(sorted);
+    return twice == 0 ? nullptr : &things[twice];
+}
+// The thing of this name in a list sorted by `name`, or null.
+template <class List, class Name>
+auto find_by(const List& list, std::string_view wanted, Name name) -> decltype(&list[0]) {
+    const auto below = [&](const auto& thing, std::string_view w) { return name(thing) < w; };
+    const auto at = std::lower_bound(list.begin(), list.end(), wanted, below);
+    return at != list.end() && name(*at) == wanted ? &*at : nullptr;
 }
 
 // Sizes from outside are only ever added and multiplied here.
@@ -357,16 +410,15 @@ namespace detail {
 inline std::uint64_t count(std::span<const std::int64_t> shape) {
     std::uint64_t n = 1;
     for (const std::int64_t d : shape) {
-        if (d < 0) refuse("a tensor has the negative dimension " + std::to_string(d));
+        if (d < 0) refuse({"a tensor has the negative dimension ", d});
         n = checked_mul(n, static_cast<std::uint64_t>(d));
     }
     return n;
 }
 inline std::string to_string(std::span<const std::int64_t> shape) {
     std::string out = "(";
-    for (std::size_t i = 0; i < shape.size(); ++i)
-        out += (i ? ", " : "") + std::to_string(shape[i]);
-    return out + ")";
+    for (std::size_t i = 0; i < shape.size(); ++i) out += cat({i ? ", " : "", shape[i]});
+    return cat({out, ")"});
 }
 
 // Uninitialised memory, on a 2 MiB border so that the kernel can back weights with large pages:
@@ -376,10 +428,8 @@ inline std::shared_ptr<std::byte> allocate(std::uint64_t bytes, bool large_pages
     constexpr std::uint64_t kPage = std::uint64_t{2} << 20;
     const std::uint64_t size = checked_add(bytes, kPage - 1) / kPage * kPage;
     void* p = size > SIZE_MAX / 2 ? nullptr : std::aligned_alloc(kPage, std::max(size, kPage));
-    if (p == nullptr) {
-        throw Error(ErrorKind::out_of_memory,
-                    "cannot allocate " + std::to_string(bytes >> 20) + " MiB");
-    }
+    if (p == nullptr)
+        throw Error(ErrorKind::out_of_memory, {"cannot allocate ", bytes >> 20, " MiB"});
     if (large_pages) madvise(p, size, MADV_HUGEPAGE);  // a wish; ignored where it cannot be met
     return {static_cast<std::byte*>(p), [](std::byte* q) { std::free(q); }};
 }
@@ -401,12 +451,12 @@ public:
             const bool none = reason == ENOENT || reason == ENOTDIR;
             throw Error(
                 none ? ErrorKind::not_found : ErrorKind::refused,
-                "cannot open " + detail::quote(path.string(), 300) + ": " + std::strerror(reason));
+                {"cannot open ", detail::quote(path.string(), 300), ": ", std::strerror(reason)});
         }
         struct stat s {};
         if (::fstat(fd_, &s) != 0 || !S_ISREG(s.st_mode)) {
             ::close(fd_);
-            detail::refuse(detail::quote(path.string(), 300) + " is not a regular file");
+            detail::refuse({detail::quote(path.string(), 300), " is not a regular file"});
         }
         size_ = static_cast<std::uint64_t>(s.st_size);
         modified_ = s.st_mtim;
@@ -428,17 +478,15 @@ public:
     // Fills `out` from byte `offset` on; throws refused if the file ends too early. Thread-safe.
     void read(std::uint64_t offset, std::span<std::byte> out) const {
         if (offset > size_ || out.size() > size_ - offset) {
-            detail::refuse(
-                "the file ends at byte " + std::to_string(size_) + ", inside what should be read",
-                static_cast<std::int64_t>(std::min<std::uint64_t>(offset, INT64_MAX)));
+            detail::refuse({"the file ends at byte ", size_, ", inside what should be read"},
+                           static_cast<std::int64_t>(std::min<std::uint64_t>(offset, INT64_MAX)));
         }
         while (!out.empty()) {
             const ssize_t n = ::pread(fd_, out.data(), out.size(), static_cast<off_t>(offset));
             if (n < 0 && errno == EINTR) continue;
             if (n <= 0) {
-                const std::string why =
-                    n < 0 ? std::strerror(errno) : "the file was cut short meanwhile";
-                detail::refuse("cannot read: " + why, static_cast<std::int64_t>(offset));
+                const char* why = n < 0 ? std::strerror(errno) : "the file was cut short meanwhile";
+                detail::refuse({"cannot read: ", why}, static_cast<std::int64_t>(offset));
             }
             out = out.subspan(static_cast<std::size_t>(n));
             offset += static_cast<std::uint64_t>(n);
@@ -476,8 +524,8 @@ inline std::vector<std::byte> read_file(const std::filesystem::path& path,
                                         std::uint64_t max_bytes) {
     const File file(path);
     if (file.size() > max_bytes) {
-        refuse(quote(path.filename().string(), 200) + " has " + std::to_string(file.size()) +
-               " bytes, at most " + std::to_string(max_bytes) + " are accepted");
+        refuse({quote(path.filename().string(), 200), " has ", file.size(), " bytes, at most ",
+                max_bytes, " are accepted"});
     }
     return read_bytes(file, 0, file.size());
 }
@@ -524,6 +572,7 @@ struct ZipEntry {
     std::uint64_t size = 0;    // in bytes
     std::uint32_t crc = 0;     // of the data; 0 if the writer had checksums switched off
     std::uint64_t header = 0;  // offset of the local header
+    static std::string_view key(const ZipEntry& e) { return e.name; }
 };
 
 constexpr std::uint64_t kMaxZipEntries = 65536;
@@ -591,16 +640,15 @@ public:
     }
 
     const File& file() const { return file_; }
-    std::span<const ZipEntry> entries() const { return entries_; }  // sorted by name
+    const std::vector<ZipEntry>& entries() const { return entries_; }  // sorted by name
     const ZipEntry* find(std::string_view name) const {
-        const auto at = std::ranges::lower_bound(entries_, name, {}, &ZipEntry::name);
-        return at != entries_.end() && at->name == name ? &*at : nullptr;
+        return find_by(entries_, name, ZipEntry::key);
     }
     // All bytes of an entry of at most `max_bytes`, with its checksum verified.
     std::vector<std::byte> read(const ZipEntry& entry, std::uint64_t max_bytes) const {
         if (entry.size > max_bytes) {
-            refuse("entry " + quote(entry.name) + " has " + std::to_string(entry.size) +
-                   " bytes, at most " + std::to_string(max_bytes) + " are accepted");
+            refuse({"entry ", quote(entry.name), " has ", entry.size, " bytes, at most ", max_bytes,
+                    " are accepted"});
         }
         std::vector<std::byte> bytes = read_bytes(file_, entry.offset, entry.size);
         verify(entry, crc32(bytes));
@@ -609,8 +657,8 @@ public:
     // 0: the writer had checksums switched off (torch.serialization.set_crc32_options).
     static void verify(const ZipEntry& entry, std::uint32_t crc) {
         if (entry.crc != 0 && crc != entry.crc) {
-            refuse("the checksum of entry " + quote(entry.name) +
-                       " is wrong: the file is damaged. Copy it again",
+            refuse({"the checksum of entry ", quote(entry.name),
+                    " is wrong: the file is damaged. Copy it again"},
                    static_cast<std::int64_t>(entry.offset));
         }
     }
@@ -621,9 +669,9 @@ private:
     void find_directory() {
         const std::uint64_t size = file_.size();
         const auto head = read_bytes(file_, 0, std::min<std::uint64_t>(size, 64));
-        if (size < 22) refuse(not_a_zip(as_text(head)));
+        if (size < 22) refuse({not_a_zip(as_text(head))});
         const auto end = read_bytes(file_, size - 22, 22);
-        if (little_endian<4>(end, 0) != 0x06054b50) refuse(not_a_zip(as_text(head)));
+        if (little_endian<4>(end, 0) != 0x06054b50) refuse({not_a_zip(as_text(head))});
         const auto at = static_cast<std::int64_t>(size - 22);
         if (little_endian<2>(end, 20) != 0)
             refuse("zip: the archive has a comment, torch.save writes none", at);
@@ -662,9 +710,8 @@ private:
         if (little_endian<8>(end, 24) != count) refuse("zip: entry counts disagree", where);
         if ((count_ != 0xffff && count_ != count) ||
             (directory_size_ != 0xffffffff && directory_size_ != size) ||
-            (directory_ != 0xffffffff && directory_ != directory)) {
+            (directory_ != 0xffffffff && directory_ != directory))
             refuse("zip: the two end records disagree", where);
-        }
         count_ = count, directory_size_ = size, directory_ = directory;
         return at;
     }
@@ -678,9 +725,8 @@ private:
         for (std::uint64_t i = 0; i < count_; ++i) at = read_entry(bytes, at);
         if (at != bytes.size())
             refuse("zip: the directory holds more than its entries", position(at));
-        std::ranges::sort(entries_, {}, &ZipEntry::name);
-        const auto twice = std::ranges::adjacent_find(entries_, {}, &ZipEntry::name);
-        if (twice != entries_.end()) refuse("zip: two entries are called " + quote(twice->name));
+        if (const ZipEntry* twice = sort_by(entries_, ZipEntry::key))
+            refuse({"zip: two entries are called ", quote(twice->name)});
     }
     std::int64_t position(std::size_t at) const {
         return static_cast<std::int64_t>(directory_ + at);
@@ -697,20 +743,21 @@ private:
         ZipEntry e;
         e.name = as_text(bytes.subspan(at + 46, name));
         check_name(e.name, position(at));
-        const std::string who = "zip: entry " + quote(e.name);
+        const std::string who = cat({"zip: entry ", quote(e.name)});
         const std::uint64_t flags = little_endian<2>(bytes, at + 8);
-        if ((flags & 0x41) != 0) refuse(who + " is encrypted", position(at));
-        if ((flags & ~std::uint64_t{0x0808}) != 0) refuse(who + " has unknown flags", position(at));
+        if ((flags & 0x41) != 0) refuse({who, " is encrypted"}, position(at));
+        if ((flags & ~std::uint64_t{0x0808}) != 0)
+            refuse({who, " has unknown flags"}, position(at));
         if (little_endian<2>(bytes, at + 10) != 0)
-            refuse(who + " is compressed, torch.save stores", position(at));
+            refuse({who, " is compressed, torch.save stores"}, position(at));
         if (little_endian<2>(bytes, at + 34) != 0)
-            refuse(who + " is on another disk", position(at));
+            refuse({who, " is on another disk"}, position(at));
         e.crc = static_cast<std::uint32_t>(little_endian<4>(bytes, at + 16));
         std::uint64_t packed = little_endian<4>(bytes, at + 20);
         e.size = little_endian<4>(bytes, at + 24);
         e.header = little_endian<4>(bytes, at + 42);
         read_zip64_extra(e, packed, bytes.subspan(at + 46 + name, extra), position(at));
-        if (packed != e.size) refuse(who + " has two different sizes", position(at));
+        if (packed != e.size) refuse({who, " has two different sizes"}, position(at));
         entries_.push_back(std::move(e));
         return at + 46 + name + extra + comment;
     }
@@ -719,7 +766,7 @@ private:
             !name.empty() && name.size() <= kMaxZipName && name[0] != '/' && is_utf8(name) &&
             name.find('\0') == name.npos && name.find('\\') == name.npos && name != ".." &&
             !name.starts_with("../") && !name.ends_with("/..") && name.find("/../") == name.npos;
-        if (!safe) refuse("zip: the name " + quote(name) + " is not accepted", at);
+        if (!safe) refuse({"zip: the name ", quote(name), " is not accepted"}, at);
     }
     // Extra field 1 holds the 64-bit values of the 32-bit fields that are saturated, in this order.
     static void read_zip64_extra(ZipEntry& e, std::uint64_t& packed,
@@ -732,38 +779,38 @@ private:
                 for (std::uint64_t* value : {&e.size, &packed, &e.header}) {
                     if (*value != 0xffffffff) continue;
                     if (field.size() < 8)
-                        refuse("zip: a zip64 field of " + quote(e.name) + " is cut off", at);
+                        refuse({"zip: a zip64 field of ", quote(e.name), " is cut off"}, at);
                     *value = little_endian<8>(field, 0);
                     field = field.subspan(8);
                 }
             }
             extra = extra.subspan(4 + size);
         }
-        if (!extra.empty()) refuse("zip: an extra field of " + quote(e.name) + " is malformed", at);
+        if (!extra.empty()) refuse({"zip: an extra field of ", quote(e.name), " is malformed"}, at);
     }
 
     void check_local_header(ZipEntry& e) const {
         const auto at = static_cast<std::int64_t>(std::min<std::uint64_t>(e.header, INT64_MAX));
-        const std::string who = "zip: entry " + quote(e.name);
+        const std::string who = cat({"zip: entry ", quote(e.name)});
         if (e.header > directory_ || directory_ - e.header < 30 + e.name.size())
-            refuse(who + " lies outside the file", at);
+            refuse({who, " lies outside the file"}, at);
         const auto h = read_bytes(file_, e.header, 30 + e.name.size());
-        if (little_endian<4>(h, 0) != 0x04034b50) refuse(who + " has no local header", at);
+        if (little_endian<4>(h, 0) != 0x04034b50) refuse({who, " has no local header"}, at);
         const std::uint64_t flags = little_endian<2>(h, 6);
         const std::size_t name = little_endian<2>(h, 26), extra = little_endian<2>(h, 28);
         if ((flags & ~std::uint64_t{0x0808}) != 0 || little_endian<2>(h, 8) != 0)
-            refuse(who + " is compressed or encrypted in its local header", at);
+            refuse({who, " is compressed or encrypted in its local header"}, at);
         if (as_text(h).substr(30) != e.name || name != e.name.size())
-            refuse(who + " has another name in its local header", at);
+            refuse({who, " has another name in its local header"}, at);
         const std::uint64_t packed = little_endian<4>(h, 18), size = little_endian<4>(h, 22);
         // sizes follow the data
         const bool deferred = (flags & 8) != 0 && packed == 0 && size == 0;
         const bool zip64 = packed == 0xffffffff && size == 0xffffffff;
         if (!deferred && !zip64 && (packed != e.size || size != e.size))
-            refuse(who + " has other sizes in its local header", at);
+            refuse({who, " has other sizes in its local header"}, at);
         e.offset = e.header + 30 + name + extra;
         if (e.offset > directory_ || e.size > directory_ - e.offset)
-            refuse(who + " lies outside the file", at);
+            refuse({who, " lies outside the file"}, at);
     }
     // The entries must fill the file up to the directory: no overlaps, and nothing between them but
     // the descriptors (12 to 24 bytes) that torch writes behind the data. A file cannot be two
@@ -771,14 +818,14 @@ private:
     void check_order() const {
         std::vector<const ZipEntry*> order;
         for (const ZipEntry& e : entries_) order.push_back(&e);
-        std::ranges::sort(order, {}, &ZipEntry::header);
+        sort_by(order, [](const ZipEntry* e) { return e->header; });
         std::uint64_t end = 0;
         for (std::size_t i = 0; i <= order.size(); ++i) {
             const std::uint64_t next = i < order.size() ? order[i]->header : directory_;
             const auto at = static_cast<std::int64_t>(next);
             if (next < end) {
-                refuse("zip: the entries " + quote(order[i - 1]->name) + " and " +
-                           quote(order[i]->name) + " overlap",
+                refuse({"zip: the entries ", quote(order[i - 1]->name), " and ",
+                        quote(order[i]->name), " overlap"},
                        at);
             }
             if (next - end > (i == 0 ? 0 : 24))
@@ -834,8 +881,7 @@ struct PickleTree {  // values name each other by index
 
 enum class PickleFor : std::uint8_t { checkpoint, tokenizer };  // what is allowed in it
 
-constexpr std::uint64_t kMaxPickle = std::uint64_t{16}
-                                     << 20;  // bytes; a real state dict has 20 to 100 KiB
+constexpr std::uint64_t kMaxPickle = 16 << 20;  // bytes; a real state dict has 20 to 100 KiB
 constexpr std::size_t kMaxPickleValues = std::size_t{1} << 19;  // 64 bytes each
 constexpr std::size_t kMaxPickleStack = 65536;
 constexpr std::size_t kMaxPickleMarks = 64;
@@ -871,8 +917,8 @@ public:
 private:
     using Kind = PickleKind;
 
-    [[noreturn]] void fail(const std::string& message) const {
-        refuse(message, static_cast<std::int64_t>(op_at_));
+    [[noreturn]] void fail(std::string_view message) const {
+        refuse({message}, static_cast<std::int64_t>(op_at_));
     }
 
     std::string_view take(std::uint64_t n) {
@@ -929,13 +975,13 @@ private:
     }
     void put(std::uint64_t i) {
         if (i >= std::min(in_.size(), 2 * kMaxPickleValues))
-            fail("pickle: memo index " + std::to_string(i) + " is out of range");
+            fail(cat({"pickle: memo index ", i, " is out of range"}));
         if (i >= memo_.size()) memo_.resize(static_cast<std::size_t>(i) + 1, kUnset);
         memo_[static_cast<std::size_t>(i)] = top();
     }
     void get(std::uint64_t i) {
         if (i >= memo_.size() || memo_[static_cast<std::size_t>(i)] == kUnset)
-            fail("pickle: memo entry " + std::to_string(i) + " was never set");
+            fail(cat({"pickle: memo entry ", i, " was never set"}));
         if (stack_.size() >= kMaxPickleStack) fail("pickle: more than 65,536 values on the stack");
         stack_.push_back(memo_[static_cast<std::size_t>(i)]);
     }
@@ -948,8 +994,7 @@ private:
     }
     void text(std::uint64_t n, Kind kind) {
         if (n > kMaxPickleText)
-            fail("pickle: a string of " + std::to_string(n) +
-                 " bytes, at most 65,536 are accepted");
+            fail(cat({"pickle: a string of ", n, " bytes, at most 65,536 are accepted"}));
         const std::string_view s = take(n);
         if (kind == Kind::text && !is_utf8(s)) fail("pickle: a string is not UTF-8");
         node(push(kind)).text = s;
@@ -974,13 +1019,12 @@ private:
         t.items.insert(t.items.end(), items.begin(), items.end());
     }
     void global(std::string_view module, std::string_view name) {
-        const std::string full = std::string(module) + " " + std::string(name);
+        const std::string full = cat({module, " ", name});
         const std::string_view allowed = allowed_global(full);
         if (allowed.empty()) {
-            const std::string dotted = std::string(module) + "." + std::string(name);
-            fail("pickle: names " + quote(dotted) + ", which no " +
-                 (what_ == PickleFor::checkpoint ? "checkpoint" : "tokenizer") +
-                 " needs. Nothing was executed");
+            fail(cat({"pickle: names ", quote(cat({module, ".", name})), ", which no ",
+                      what_ == PickleFor::checkpoint ? "checkpoint" : "tokenizer",
+                      " needs. Nothing was executed"}));
         }
         node(push(Kind::global)).text = allowed;
     }
@@ -1048,9 +1092,8 @@ private:
     void new_object() {
         const std::uint32_t args = pop(), cls = pop();
         if (!is_global(cls, "tiktoken.core Encoding") || !is(args, Kind::tuple) ||
-            !node(args).items.empty()) {
+            !node(args).items.empty())
             fail("pickle: NEWOBJ on what is no tiktoken.Encoding");
-        }
         push(Kind::encoding);
     }
     void build() {
@@ -1110,7 +1153,7 @@ private:
             default: break;
         }
         // clang-format on
-        fail("pickle: opcode " + opcode_name(op) + " is not accepted. Nothing was executed");
+        fail(cat({"pickle: opcode ", opcode_name(op), " is not accepted. Nothing was executed"}));
     }
     void stop() {
         tree_.root = pop();
@@ -1141,7 +1184,7 @@ private:
     }
     void protocol(std::uint64_t version) {
         if (op_at_ != 0 || version < 2 || version > 5)
-            fail("pickle: protocol " + std::to_string(version) + " is not accepted here");
+            fail(cat({"pickle: protocol ", version, " is not accepted here"}));
     }
     void long1(std::uint64_t n) {  // n bytes of two's complement, low byte first
         if (n > 8) fail("pickle: an integer of more than 64 bits");
@@ -1236,8 +1279,8 @@ public:
     }
 
 private:
-    [[noreturn]] void fail(const std::string& what) const {
-        refuse("JSON " + what, static_cast<std::int64_t>(at_));
+    [[noreturn]] void fail(std::string_view what) const {
+        refuse({"JSON ", what}, static_cast<std::int64_t>(at_));
     }
     char peek() const { return at_ < in_.size() ? in_[at_] : '\0'; }
     bool accept(std::string_view word) {
@@ -1253,7 +1296,7 @@ private:
 
     Json read(int depth) {
         space();
-        if (depth > max_depth_) fail("is nested deeper than " + std::to_string(max_depth_));
+        if (depth > max_depth_) fail(cat({"is nested deeper than ", max_depth_}));
         if (++values_ > kMaxJsonValues) fail("has more than 100,000 values");
         Json value;
         if (at_ == in_.size()) fail(in_.empty() ? "is empty" : "ends too early");
@@ -1299,9 +1342,8 @@ private:
         if (!accept("}")) fail("has an object without , or }");
         std::vector<std::string_view> keys;
         for (const auto& member : value.object) keys.push_back(member.first);
-        std::sort(keys.begin(), keys.end());
-        const auto twice = std::adjacent_find(keys.begin(), keys.end());
-        if (twice != keys.end()) fail("has the key " + quote(*twice) + " twice");
+        if (const auto* twice = sort_by(keys, [](std::string_view key) { return key; }))
+            fail(cat({"has the key ", quote(*twice), " twice"}));
     }
 
     std::string read_string() {
@@ -1501,6 +1543,8 @@ struct ModelInfo {  // all that is known without reading the weights
 
 namespace detail {
 
+inline void warn(ModelInfo& info, TextParts text) { info.warnings.push_back(cat(text)); }
+
 constexpr int kSmearChannels = 24;  // of x, that G4's smear gate reads
 
 struct GenerationFacts {
@@ -1537,7 +1581,7 @@ static_assert(short_window(facts(Generation::g1), 2048) == 1024 &&
 struct StoredTensor {  // where a tensor's elements lie in the file
     TensorInfo info;
     const ZipEntry* entry = nullptr;
-    std::string_view name() const { return info.name; }
+    static std::string_view key(const StoredTensor& t) { return t.info.name; }
     std::uint64_t bytes() const { return count(info.shape) * size_of(info.dtype); }
 };
 
@@ -1556,7 +1600,7 @@ inline std::string plain_name(std::string_view name) {
 // One tensor of the pickle, checked against the entry that holds its storage.
 inline StoredTensor stored_tensor(const PickleTree& tree, const PickleValue& value,
                                   std::string name, const ZipFile& zip, const std::string& top) {
-    const std::string who = "tensor " + quote(name);
+    const std::string who = cat({"tensor ", quote(name)});
     const PickleValue &storage = tree[value.items[0]], &shape = tree[value.items[2]],
                       &stride = tree[value.items[3]];
     const std::string_view global = tree[storage.items[1]].text, key = tree[storage.items[2]].text;
@@ -1568,31 +1612,30 @@ inline StoredTensor stored_tensor(const PickleTree& tree, const PickleValue& val
         if (c.global == global) t.info.dtype = c.dtype;
     }
     if (key.empty() || key.size() > 10 || key.find_first_not_of("0123456789") != key.npos)
-        refuse(who + " has the storage key " + quote(key));
+        refuse({who, " has the storage key ", quote(key)});
     if (tree[storage.items[3]].text == "meta")
-        refuse(who + " was saved without data (device meta)");
-    if (elements < 0 || offset < 0) refuse(who + " has a negative size or offset");
+        refuse({who, " was saved without data (device meta)"});
+    if (elements < 0 || offset < 0) refuse({who, " has a negative size or offset"});
     for (const std::uint32_t i : shape.items) t.info.shape.push_back(tree[i].integer);
     if (shape.items.size() != stride.items.size())
-        refuse(who + " has a shape and strides of different lengths");
+        refuse({who, " has a shape and strides of different lengths"});
     const std::uint64_t n = count(t.info.shape), itemsize = size_of(t.info.dtype);
     if (n > static_cast<std::uint64_t>(elements) ||
         static_cast<std::uint64_t>(offset) > static_cast<std::uint64_t>(elements) - n) {
-        refuse(who + " reaches past its storage of " + std::to_string(elements) + " elements");
+        refuse({who, " reaches past its storage of ", elements, " elements"});
     }
-    if (n != static_cast<std::uint64_t>(elements)) refuse(who + " is only a part of its storage");
+    if (n != static_cast<std::uint64_t>(elements)) refuse({who, " is only a part of its storage"});
     std::int64_t expected = 1;  // stride of a contiguous tensor; at most n, which fits
     for (std::size_t i = shape.items.size(); i-- > 0;) {
         const std::int64_t s = tree[stride.items[i]].integer;
-        if (s < 0) refuse(who + " has a negative stride");
-        if (n > 0 && t.info.shape[i] != 1 && s != expected) refuse(who + " is not contiguous");
+        if (s < 0) refuse({who, " has a negative stride"});
+        if (n > 0 && t.info.shape[i] != 1 && s != expected) refuse({who, " is not contiguous"});
         if (n > 0) expected *= t.info.shape[i];
     }
-    t.entry = zip.find(top + "data/" + std::string(key));
-    if (t.entry == nullptr) refuse(who + " has no entry data/" + std::string(key) + " in the file");
+    t.entry = zip.find(cat({top, "data/", key}));
+    if (t.entry == nullptr) refuse({who, " has no entry data/", key, " in the file"});
     if (checked_mul(static_cast<std::uint64_t>(elements), itemsize) != t.entry->size) {
-        refuse(who + " declares " + std::to_string(elements) + " elements, its entry has " +
-                   std::to_string(t.entry->size) + " bytes",
+        refuse({who, " declares ", elements, " elements, its entry has ", t.entry->size, " bytes"},
                static_cast<std::int64_t>(t.entry->offset));
     }
     return t;
@@ -1611,13 +1654,13 @@ inline std::string top_folder(const ZipFile& zip) {
         const std::string_view rest =
             std::string_view(e.name).substr(e.name.starts_with(top) ? top.size() : 0);
         if (!e.name.starts_with(top))
-            refuse("entry " + quote(e.name) + " lies outside the folder " + quote(top));
+            refuse({"entry ", quote(e.name), " lies outside the folder ", quote(top)});
         if (rest == "constants.pkl" || rest.starts_with("code/"))
             refuse("is a TorchScript archive, not a state dict");
         const bool known = rest == "data.pkl" || rest.starts_with("data/") || rest == "version" ||
                            rest == "byteorder" || rest == ".format_version" ||
                            rest == ".storage_alignment" || rest == ".data/serialization_id";
-        if (!known) refuse("has the unknown entry " + quote(e.name));
+        if (!known) refuse({"has the unknown entry ", quote(e.name)});
     }
     const auto small = [&](const char* name) {
         const ZipEntry* e = zip.find(top + name);
@@ -1625,18 +1668,18 @@ inline std::string top_folder(const ZipFile& zip) {
         return std::string(as_text(bytes));
     };
     if (const std::string order = small("byteorder"); !order.empty() && order != "little")
-        refuse("has the byte order " + quote(order) + ", this runtime reads little");
+        refuse({"has the byte order ", quote(order), ", this runtime reads little"});
     const std::string version = small("version");
     int number = 0;
     std::from_chars(version.data(), version.data() + version.size(), number);
     if (number < 1 || number > 10)
-        refuse("has the container version " + quote(version) + ", 1 to 10 are known");
+        refuse({"has the container version ", quote(version), ", 1 to 10 are known"});
     return top;
 }
 
 inline std::vector<StoredTensor> read_state_dict(const ZipFile& zip) {
     const std::string top = top_folder(zip);
-    const auto bytes = zip.read(*zip.find(top + "data.pkl"), kMaxPickle);
+    const auto bytes = zip.read(*zip.find(cat({top, "data.pkl"})), kMaxPickle);
     const PickleTree tree = parse_pickle(bytes, PickleFor::checkpoint);
     const PickleValue& root = tree[tree.root];
     if (root.kind != PickleKind::dict && root.kind != PickleKind::ordered_dict)
@@ -1646,62 +1689,60 @@ inline std::vector<StoredTensor> read_state_dict(const ZipFile& zip) {
         const PickleValue &key = tree[root.items[i]], &value = tree[root.items[i + 1]];
         if (key.kind != PickleKind::text) refuse("has a tensor whose name is no string", key.at);
         if (value.kind != PickleKind::tensor)
-            refuse("entry " + quote(key.text) + " of the state dict is no tensor", value.at);
+            refuse({"entry ", quote(key.text), " of the state dict is no tensor"}, value.at);
         tensors.push_back(stored_tensor(tree, value, plain_name(key.text), zip, top));
     }
-    std::ranges::sort(tensors, {}, &StoredTensor::name);
-    const auto twice = std::ranges::adjacent_find(tensors, {}, &StoredTensor::name);
-    if (twice != tensors.end()) refuse("has two tensors " + quote(twice->name()));
+    if (const StoredTensor* twice = sort_by(tensors, StoredTensor::key))
+        refuse({"has two tensors ", quote(twice->info.name)});
     // two tensors may share a storage only if they are the same
     std::vector<const StoredTensor*> order;
     for (const StoredTensor& t : tensors) order.push_back(&t);
-    std::ranges::sort(order, {}, &StoredTensor::entry);
+    sort_by(order, [](const StoredTensor* t) { return t->entry->header; });
     for (std::size_t i = 1; i < order.size(); ++i) {
         const StoredTensor &a = *order[i - 1], &b = *order[i];
         const bool same = a.info.dtype == b.info.dtype && a.info.shape == b.info.shape;
         if (a.entry == b.entry && !same)
-            refuse("tensors " + quote(a.info.name) + " and " + quote(b.info.name) +
-                   " share a storage");
+            refuse(
+                {"tensors ", quote(a.info.name), " and ", quote(b.info.name), " share a storage"});
     }
     return tensors;
 }
 
-inline const StoredTensor* find_tensor(std::span<const StoredTensor> tensors,
+inline const StoredTensor* find_tensor(const std::vector<StoredTensor>& tensors,
                                        std::string_view name) {
-    const auto at = std::ranges::lower_bound(tensors, name, {}, &StoredTensor::name);
-    return at != tensors.end() && at->name() == name ? &*at : nullptr;
+    return find_by(tensors, name, StoredTensor::key);
 }
 
 // ---- from the tensors to the generation, from the generation to the tensors
 
-inline Generation detect_generation(std::span<const StoredTensor> tensors) {
+inline Generation detect_generation(const std::vector<StoredTensor>& tensors) {
     bool gate12 = false, gate32 = false;
     for (const StoredTensor& t : tensors) {
         const std::string_view n = t.info.name;
         if (n == "v0_lambdas" || n == "value_embed.weight" || n.starts_with("value_embed_A.") ||
             n.starts_with("value_embed_B.")) {
-            unsupported("tensor " + quote(n) +
-                        " is of nanochat's unmerged branch ve (2026-01-16), which this runtime "
-                        "does not run");
+            unsupported({"tensor ", quote(n),
+                         " is of nanochat's unmerged branch ve (2026-01-16), which this runtime "
+                         "does not run"});
         }
         if (n.find(".moe.") != n.npos || n.find(".mlp.router") != n.npos ||
             n.find(".mlp.experts") != n.npos) {
-            unsupported("tensor " + quote(n) +
-                        " is of nanochat's unmerged mixture-of-experts branches, which this "
-                        "runtime does not run");
+            unsupported({"tensor ", quote(n),
+                         " is of nanochat's unmerged mixture-of-experts branches, which this "
+                         "runtime does not run"});
         }
         if (n.ends_with(".ve_gate.weight") && t.info.shape.size() == 2) {
             gate12 = gate12 || t.info.shape[1] == 12;
             gate32 = gate32 || t.info.shape[1] == 32;
             if (t.info.shape[1] != 12 && t.info.shape[1] != 32) {
-                unsupported("tensor " + quote(n) + " has " + std::to_string(t.info.shape[1]) +
-                            " columns, nanochat had 12 or 32");
+                unsupported({"tensor ", quote(n), " has ", t.info.shape[1],
+                             " columns, nanochat had 12 or 32"});
             }
         }
     }
     const auto has = [&](std::string_view name) { return find_tensor(tensors, name) != nullptr; };
     if (gate12 && gate32)
-        unsupported("has ve_gate tensors of 12 and of 32 columns, nanochat never had both");
+        unsupported({"has ve_gate tensors of 12 and of 32 columns, nanochat never had both"});
     if (has("bigram_embed.embed.weight") || has("bigram_lambdas")) return Generation::g2e;
     const int parts =
         int(has("smear_gate.weight")) + int(has("smear_lambda")) + int(has("backout_lambda"));
@@ -1729,16 +1770,16 @@ inline std::vector<TensorInfo> expected_tensors(const Config& c) {
         add("smear_gate.weight", {1, kSmearChannels}), add("smear_lambda", {1}),
             add("backout_lambda", {1});
     for (int i = 0; i < c.n_layer; ++i) {
-        const std::string h = "transformer.h." + std::to_string(i) + ".";
-        add(h + "attn.c_q.weight", {D, D});
-        add(h + "attn.c_k.weight", {kv, D});
-        add(h + "attn.c_v.weight", {kv, D});
-        add(h + "attn.c_proj.weight", {D, D});
-        add(h + "mlp.c_fc.weight", {4 * D, D});
-        add(h + "mlp.c_proj.weight", {D, 4 * D});
+        const std::string h = cat({"transformer.h.", i, "."});
+        add(cat({h, "attn.c_q.weight"}), {D, D});
+        add(cat({h, "attn.c_k.weight"}), {kv, D});
+        add(cat({h, "attn.c_v.weight"}), {kv, D});
+        add(cat({h, "attn.c_proj.weight"}), {D, D});
+        add(cat({h, "mlp.c_fc.weight"}), {4 * D, D});
+        add(cat({h, "mlp.c_proj.weight"}), {D, 4 * D});
         if (!c.has_value_embed(i)) continue;
-        add(h + "attn.ve_gate.weight", {c.n_kv_head, c.ve_gate_channels});
-        add("value_embeds." + std::to_string(i) + ".weight", {Vp, kv});
+        add(cat({h, "attn.ve_gate.weight"}), {c.n_kv_head, c.ve_gate_channels});
+        add(cat({"value_embeds.", i, ".weight"}), {Vp, kv});
     }
     return list;
 }
@@ -1750,13 +1791,14 @@ inline void refuse_any(const std::string& verb, const std::vector<std::string>& 
     std::string list;
     for (std::size_t i = 0; i < std::min<std::size_t>(names.size(), 3); ++i)
         list += (i ? ", " : "") + names[i];
-    if (names.size() > 3) list += " and " + std::to_string(names.size() - 3) + " more";
-    refuse(verb + " " + std::to_string(names.size()) + " " + what + ": " + list);
+    if (names.size() > 3) list += cat({" and ", names.size() - 3, " more"});
+    refuse({verb, " ", names.size(), " ", what, ": ", list});
 }
 
-inline void check_tensors(const Config& config, std::span<const StoredTensor> tensors) {
+inline void check_tensors(const Config& config, const std::vector<StoredTensor>& tensors) {
     std::vector<TensorInfo> expected = expected_tensors(config);
-    std::ranges::sort(expected, {}, &TensorInfo::name);
+    const auto key = [](const TensorInfo& e) { return std::string_view(e.name); };
+    sort_by(expected, key);
     std::vector<std::string> missing, unknown, other;
     for (const TensorInfo& e : expected) {
         const StoredTensor* t = find_tensor(tensors, e.name);
@@ -1766,16 +1808,15 @@ inline void check_tensors(const Config& config, std::span<const StoredTensor> te
             // nanochat patches a missing one to ones or zeros
             if (!optional) missing.push_back(e.name);
         } else if (t->info.shape != e.shape) {
-            other.push_back(e.name + " is " + to_string(t->info.shape) + ", the config needs " +
-                            to_string(e.shape));
+            other.push_back(cat({e.name, " is ", to_string(t->info.shape), ", the config needs ",
+                                 to_string(e.shape)}));
         } else if (!is_float(t->info.dtype)) {
-            other.push_back(e.name + " holds " + std::string(name_of(t->info.dtype)) +
-                            ", a float type is needed");
+            other.push_back(
+                cat({e.name, " holds ", name_of(t->info.dtype), ", a float type is needed"}));
         }
     }
     for (const StoredTensor& t : tensors) {
-        if (!std::ranges::binary_search(expected, t.name(), {}, &TensorInfo::name))
-            unknown.push_back(quote(t.name()));
+        if (find_by(expected, t.info.name, key) == nullptr) unknown.push_back(quote(t.info.name));
     }
     refuse_any("lacks", missing, "tensors");
     refuse_any("has", unknown, "unknown tensors");
@@ -1788,24 +1829,21 @@ constexpr std::uint64_t kMaxMeta = std::uint64_t{4} << 20;  // bytes
 
 inline int read_int(const Json& object, std::string_view key, int low, int high) {
     const Json* value = object.find(key);
-    const std::string who = "model_config." + std::string(key);
-    if (value == nullptr) refuse(who + " is missing");
+    const std::string who = cat({"model_config.", key});
+    if (value == nullptr) refuse({who, " is missing"});
     int n = 0;
     const std::string& s = value->string;
     const auto end = s.data() + s.size();
     const auto result = std::from_chars(s.data(), end, n);
     if (value->kind != Json::Kind::number || result.ec != std::errc{} || result.ptr != end ||
-        n < low || n > high) {
-        refuse(who + " must be an integer from " + std::to_string(low) + " to " +
-               std::to_string(high));
-    }
+        n < low || n > high)
+        refuse({who, " must be an integer from ", low, " to ", high});
     return n;
 }
 inline void check_window_pattern(const std::string& pattern) {
     if (pattern.empty() || pattern.size() > 256 ||
-        pattern.find_first_not_of("SLsl") != pattern.npos) {
-        refuse("window_pattern " + quote(pattern) + " must be 1 to 256 letters S or L");
-    }
+        pattern.find_first_not_of("SLsl") != pattern.npos)
+        refuse({"window_pattern ", quote(pattern), " must be 1 to 256 letters S or L"});
 }
 
 // The six numbers every generation stores, and the window pattern where there is one.
@@ -1815,9 +1853,8 @@ inline Config read_config(const Json& meta, bool& has_pattern) {
     if (mc == nullptr || mc->kind != Json::Kind::object)
         refuse("the metadata has no object model_config");
     if (mc->find("num_experts") != nullptr)
-        unsupported(
-            "model_config.num_experts: nanochat's unmerged mixture-of-experts branches "
-            "are not run");
+        unsupported({"model_config.num_experts: nanochat's unmerged mixture-of-experts branches ",
+                     "are not run"});
     Config c;
     c.sequence_len = read_int(*mc, "sequence_len", 1, 1 << 20);
     c.vocab_size = read_int(*mc, "vocab_size", 1, 1 << 20);
@@ -1825,13 +1862,12 @@ inline Config read_config(const Json& meta, bool& has_pattern) {
     c.n_head = read_int(*mc, "n_head", 1, 512);
     c.n_kv_head = read_int(*mc, "n_kv_head", 1, 512);
     c.n_embd = read_int(*mc, "n_embd", 8, 32768);
-    const std::string sizes = " (n_embd " + std::to_string(c.n_embd) + ", n_head " +
-                              std::to_string(c.n_head) + ", n_kv_head " +
-                              std::to_string(c.n_kv_head) + ")";
-    if (c.n_embd % c.n_head != 0) refuse("n_head must divide n_embd" + sizes);
-    if (c.n_head % c.n_kv_head != 0) refuse("n_kv_head must divide n_head" + sizes);
+    const std::string sizes =
+        cat({" (n_embd ", c.n_embd, ", n_head ", c.n_head, ", n_kv_head ", c.n_kv_head, ")"});
+    if (c.n_embd % c.n_head != 0) refuse({"n_head must divide n_embd", sizes});
+    if (c.n_head % c.n_kv_head != 0) refuse({"n_kv_head must divide n_head", sizes});
     if (c.head_dim() % 2 != 0 || c.head_dim() > 512)
-        refuse("the head size must be even and at most 512" + sizes);
+        refuse({"the head size must be even and at most 512", sizes});
     const Json* pattern = mc->find("window_pattern");
     has_pattern = pattern != nullptr && pattern->kind != Json::Kind::null;
     if (has_pattern) {
@@ -1846,9 +1882,8 @@ inline Config read_config(const Json& meta, bool& has_pattern) {
 inline void read_losses(const Json& meta, ModelInfo& info) {
     for (const auto& [key, value] : meta.object) {
         if (value.kind != Json::Kind::number || key == "step" || key == "device_batch_size" ||
-            key == "max_seq_len" || key == "total_batch_size" || !is_finite(value.number)) {
+            key == "max_seq_len" || key == "total_batch_size" || !is_finite(value.number))
             continue;
-        }
         const bool bits = key == "val_bpb", nats = key == "val_loss";
         if (!bits && !nats) info.metrics.emplace_back(key, value.number);
         // only bits per byte compare across tokenizers
@@ -1861,9 +1896,8 @@ inline void read_losses(const Json& meta, ModelInfo& info) {
     const Json* step = meta.find("step");
     if (step != nullptr && step->kind == Json::Kind::number &&
         step->number != static_cast<double>(info.step)) {
-        info.warnings.push_back("the metadata says step " + quote(step->string) +
-                                ", the file name " + std::to_string(info.step) +
-                                "; the name counts");
+        warn(info, {"the metadata says step ", quote(step->string), ", the file name ", info.step,
+                    "; the name counts"});
     }
 }
 
@@ -1902,7 +1936,7 @@ inline std::vector<std::filesystem::path> list(const std::filesystem::path& dir)
     std::filesystem::directory_iterator it(dir, ec), end;
     for (; !ec && it != end && paths.size() < kMostEntries; it.increment(ec))
         paths.push_back(it->path());
-    std::sort(paths.begin(), paths.end());
+    sort_by(paths, [](const auto& path) { return std::string_view(path.native()); });
     return paths;
 }
 
@@ -1944,23 +1978,23 @@ inline void check_pattern(ModelInfo& info, const Overrides& o, bool has_pattern,
                           const Json& sibling) {
     if (info.config.generation == Generation::g0) {
         if (o.short_window ||
-            o.window_pattern.value_or("").find_first_of("Ss") != std::string::npos) {
+            o.window_pattern.value_or("").find_first_of("Ss") != std::string::npos)
             misuse(
                 "this checkpoint is of generation g0, which had no windows. Add --gen g1 to "
                 "insist");
-        }
         if (has_pattern) {
-            info.warnings.push_back("window_pattern " + quote(info.config.window_pattern) +
-                                    " is ignored: this generation had no windows");
+            warn(info, {"window_pattern ", quote(info.config.window_pattern),
+                        " is ignored: this generation had no windows"});
         }
         info.config.window_pattern = "L";
     } else if (!has_pattern && !o.window_pattern) {
         const Json* mc = sibling.find("model_config");
         const Json* theirs = mc != nullptr ? mc->find("window_pattern") : nullptr;
-        const std::string hint =
-            theirs != nullptr ? "; the base model of this tag has " + quote(theirs->string) : "";
-        info.warnings.push_back("window_pattern is not stored, \"L\" is assumed as nanochat does" +
-                                hint + " (--window-pattern)");
+        std::string hint;
+        if (theirs != nullptr)
+            hint = cat({"; the base model of this tag has ", quote(theirs->string)});
+        warn(info, {"window_pattern is not stored, \"L\" is assumed as nanochat does", hint,
+                    " (--window-pattern)"});
     }
 }
 
@@ -1968,16 +2002,15 @@ inline Overrides merge(Overrides first, const Overrides& second) {
     const auto fill = [](auto& value, const auto& other) { value = value ? value : other; };
     fill(first.generation, second.generation), fill(first.softcap, second.softcap);
     fill(first.rope_base, second.rope_base), fill(first.qk_scale, second.qk_scale);
-    fill(first.window_pattern, second.window_pattern),
-        fill(first.short_window, second.short_window);
-    fill(first.sequence_len, second.sequence_len),
-        fill(first.bf16_rope_tables, second.bf16_rope_tables);
+    fill(first.window_pattern, second.window_pattern);
+    fill(first.short_window, second.short_window), fill(first.sequence_len, second.sequence_len);
+    fill(first.bf16_rope_tables, second.bf16_rope_tables);
     return first;
 }
 
 inline void check_overrides(const Overrides& o) {
     const auto bad = [](const char* name, const char* need) {
-        misuse(std::string("override of ") + name + " must be " + need);
+        misuse({"override of ", name, " must be ", need});
     };
     const auto positive = [](const std::optional<float>& x) {  // false for NaN and infinity too
         return !x || (is_finite(*x) && *x > 0);
@@ -2005,8 +2038,7 @@ inline void settle(ModelInfo& info, const Json& meta, bool has_pattern, Generati
                             float otherwise, Origin origin) {
         note(name, format(field = forced.value_or(otherwise)), forced, origin);
     };
-    note("generation", std::string(f.name) + " (" + std::string(f.dates) + ")", o.generation,
-         Origin::implied);
+    note("generation", cat({f.name, " (", f.dates, ")"}), o.generation, Origin::implied);
     c.sequence_len = o.sequence_len.value_or(c.sequence_len);
     note("sequence_len", std::to_string(c.sequence_len), o.sequence_len, Origin::stored);
     number("rope_base", c.rope_base, o.rope_base, f.rope_base, Origin::implied);
@@ -2019,8 +2051,8 @@ inline void settle(ModelInfo& info, const Json& meta, bool has_pattern, Generati
 
     const int channels = c.generation == Generation::g4 ? kSmearChannels : f.ve_gate_channels;
     if (c.n_embd < channels)
-        refuse("n_embd is " + std::to_string(c.n_embd) + ", the gates of this generation read " +
-               std::to_string(channels) + " channels");
+        refuse({"n_embd is ", c.n_embd, ", the gates of this generation read ", channels,
+                " channels"});
 
     const bool g0 = c.generation == Generation::g0, g2 = c.generation == Generation::g2;
     const Json sibling =
@@ -2029,9 +2061,9 @@ inline void settle(ModelInfo& info, const Json& meta, bool has_pattern, Generati
     number("softcap", c.softcap, o.softcap, cap20 ? 20.0f : 15.0f,
            g2 ? Origin::assumed : Origin::implied);
     if (g2 && !o.softcap) {
-        info.warnings.push_back("softcap " + format(c.softcap) +
-                                " is assumed: it was 15, but 20 from 2026-03-03 to 03-09, and the "
-                                "file does not tell (--softcap)");
+        warn(info, {"softcap ", format(c.softcap),
+                    " is assumed: it was 15, but 20 from 2026-03-03 to 03-09, and the "
+                    "file does not tell (--softcap)"});
     }
     check_pattern(info, o, has_pattern, sibling);
     c.window_pattern = o.window_pattern.value_or(c.window_pattern);
@@ -2062,11 +2094,10 @@ inline std::vector<StoredTensor> inspect(ModelInfo& info, const ZipFile& zip,
             refuse("has no tensor transformer.wte.weight: not a nanochat model");
         const std::int64_t V = info.config.vocab_size, rows = wte->info.shape[0];
         if (rows < V || rows > (1 << 21))
-            refuse("transformer.wte.weight has " + std::to_string(rows) + " rows, vocab_size is " +
-                   std::to_string(V));
+            refuse({"transformer.wte.weight has ", rows, " rows, vocab_size is ", V});
         if (rows != V && rows != (V + 63) / 64 * 64) {
-            info.warnings.push_back("the vocabulary is padded to " + std::to_string(rows) +
-                                    " rows, nanochat pads to a multiple of 64");
+            warn(info, {"the vocabulary is padded to ", rows,
+                        " rows, nanochat pads to a multiple of 64"});
         }
         info.config.vocab_rows = static_cast<int>(rows);
         settle(info, meta, has_pattern, detect_generation(tensors), overrides);
@@ -2100,10 +2131,9 @@ inline ModelInfo place(const std::filesystem::path& model_file) {
     for (const SourceFolder& s : kSources) {
         if (full.parent_path().parent_path().filename() == s.folder) info.source = s.source;
     }
-    info.id = (info.source.empty() ? "file" : info.source) + "/" + info.tag + "/" +
-              std::to_string(info.step);
+    info.id = cat({info.source.empty() ? "file" : info.source, "/", info.tag, "/", info.step});
     std::string meta = name;
-    if (meta.starts_with("model_")) meta = "meta_" + meta.substr(6);
+    if (meta.starts_with("model_")) meta.replace(0, 6, "meta_");
     if (meta.ends_with(".pt")) meta = meta.substr(0, meta.size() - 3);
     info.meta_file = model_file.parent_path() / (meta + ".json");
     return info;
@@ -2138,9 +2168,8 @@ inline ModelInfo examine(ModelInfo info, const Overrides& overrides) {
         }
         inspect(info, naming(info.model_file, [&] { return ZipFile(std::move(file)); }), overrides);
         if (info.memory_bytes > total_memory()) {
-            set(Status::too_large, "needs " + std::to_string(info.memory_bytes >> 20) +
-                                       " MiB, the machine has " +
-                                       std::to_string(total_memory() >> 20));
+            set(Status::too_large, cat({"needs ", info.memory_bytes >> 20, " MiB, the machine has ",
+                                        total_memory() >> 20}));
         }
     } catch (const Error& e) {
         set(e.kind == ErrorKind::unsupported ? Status::unsupported : Status::refused, e.what());
@@ -2155,13 +2184,10 @@ inline std::int64_t depth_of(std::string_view tag) {
     return depth;
 }
 inline bool is_tag(std::string_view tag) {
-    constexpr std::string_view kMore = "._-";
-    const auto alphanumeric = [](char c) {
-        return (c >= '0' && c <= '9') || (c >= 'a' && c <= 'z') || (c >= 'A' && c <= 'Z');
-    };
-    if (tag.empty() || tag.size() > 128 || !alphanumeric(tag[0])) return false;
-    return std::all_of(tag.begin(), tag.end(),
-                       [&](char c) { return alphanumeric(c) || kMore.find(c) != kMore.npos; });
+    constexpr std::string_view kAllowed =
+        "._-0123456789abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ";
+    return !tag.empty() && tag.size() <= 128 && kAllowed.substr(0, 3).find(tag[0]) == tag.npos &&
+           tag.find_first_not_of(kAllowed) == tag.npos;
 }
 
 }  // namespace detail
@@ -2184,34 +2210,29 @@ inline std::vector<ModelInfo> find_models(const std::filesystem::path& base,
                                           std::vector<std::string>* warnings = nullptr) {
     std::vector<ModelInfo> models;
     for (const detail::SourceFolder& source : detail::kSources) {
-        std::vector<ModelInfo> found;
-        for (const auto& dir : detail::list(base / source.folder)) {
+        const std::size_t before = models.size();
+        auto dirs = detail::list(base / source.folder);
+        detail::sort_by(dirs, [](auto& d) { return -detail::depth_of(d.filename().native()); });
+        for (const auto& dir : dirs) {
             std::error_code ec;
             if (!std::filesystem::is_directory(dir, ec)) continue;
             const std::string tag = dir.filename().string();
             if (!detail::is_tag(tag)) {
                 if (warnings != nullptr)
-                    warnings->push_back("skipped the folder " + detail::quote(tag) +
-                                        ": not a tag's name");
+                    warnings->push_back(detail::cat(
+                        {"skipped the folder ", detail::quote(tag), ": not a tag's name"}));
                 continue;
             }
-            for (const auto& path : detail::list(dir)) {
-                if (detail::step_of(path.filename().string()) < 0) continue;
-                found.push_back(detail::examine(detail::place(path), overrides));
+            auto files = detail::list(dir);
+            detail::sort_by(files, [](auto& f) { return -detail::step_of(f.filename().native()); });
+            for (const auto& file : files) {
+                if (detail::step_of(file.filename().native()) < 0) continue;
+                ModelInfo info = detail::place(file);
+                // sft_checkpoints must not repeat an id of chatsft_checkpoints
+                bool twice = false;
+                for (std::size_t i = 0; i < before; ++i) twice = twice || models[i].id == info.id;
+                if (!twice) models.push_back(detail::examine(std::move(info), overrides));
             }
-        }
-        std::stable_sort(found.begin(), found.end(), [](const ModelInfo& a, const ModelInfo& b) {
-            const auto x = detail::depth_of(a.tag), y = detail::depth_of(b.tag);
-            if (x != y) return x > y;
-            return a.tag != b.tag ? a.tag < b.tag : a.step > b.step;
-        });
-        // sft_checkpoints must not repeat an id of chatsft_checkpoints
-        const std::size_t before = models.size();
-        for (ModelInfo& m : found) {
-            const auto earlier = std::span(models).first(before);
-            const bool twice = std::any_of(earlier.begin(), earlier.end(),
-                                           [&](const ModelInfo& e) { return e.id == m.id; });
-            if (!twice) models.push_back(std::move(m));
         }
     }
     return models;
@@ -2225,10 +2246,9 @@ inline std::filesystem::path model_file(const std::filesystem::path& dir_or_file
     if (!std::filesystem::is_directory(dir_or_file, ec)) return dir_or_file;
     const auto found = find_step(dir_or_file, "model_", ".pt", step);
     if (!found.empty()) return found;
-    const std::string wanted =
-        step < 0 ? "model_<step>.pt" : "checkpoint of step " + std::to_string(step);
+    const std::string wanted = step < 0 ? "model_<step>.pt" : cat({"checkpoint of step ", step});
     throw Error(ErrorKind::not_found,
-                quote(dir_or_file.string(), 300) + ": no " + wanted + " there");
+                {quote(dir_or_file.string(), 300), ": no ", wanted, " there"});
 }
 }  // namespace detail
 
@@ -2252,9 +2272,9 @@ inline std::filesystem::path find_tokenizer(const ModelInfo& info) {
         if (std::filesystem::exists(folder / "tokenizer.pkl", ec)) return folder / "tokenizer.pkl";
     }
     throw Error(ErrorKind::not_found,
-                "no tokenizer.pkl for " + detail::quote(info.id) +
-                    ": looked beside the model, in ../../tokenizer "
-                    "and in the base directory. Copy nanochat's tokenizer/tokenizer.pkl there");
+                {"no tokenizer.pkl for ", detail::quote(info.id),
+                 ": looked beside the model, in ../../tokenizer and in the base directory. "
+                 "Copy nanochat's tokenizer/tokenizer.pkl there"});
 }
 
 // ==== 10. unicode ================================================================================
@@ -2464,8 +2484,8 @@ inline const SplitRule& split_rule(std::string_view pattern) {
         std::string text(rule.head);
         if (text.append(rule.numbers).append(rule.tail) == pattern) return rule;
     }
-    unsupported("the split pattern " + quote(pattern, 200) +
-                " is not one of nanochat, cl100k or GPT-2");
+    unsupported(
+        {"the split pattern ", quote(pattern, 200), " is not one of nanochat, cl100k or GPT-2"});
 }
 
 // Walks over valid UTF-8, piece by piece.
@@ -2761,7 +2781,7 @@ public:
             refuse("holds no tiktoken.Encoding", root.at);
         const PickleValue& state = tree_[root.items[0]];
         if (state.kind == PickleKind::text)
-            refuse("only names the encoding " + quote(state.text) + ", its ranks are needed");
+            refuse({"only names the encoding ", quote(state.text), ", its ranks are needed"});
         if (state.kind != PickleKind::dict) refuse("the Encoding's state is no dict", state.at);
         field(state, "name", PickleKind::text);
         const PickleValue& pattern = field(state, "pat_str", PickleKind::text);
@@ -2782,11 +2802,11 @@ private:
         const PickleValue* found = nullptr;
         each(state, [&](const PickleValue& key, const PickleValue& value) {
             if (key.kind != PickleKind::text || key.text != name) return;
-            if (found != nullptr) refuse("field " + quote(name) + " is there twice", key.at);
+            if (found != nullptr) refuse({"field ", quote(name), " is there twice"}, key.at);
             found = &value;
         });
-        if (found == nullptr) refuse("field " + quote(name) + " is missing", state.at);
-        if (found->kind != kind) refuse("field " + quote(name) + " is of a wrong type", found->at);
+        if (found == nullptr) refuse({"field ", quote(name), " is missing"}, state.at);
+        if (found->kind != kind) refuse({"field ", quote(name), " is of a wrong type"}, found->at);
         return *found;
     }
     template <class Visit>  // visit(key, value)
@@ -2797,7 +2817,7 @@ private:
     static Token read_id(const PickleValue& id, std::string_view owner) {
         const bool fits = id.integer >= 0 && id.integer < kMaxVocabulary;
         if (id.kind == PickleKind::integer && fits) return static_cast<Token>(id.integer);
-        refuse("the id of " + quote(owner) + " is no integer from 0 to 1048575", id.at);
+        refuse({"the id of ", quote(owner), " is no integer from 0 to 1048575"}, id.at);
     }
 
     void read_ranks(const PickleValue& dict) {
@@ -2807,16 +2827,16 @@ private:
             const std::size_t length = token.text.size();
             if (token.kind != PickleKind::bytes) refuse("a token is not bytes", token.at);
             if (length == 0 || length > kMaxTokenLength)
-                refuse("a token of " + std::to_string(length) + " bytes, 1 to 256 fit", token.at);
+                refuse({"a token of ", length, " bytes, 1 to 256 fit"}, token.at);
             const Token id = read_id(rank, token.text);
-            if (!v_.table.piece(id).empty())
-                refuse("rank " + std::to_string(id) + " is there twice", rank.at);
+            if (!v_.table.piece(id).empty()) refuse({"rank ", id, " is there twice"}, rank.at);
             if (v_.table.add(token.text, id) != kNoToken)
-                refuse("token " + quote(token.text) + " is there twice", token.at);
+                refuse({"token ", quote(token.text), " is there twice"}, token.at);
         });
         for (int byte = 0; byte < 256; ++byte) {
             const std::string one(1, static_cast<char>(static_cast<unsigned char>(byte)));
-            if (v_.table.find(one) == kNoToken) refuse("no token is the single byte " + quote(one));
+            if (v_.table.find(one) == kNoToken)
+                refuse({"no token is the single byte ", quote(one)});
         }
     }
 
@@ -2827,14 +2847,15 @@ private:
             if (name.kind != PickleKind::text || length == 0 || length > kMaxTokenLength)
                 refuse("a special token's name is no text of 1 to 256 bytes", name.at);
             if (v_.find_special(name.text) != nullptr)
-                refuse("special token " + quote(name.text) + " is there twice", name.at);
+                refuse({"special token ", quote(name.text), " is there twice"}, name.at);
             v_.specials.emplace_back(read_id(id, name.text), name.text);
         });
         for (const std::string_view name : kSpecialNames) {
             if (v_.find_special(name) != nullptr) continue;
-            refuse("special token " + quote(name) + " is missing", dict.at);
+            refuse({"special token ", quote(name), " is missing"}, dict.at);
         }
-        std::sort(v_.specials.begin(), v_.specials.end());
+        sort_by(v_.specials, [](const auto& s) { return std::string_view(s.second); });
+        sort_by(v_.specials, [](const auto& s) { return s.first; });
     }
 
     // Ranks are 0 to N-1, special ids follow. The exception is nanochat's own: when two merges of
@@ -2845,18 +2866,18 @@ private:
         const Token end = v_.table.end(), first = v_.specials.front().first;
         Token gap = 0;  // the first rank without token
         while (!v_.table.piece(gap).empty()) ++gap;
-        if (gap < end && first != count_) refuse("no token has rank " + std::to_string(gap));
+        if (gap < end && first != count_) refuse({"no token has rank ", gap});
         Token wanted = count_;
         for (const auto& [id, name] : v_.specials) {
             if (id == wanted++) continue;
-            refuse("special token " + quote(name) + " has id " + std::to_string(id) + ", " +
-                   std::to_string(wanted - 1) + " is the next one free");
+            refuse({"special token ", quote(name), " has id ", id, ", ", wanted - 1,
+                    " is the next one free"});
         }
         v_.size = std::max(end, wanted);
         if (gap == end) return;
-        v_.warnings.push_back("two merges made the same bytes: rank " + std::to_string(gap) +
-                              " is left out, and ids from " + std::to_string(first) +
-                              " on are ordinary and special tokens at once");
+        v_.warnings.push_back(
+            cat({"two merges made the same bytes: rank ", gap, " is left out, and ids from ", first,
+                 " on are ordinary and special tokens at once"}));
     }
 
     // Training makes every longer token of two lower ones. One that is not is only found where it
@@ -2872,8 +2893,8 @@ private:
             std::size_t cut = bytes.size() - 1;
             while (cut > 0 && !(lower(bytes.substr(0, cut)) && lower(bytes.substr(cut)))) --cut;
             if (cut > 0) continue;
-            v_.warnings.push_back("token " + quote(bytes) + ", id " + std::to_string(id) +
-                                  ", and perhaps others are no join of two lower ones");
+            v_.warnings.push_back(cat({"token ", quote(bytes), ", id ", id,
+                                       ", and perhaps others are no join of two lower ones"}));
             return;
         }
     }
@@ -2918,13 +2939,13 @@ public:
         if (const std::string_view bytes = v_.table.piece(token); !bytes.empty()) return bytes;
         if (is_special(token))
             return v_.specials[static_cast<std::size_t>(token - v_.specials[0].first)].second;
-        detail::misuse("there is no token " + std::to_string(token));
+        detail::misuse({"there is no token ", token});
     }
 
     // Returns the id of a special token, as in special("<|bos|>"). Throws not_found.
     Token special(std::string_view name) const {
         if (const Token* id = v_.find_special(name)) return *id;
-        throw Error(ErrorKind::not_found, "there is no special token " + detail::quote(name));
+        throw Error(ErrorKind::not_found, {"there is no special token ", detail::quote(name)});
     }
     bool is_special(Token token) const {
         return token >= v_.specials.front().first && token <= v_.specials.back().first;
@@ -2969,7 +2990,7 @@ public:
         } catch (const std::system_error&) {
             stop();
             throw Error(ErrorKind::out_of_memory,
-                        "cannot start " + std::to_string(n) + " threads. Try --threads 1");
+                        {"cannot start ", n, " threads. Try --threads 1"});
         }
     }
     ~ThreadPool() { stop(); }
@@ -2981,23 +3002,10 @@ public:
     // Calls task(i) once for every i < n, on all threads, the caller's included; returns when all
     // are done. After an exception no more are started, and it is thrown here. Which thread takes
     // which i is left to chance: no result may depend on it.
-    void run(std::size_t n, const std::function<void(std::size_t)>& task) {
-        if (workers_.empty() || n < 2) {
-            for (std::size_t i = 0; i < n; ++i) task(i);
-            return;
-        }
-        const std::lock_guard turn(turn_);
-        task_ = &task, count_ = n, error_ = nullptr;
-        next_.store(0, std::memory_order_relaxed);
-        busy_.store(static_cast<int>(workers_.size()), std::memory_order_relaxed);
-        round_.fetch_add(1, std::memory_order_release);
-        round_.notify_all();
-        work();
-        for (int left = spin_until_idle(busy_); left != 0;
-             left = busy_.load(std::memory_order_acquire)) {
-            busy_.wait(left, std::memory_order_acquire);
-        }
-        if (error_) std::rethrow_exception(error_);
+    template <class Task>
+    void run(std::size_t n, const Task& task) {
+        const auto call = [](const void* t, std::size_t i) { (*static_cast<const Task*>(t))(i); };
+        run(n, call, &task);
     }
 
     static int physical_cores() {
@@ -3009,6 +3017,25 @@ public:
     }
 
 private:
+    using Call = void (*)(const void* task, std::size_t i);
+    void run(std::size_t n, Call call, const void* task) {
+        if (workers_.empty() || n < 2) {
+            for (std::size_t i = 0; i < n; ++i) call(task, i);
+            return;
+        }
+        const std::lock_guard turn(turn_);
+        call_ = call, task_ = task, count_ = n, error_ = nullptr;
+        next_.store(0, std::memory_order_relaxed);
+        busy_.store(static_cast<int>(workers_.size()), std::memory_order_relaxed);
+        round_.fetch_add(1, std::memory_order_release);
+        round_.notify_all();
+        work();
+        for (int left = spin_until_idle(busy_); left != 0;
+             left = busy_.load(std::memory_order_acquire)) {
+            busy_.wait(left, std::memory_order_acquire);
+        }
+        if (error_) std::rethrow_exception(error_);
+    }
     // some 20 us: the next operation of a token comes sooner than that
     static constexpr int kSpins = 4000;
     static void relax() {
@@ -3030,7 +3057,7 @@ private:
     void work() {
         for (std::size_t i; (i = next_.fetch_add(1, std::memory_order_relaxed)) < count_;) {
             try {
-                (*task_)(i);
+                call_(task_, i);
             } catch (...) {
                 const std::lock_guard lock(error_mutex_);
                 if (!error_) error_ = std::current_exception();
@@ -3053,7 +3080,8 @@ private:
     std::mutex turn_, error_mutex_;
     std::atomic<int> round_{0}, busy_{0};
     std::atomic<std::size_t> next_{0};
-    const std::function<void(std::size_t)>* task_ = nullptr;
+    Call call_ = nullptr;
+    const void* task_ = nullptr;
     std::size_t count_ = 0;
     std::exception_ptr error_;
     std::vector<std::jthread> workers_;  // last: they end before what they use
@@ -3268,6 +3296,7 @@ void for_rows(ThreadPool& pool, std::size_t n, const Rows& rows) {
              [&](std::size_t i) { rows(i * kPart, std::min(n, i * kPart + kPart)); });
 }
 
+class ModelLoader;  // section 13
 }  // namespace detail
 
 // The instruction set in use: "avx512", "avx2", "sse2" or "neon".
@@ -3499,7 +3528,7 @@ public:
     ThreadPool& pool() const { return *pool_; }
 
 private:
-    friend class ModelLoader;
+    friend class detail::ModelLoader;
     ModelInfo info_;
     Weights weights_;
     std::uint64_t bytes_ = 0;
@@ -3529,26 +3558,22 @@ inline void copy_row(float* out, const Tensor& table, std::size_t row) {
     }
 }
 
-}  // namespace detail
-
 // Reads the weights of one checkpoint straight to where they stay: one allocation, and a quarter of
 // a megabyte per thread for those that change their type on the way. So there are never two copies
 // of the model.
 class ModelLoader {
 public:
     static std::shared_ptr<const Model> load(ModelInfo info, const LoadOptions& options) {
-        if (options.dtype != DType::f32 && options.dtype != DType::bf16) {
-            detail::misuse("weights are kept as float32 or bfloat16, not " +
-                           std::string(name_of(options.dtype)));
-        }
+        if (options.dtype != DType::f32 && options.dtype != DType::bf16)
+            misuse({"weights are kept as float32 or bfloat16, not ", name_of(options.dtype)});
         ModelLoader loader(std::move(info), options);
-        detail::naming(loader.model_->info_.model_file, [&] { loader.read(); });
+        naming(loader.model_->info_.model_file, [&] { loader.read(); });
         return std::move(loader.model_);
     }
 
 private:
     struct Job {
-        const detail::StoredTensor* from;
+        const StoredTensor* from;
         DType to;
         std::uint64_t at;  // byte of the allocation
     };
@@ -3556,14 +3581,13 @@ private:
     ModelLoader(ModelInfo info, const LoadOptions& options)
         : options_(options),
           model_(std::make_shared<Model>()),
-          zip_(detail::naming(info.model_file,
-                              [&] { return detail::ZipFile(File(info.model_file)); })) {
+          zip_(naming(info.model_file, [&] { return ZipFile(File(info.model_file)); })) {
         ModelInfo& own = model_->info_;
-        own = detail::place(info.model_file);
+        own = place(info.model_file);
         if (!info.id.empty())
             own.source = info.source, own.tag = info.tag, own.id = info.id,
             own.meta_file = info.meta_file;
-        stored_ = detail::inspect(own, zip_, detail::merge(options.overrides, info.overrides));
+        stored_ = inspect(own, zip_, merge(options.overrides, info.overrides));
         model_->pool_ = std::make_unique<ThreadPool>(options.threads);
         model_->dtype_ = options.dtype;
         plan();
@@ -3573,45 +3597,41 @@ private:
     // them would double the bytes and change no result.
     void plan() {
         std::uint64_t at = 0;
-        for (const detail::StoredTensor& t : stored_) {
+        for (const StoredTensor& t : stored_) {
             const bool matrix = t.info.shape.size() > 1;
             const bool keep =
                 matrix && (t.info.dtype == DType::bf16 || options_.dtype == DType::bf16);
             jobs_.push_back({&t, keep ? DType::bf16 : DType::f32, at});
-            at += detail::round_up(detail::count(t.info.shape) * (keep ? 2u : 4u), 64);
+            at += round_up(count(t.info.shape) * (keep ? 2u : 4u), 64);
         }
         model_->bytes_ = at;
-        const std::uint64_t available = detail::available_memory();
+        const std::uint64_t available = available_memory();
         if (at > available) {
             throw Error(ErrorKind::out_of_memory,
-                        detail::quote(model_->info_.id) + " needs " + std::to_string(at >> 20) +
-                            " MiB, " + std::to_string(available >> 20) +
-                            " MiB are free. Close other programs, or try --dtype bfloat16");
+                        {quote(model_->info_.id), " needs ", at >> 20, " MiB, ", available >> 20,
+                         " MiB are free. Close other programs, or try --dtype bfloat16"});
         }
     }
 
     void read() {
-        memory_ = detail::allocate(model_->bytes_, true);
+        memory_ = allocate(model_->bytes_, true);
         // the largest first, so that no thread ends up with it alone
-        std::ranges::stable_sort(jobs_, std::greater<>(),
-                                 [](const Job& j) { return j.from->bytes(); });
+        sort_by(jobs_, [](const Job& j) { return -static_cast<std::int64_t>(j.from->bytes()); });
         std::uint64_t total = 0;
         for (const Job& j : jobs_) total += j.from->bytes();
         model_->pool_->run(jobs_.size(), [&](std::size_t i) { read_tensor(jobs_[i], total); });
         if (!zip_.file().unchanged())
-            detail::refuse(
-                "changed while it was read: still being written. Try again when it is complete");
+            refuse("changed while it was read: still being written. Try again when it is complete");
         constexpr std::uint64_t kLarge = std::uint64_t{1} << 30;
         if (zip_.file().size() >= kLarge) zip_.file().forget(0, zip_.file().size());
         bind();
     }
 
     void read_tensor(const Job& job, std::uint64_t total) {
-        constexpr std::size_t kPiece = std::size_t{1}
-                                       << 20;  // bytes; a checksum over them hits the cache
+        constexpr std::size_t kPiece = 1 << 20;  // bytes; a checksum over them hits the cache
         const DType from = job.from->info.dtype;
         const std::uint64_t bytes = job.from->bytes();
-        const detail::ZipEntry& entry = *job.from->entry;
+        const ZipEntry& entry = *job.from->entry;
         std::vector<std::byte> staging(from == job.to ? 0 : std::min<std::uint64_t>(kPiece, bytes));
         std::uint32_t crc = 0;
         for (std::uint64_t done = 0; done < bytes; done += kPiece) {
@@ -3619,39 +3639,31 @@ private:
             std::byte* out = memory_.get() + job.at + done / size_of(from) * size_of(job.to);
             const std::span<std::byte> piece(from == job.to ? out : staging.data(), n);
             zip_.file().read(entry.offset + done, piece);
-            if (options_.verify) crc = detail::crc32(piece, crc);
+            if (options_.verify) crc = crc32(piece, crc);
             if (from != job.to) convert(out, job.to, piece.data(), from, n / size_of(from));
             report(n, total);
         }
-        if (options_.verify) detail::ZipFile::verify(entry, crc);
+        if (options_.verify) ZipFile::verify(entry, crc);
+    }
+    static float element(const std::byte* in, DType type) {
+        const auto as = [in](auto x) { return std::memcpy(&x, in, sizeof x), x; };
+        if (type == DType::f32) return as(0.0f);
+        if (type == DType::f64) return static_cast<float>(as(0.0));
+        const auto h = as(std::uint16_t{0});
+        return type == DType::f16 ? f16_to_f32(h) : bf16_to_f32(h);
     }
     static void convert(std::byte* out, DType to, const std::byte* in, DType from, std::size_t n) {
-        const auto run = [&](auto read) {
-            for (std::size_t i = 0; i < n; ++i) {
-                const float x = read(i);
-                const std::uint16_t h = to == DType::bf16 ? f32_to_bf16(x) : std::uint16_t{0};
-                if (to == DType::bf16)
-                    std::memcpy(out + 2 * i, &h, 2);
-                else
-                    std::memcpy(out + 4 * i, &x, 4);
-            }
-        };
-        const auto as = [&](auto zero, std::size_t i) {
-            std::memcpy(&zero, in + i * sizeof zero, sizeof zero);
-            return zero;
-        };
-        if (from == DType::f32) run([&](std::size_t i) { return as(0.0f, i); });
-        if (from == DType::f64) run([&](std::size_t i) { return static_cast<float>(as(0.0, i)); });
-        if (from == DType::f16)
-            run([&](std::size_t i) { return f16_to_f32(as(std::uint16_t{0}, i)); });
-        if (from == DType::bf16)
-            run([&](std::size_t i) { return bf16_to_f32(as(std::uint16_t{0}, i)); });
+        for (std::size_t i = 0; i < n; ++i) {
+            const float x = element(in + i * size_of(from), from);
+            const std::uint16_t h = f32_to_bf16(x);
+            to == DType::bf16 ? std::memcpy(out + 2 * i, &h, 2) : std::memcpy(out + 4 * i, &x, 4);
+        }
     }
     void report(std::size_t bytes, std::uint64_t total) {
         if (!options_.progress) return;
         const std::lock_guard lock(progress_mutex_);
         done_ += bytes;
-        if (!options_.progress(done_, total)) detail::misuse("loading was stopped");
+        if (!options_.progress(done_, total)) misuse("loading was stopped");
     }
 
     Tensor tensor(const std::string& name) const {
@@ -3664,10 +3676,8 @@ private:
     float scalar(const std::string& name, std::size_t i, float otherwise) const {
         const Tensor t = tensor(name);
         const float x = t ? t.f32()[i] : otherwise;
-        if (!is_finite(x)) {
-            detail::refuse(name + "[" + std::to_string(i) +
-                           "] is not a finite number: the checkpoint is damaged");
-        }
+        if (!is_finite(x))
+            refuse({name, "[", i, "] is not a finite number: the checkpoint is damaged"});
         return x;
     }
     void bind() {
@@ -3679,38 +3689,41 @@ private:
         w.smear_lambda = scalar("smear_lambda", 0, 0);
         w.backout_lambda = scalar("backout_lambda", 0, 0);
         for (int i = 0; i < model_->config().n_layer; ++i) {
-            const std::string h = "transformer.h." + std::to_string(i) + ".";
+            const auto own = [&](const char* name) {
+                return tensor(cat({"transformer.h.", i, ".", name}));
+            };
             const auto n = static_cast<std::size_t>(i);
-            w.layers.push_back(
-                {.c_q = tensor(h + "attn.c_q.weight"),
-                 .c_k = tensor(h + "attn.c_k.weight"),
-                 .c_v = tensor(h + "attn.c_v.weight"),
-                 .attn_c_proj = tensor(h + "attn.c_proj.weight"),
-                 .c_fc = tensor(h + "mlp.c_fc.weight"),
-                 .mlp_c_proj = tensor(h + "mlp.c_proj.weight"),
-                 .ve_gate = tensor(h + "attn.ve_gate.weight"),
-                 .value_embed = tensor("value_embeds." + std::to_string(i) + ".weight"),
-                 .resid_lambda = scalar("resid_lambdas", n, 1),
-                 .x0_lambda = scalar("x0_lambdas", n, 0),
-                 .bigram_lambda = scalar("bigram_lambdas", n, 0)});
+            w.layers.push_back({.c_q = own("attn.c_q.weight"),
+                                .c_k = own("attn.c_k.weight"),
+                                .c_v = own("attn.c_v.weight"),
+                                .attn_c_proj = own("attn.c_proj.weight"),
+                                .c_fc = own("mlp.c_fc.weight"),
+                                .mlp_c_proj = own("mlp.c_proj.weight"),
+                                .ve_gate = own("attn.ve_gate.weight"),
+                                .value_embed = tensor(cat({"value_embeds.", i, ".weight"})),
+                                .resid_lambda = scalar("resid_lambdas", n, 1),
+                                .x0_lambda = scalar("x0_lambdas", n, 0),
+                                .bigram_lambda = scalar("bigram_lambdas", n, 0)});
         }
     }
 
     LoadOptions options_;
     std::shared_ptr<Model> model_;
-    detail::ZipFile zip_;
-    std::vector<detail::StoredTensor> stored_;
+    ZipFile zip_;
+    std::vector<StoredTensor> stored_;
     std::vector<Job> jobs_;
     std::shared_ptr<std::byte> memory_;
     std::mutex progress_mutex_;
     std::uint64_t done_ = 0;
 };
 
+}  // namespace detail
+
 // Loads one checkpoint: found by find_models, or a directory, or a model_<step>.pt with its meta
 // beside it. Throws not_found, refused, unsupported, out_of_memory; nothing stays behind then.
 inline std::shared_ptr<const Model> load_model(const ModelInfo& info,
                                                const LoadOptions& options = {}) {
-    return ModelLoader::load(info, options);
+    return detail::ModelLoader::load(info, options);
 }
 inline std::shared_ptr<const Model> load_model(const std::filesystem::path& checkpoint_dir_or_file,
                                                const LoadOptions& options = {}) {
@@ -3759,7 +3772,7 @@ inline std::string name(HookPoint point, int layer) {
         "ln_final.hook_normalized", "hook_logits_raw", "hook_logits"};
     // clang-format on
     const std::string plain(kNames[static_cast<std::size_t>(point)]);
-    return layer < 0 ? plain : "blocks." + std::to_string(layer) + "." + plain;
+    return layer < 0 ? plain : detail::cat({"blocks.", layer, ".", plain});
 }
 struct Activation {
     HookPoint point;
@@ -3861,13 +3874,11 @@ struct Part {  // the rows of one slice: begin ... begin + T - 1
 inline void check_tokens(std::span<const Token> tokens, int length, int capacity, int vocab_size) {
     if (tokens.empty()) misuse("a step of a sequence needs at least one token");
     if (tokens.size() > static_cast<std::size_t>(capacity - length))
-        misuse("the sequence has room for " + std::to_string(capacity) +
-               " tokens: " + std::to_string(length) + " are read, " +
-               std::to_string(tokens.size()) + " more were given");
+        misuse({"the sequence has room for ", capacity, " tokens: ", length, " are read, ",
+                tokens.size(), " more were given"});
     for (const Token t : tokens) {
         if (t < 0 || t >= vocab_size)
-            misuse("token " + std::to_string(t) + " is outside the vocabulary of " +
-                   std::to_string(vocab_size));
+            misuse({"token ", t, " is outside the vocabulary of ", vocab_size});
     }
 }
 inline void check_slices(const Model& model, std::span<const Slice> batch) {
@@ -4219,8 +4230,7 @@ inline std::span<const float> Pass::head() {
         for (std::size_t n = 0; n < last.size(); ++n)
             std::copy_n(&ws_.logits[last[n] * V], V, &ws_.logits[n * V]);
     }
-    for (const Part& part :
-         parts_) {  // only now: a pass that throws leaves the sequences as they were
+    for (const Part& part : parts_) {  // only now: a pass that throws changes no sequence
         std::vector<Token> ids;
         for (std::size_t t = part.begin; t < part.begin + part.T; ++t) ids.push_back(rows_[t].id);
         part.cache->append(ids);
@@ -4436,8 +4446,7 @@ public:
     const Config& config() const override { return model_->config(); }
     std::string device() const override {
         const int n = model_->pool().size();
-        return "CPU (" + cpu_features() + ", " + std::to_string(n) +
-               (n == 1 ? " thread)" : " threads)");
+        return cat({"CPU (", cpu_features(), ", ", n, n == 1 ? " thread)" : " threads)"});
     }
     DType dtype() const override { return model_->dtype(); }
     std::unique_ptr<Sequence> new_sequence(int capacity) override {
@@ -4447,9 +4456,7 @@ public:
         slices_.clear();
         for (const Chunk& chunk : batch) {
             auto* sequence = dynamic_cast<CpuSequence*>(chunk.sequence);
-            if (sequence == nullptr)
-                throw Error(ErrorKind::usage,
-                            "a sequence of another backend was given to this one");
+            if (sequence == nullptr) misuse("a sequence of another backend was given to this one");
             slices_.push_back({&sequence->cache, chunk.tokens});
         }
         return forward(*model_, slices_, workspace_, observer);
@@ -4465,12 +4472,9 @@ private:
 // new, in pieces that keep the workspace small.
 inline Chunk read_prompt(Backend& backend, Sequence& sequence, std::span<const Token> prompt) {
     constexpr std::size_t kPiece = 1024;  // tokens
-    if (prompt.empty()) throw Error(ErrorKind::usage, "a prompt needs at least one token");
-    if (prompt.size() > static_cast<std::size_t>(sequence.capacity())) {
-        throw Error(ErrorKind::usage, "the prompt has " + std::to_string(prompt.size()) +
-                                          " tokens, the context " +
-                                          std::to_string(sequence.capacity()));
-    }
+    if (prompt.empty()) misuse("a prompt needs at least one token");
+    if (prompt.size() > static_cast<std::size_t>(sequence.capacity()))
+        misuse({"the prompt has ", prompt.size(), " tokens, the context ", sequence.capacity()});
     const auto held = sequence.tokens();
     const auto differ = std::mismatch(prompt.begin(), prompt.end(), held.begin(), held.end());
     auto known = static_cast<std::size_t>(differ.first - prompt.begin());
@@ -4487,7 +4491,7 @@ inline Chunk read_prompt(Backend& backend, Sequence& sequence, std::span<const T
 }  // namespace detail
 
 inline std::unique_ptr<Backend> open_cpu(std::shared_ptr<const Model> model) {
-    if (model == nullptr) throw Error(ErrorKind::usage, "open_cpu needs a model");
+    if (model == nullptr) detail::misuse("open_cpu needs a model");
     return std::make_unique<detail::CpuBackend>(std::move(model));
 }
 
@@ -4603,7 +4607,7 @@ inline std::string int_text(Int128 x) {
     std::string text;
     for (UInt128 rest = magnitude(x); rest != 0 || text.empty(); rest /= 10)
         text.insert(text.begin(), static_cast<char>('0' + static_cast<int>(rest % 10)));
-    return x < 0 ? "-" + text : text;
+    return x < 0 ? cat({"-", text}) : text;
 }
 
 // As Python's repr(): the shortest digits that read back as the same value; plain if
@@ -4621,7 +4625,7 @@ inline std::string float_text(double x) {
     std::from_chars(text.data() + e + 2, text.data() + text.size(), exponent);
     if (text[e + 1] == '-' ? exponent > 4 : exponent >= 16) return text;
     const std::string plain = write(std::chars_format::fixed);
-    return plain.find('.') == std::string::npos ? plain + ".0" : plain;
+    return plain.find('.') == std::string::npos ? cat({plain, ".0"}) : plain;
 }
 
 // a / b, correctly rounded, as Python divides ints; converting both to double first would round
@@ -4902,9 +4906,8 @@ inline std::vector<Exchange> read_messages(const Tokenizer& tokenizer,
             last.answer.push_back(tokenizer.special("<|assistant_end|>"));
             last.forced.resize(last.answer.size());
         } else {
-            throw Error(ErrorKind::usage,
-                        "messages: number " + std::to_string(i + 1) + " has the wrong role, " +
-                            (answered ? "the user's" : "the assistant's") + " is needed");
+            misuse({"messages: number ", i + 1, " has the wrong role, ",
+                    answered ? "the user's" : "the assistant's", " is needed"});
         }
     }
     return exchanges;
@@ -4924,7 +4927,7 @@ inline std::vector<Token> render(const Tokenizer& tokenizer, const std::string& 
         const bool first = &exchange == &exchanges.front();
         ids.push_back(tokenizer.special("<|user_start|>"));
         if (first && !system.empty()) {
-            add(tokenizer.encode(system + "\n\n" + exchange.user));
+            add(tokenizer.encode(cat({system, "\n\n", exchange.user})));
         } else {
             add(exchange.user_ids);
         }
@@ -4946,7 +4949,7 @@ inline std::vector<Token> render_chat(const Tokenizer& tokenizer,
     std::string system;
     const auto exchanges = detail::read_messages(tokenizer, messages, system);
     if (exchanges.empty() || !exchanges.back().answer.empty())
-        throw Error(ErrorKind::usage, "messages: the last one has to be the user's");
+        detail::misuse("messages: the last one has to be the user's");
     return detail::render(tokenizer, system, exchanges);
 }
 
@@ -4979,14 +4982,14 @@ public:
             return !s.empty() && s.size() <= detail::kMaxStopText && detail::is_utf8(s);
         });
         if (good && stop_texts_.size() <= detail::kMaxStopTexts) return;
-        throw Error(ErrorKind::usage, "stop texts: at most 8, each of 1 to 64 bytes of UTF-8");
+        detail::misuse("stop texts: at most 8, each of 1 to 64 bytes of UTF-8");
     }
 
     std::string push(Token token) {
         const std::string_view piece = tokenizer_.piece(token);
         const std::string bytes = tokenizer_.is_special(token)
                                       ? tool_mark(piece)
-                                      : (called_ ? close() : "") + std::string(piece);
+                                      : detail::cat({called_ ? close() : "", piece});
         return release(utf8_.push(bytes), false);
     }
     std::string finish() {  // what is still held back
@@ -5015,7 +5018,7 @@ private:
         }
         const std::string end = close() + (special == "<|output_end|>" ? " " : "");
         open_ = special == "<|python_start|>" || special == "<|output_start|>";
-        return open_ ? end + "[" : end;
+        return open_ ? detail::cat({end, "["}) : end;
     }
     std::string release(const std::string& text, bool last) {
         if (stopped_) return {};
@@ -5072,10 +5075,8 @@ public:
     Chat(Backend& backend, const Tokenizer& tokenizer, GenerateParams params = {})
         : backend_(backend), tokenizer_(tokenizer), params_(std::move(params)) {
         if (tokenizer.vocab_size() == backend.config().vocab_size) return;
-        throw Error(ErrorKind::usage,
-                    "the tokenizer has " + std::to_string(tokenizer.vocab_size()) +
-                        " tokens, the model " + std::to_string(backend.config().vocab_size) +
-                        ": they do not belong together");
+        detail::misuse({"the tokenizer has ", tokenizer.vocab_size(), " tokens, the model ",
+                        backend.config().vocab_size, ": they do not belong together"});
     }
 
     // Answers a message. on_text gets whole characters as they come, "" for a token that completes
@@ -5128,7 +5129,7 @@ public:
         std::string system;
         auto exchanges = detail::read_messages(tokenizer_, messages, system);
         if (!exchanges.empty() && exchanges.back().answer.empty())
-            throw Error(ErrorKind::usage, "messages: the last one has to be the assistant's");
+            detail::misuse("messages: the last one has to be the assistant's");
         system_ = std::move(system);
         exchanges_ = std::move(exchanges);
     }
@@ -5152,10 +5153,9 @@ private:
             ids = detail::render(tokenizer_, system_, all.subspan(++oldest));
         }
         if (ids.size() >= S) {
-            throw Error(ErrorKind::usage, "message: with its marks and the system text it takes " +
-                                              std::to_string(ids.size()) +
-                                              " tokens, the context of " + std::to_string(S) +
-                                              " has to hold an answer too. Send a shorter one.");
+            detail::misuse({"message: with its marks and the system text it takes ", ids.size(),
+                            " tokens, the context of ", S,
+                            " has to hold an answer too. Send a shorter one."});
         }
         const std::span<const Token> held = sequence_->tokens();
         std::size_t same = 0;  // the last token is always read anew, for its logits
