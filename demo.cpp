@@ -5784,10 +5784,13 @@ private:
                 std::clamp(2 * step / token, double{kLeast}, double{kMost}));
         }
         void learn(double seconds, std::size_t read) {
-            const double x =
-                read == 0 ? seconds : std::max(seconds - step, 0.0) / static_cast<double>(read);
+            const auto n = static_cast<double>(read);
+            const double x = read == 0 ? seconds : std::max(seconds - step, 0.0) / n;
+            // a small piece tells little of large ones: a pass costs a GPU much, its tokens little
+            const double tells =
+                read == 0 ? 1 : std::min(1.0, n / static_cast<double>(prompt_tokens(true)));
             double& known = read == 0 ? step : token;
-            known = known == 0 ? x : 0.8 * known + 0.2 * x;
+            known += (known == 0 ? 1 : 0.2 * tells) * (x - known);
         }
     };
     struct Loaded {
@@ -6266,37 +6269,31 @@ bool Scheduler::walk_on(Loaded& m) {
     return true;
 }
 
-// Reads a piece of prompts; those that it ends go into `rows`, to be read with the others' step.
+// What is read of prompts in a step. Whole ones go into `rows`, to be read with the others' step; a
+// piece of one is read here, and only where no other is: a pass for few tokens costs a GPU as much.
 std::size_t Scheduler::read_prompts(Loaded& m, std::vector<Running*>& rows) {
     const std::size_t most = m.pace.prompt_tokens(!rows.empty());
     std::size_t budget = most;
-    std::vector<Running*> parts;
-    std::vector<std::size_t> sizes;
     const std::size_t n = m.running.size(), first = n == 0 ? 0 : m.next_reader++ % n;
     for (std::size_t i = 0; i < n && budget > 0; i++) {
         Running& r = *m.running[(first + i) % n];
         if (r.over || !r.reading() || r.job->paused || r.walker) continue;
         const std::size_t left = r.job->prompt.size() - r.read(), size = std::min(left, budget);
+        if (size < left && budget < most) continue;
         budget -= size;
-        if (size == left && r.job->candidates_only) {
+        if (size < left) {
+            Running* const row = &r;
+            guarded({&row, 1}, [&](std::span<Running* const>) {
+                const auto piece = std::span(r.job->prompt).subspan(r.read(), size);
+                const Chunk chunk = {r.sequence.get(), piece, true};
+                m.backend().step({&chunk, 1});
+            });
+        } else if (r.job->candidates_only) {
             look_ahead(m, r);
-        } else if (size == left) {
-            rows.push_back(&r);
         } else {
-            parts.push_back(&r);
-            sizes.push_back(size);
+            rows.push_back(&r);
         }
     }
-    guarded(parts, [&](std::span<Running* const> some) {
-        std::vector<Chunk> chunks;
-        for (Running* r : some) {
-            const std::size_t at =
-                static_cast<std::size_t>(std::find(parts.begin(), parts.end(), r) - parts.begin());
-            chunks.push_back(
-                {r->sequence.get(), std::span(r->job->prompt).subspan(r->read(), sizes[at]), true});
-        }
-        m.backend().step(chunks);
-    });
     return most - budget;
 }
 

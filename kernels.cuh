@@ -1690,9 +1690,11 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kBlocks)
         const bf16* const from =
             kv + page * a.page_stride + offset + (j * kKeys & (kPage - 1)) * HD;
         const std::uint32_t to = stages + (j & 1) * Traits::kStageBytes;
+        const int here = pos + rows - j * kKeys - copy_row;  // beyond lies what others left there
 #pragma unroll
         for (int r = 0; r < kKeys; r += kRowsAtOnce) {
-            ptx::cp_async_16(to + swizzled<HD>(copy_row + r, copy_piece), from + r * HD);
+            ptx::cp_async_16(to + swizzled<HD>(copy_row + r, copy_piece), from + r * HD,
+                             r < here ? 16 : 0);  // zeros: a weight of 0 times NaN is not 0
         }
     };
     constexpr int kValues = kPage * HD;  // from k to v in a page
@@ -2475,11 +2477,6 @@ public:
                     " are free. Close a sequence or ask for a shorter one");
         tokens_.reserve(static_cast<std::size_t>(capacity));  // append() must not throw
         pages_.assign(p.free_pages.end() - static_cast<std::ptrdiff_t>(n), p.free_pages.end());
-        // a NaN left behind by somebody else would spoil masked sums: 0 * NaN is not 0
-        for (const int page : pages_)
-            NANOGPT_CUDA_CHECK(cudaMemsetAsync(p.memory.get() + page * p.page_stride, 0,
-                                               static_cast<std::size_t>(p.page_stride) * 2,
-                                               p.stream));
         slot_ = p.free_slots.back();
         NANOGPT_CUDA_CHECK(cudaMemcpyAsync(p.table.get() + std::int64_t{slot_} * p.max_pages,
                                            pages_.data(), n * sizeof(int), cudaMemcpyHostToDevice,
@@ -3281,41 +3278,43 @@ inline std::span<const Token> CudaBackend::sample(std::span<const Chunk> batch,
                                                   std::span<Sampler* const> samplers) {
     std::vector<Draw> draws;
     std::vector<std::uint64_t> serials;
-    bool here = !batch.empty(), single = batch.size() <= BackendTraits::kDecodeRows;
+    bool here = !batch.empty();
     NANOGPT_CUDA_CHECK(cudaSetDevice(gpu_.device));
     check(batch);
     for (std::size_t i = 0; i < batch.size(); ++i) {
         draws.push_back(draw_of(*samplers[i], 0));
         const bool greedy = draws[i].temperature == 0;
         here &= greedy || (draws[i].top_k > 0 && draws[i].top_k <= DrawTraits::kMaxTopK);
-        single &= !batch[i].prompt && batch[i].tokens.size() == 1;
         serials.push_back(static_cast<CudaSequence*>(batch[i].sequence)->serial);
     }
     if (!here) return Backend::sample(batch, samplers);  // a long list of candidates
-    int ring = ahead_.ring;
-    if (single && continues(batch, draws)) {
-        ahead_.valid = false;
-    } else {
-        run(batch, nullptr);
-        ring = ring_ = 1 - ring_;
+    const auto joins = std::find_if(batch.begin(), batch.end(), [](const Chunk& c) {
+        return c.prompt || c.tokens.size() != 1;
+    });
+    const auto singles = static_cast<std::size_t>(joins - batch.begin());
+    const bool single = singles == batch.size() && singles <= BackendTraits::kDecodeRows;
+    // the first rows may have been begun ahead; who joins them is left to be read
+    const std::size_t begun = continues(batch.first(singles), draws) ? singles : 0;
+    const int ring = begun == batch.size() ? ring_ : 1 - ring_, begun_ring = ahead_.ring;
+    ahead_.valid = false, order_.clear();
+    if (begun < batch.size()) {
+        run(batch.subspan(begun), nullptr);
         std::vector<Draw> in_order;
-        for (const int i : order_) in_order.push_back(draws[static_cast<std::size_t>(i)]);
-        launch_draw(in_order, single ? decode_.rows_info.get() : parked_.get(), ring);
+        for (const int i : order_) in_order.push_back(draws[begun + static_cast<std::size_t>(i)]);
+        launch_draw(in_order, single ? decode_.rows_info.get() : parked_.get(), ring_ = ring);
     }
-    if (single) order_.resize(batch.size()), std::iota(order_.begin(), order_.end(), 0);
-    const bool again = single && serials == last_;
-    if (again) go_ahead(batch, samplers);
-    drawn_event_[ring]->wait();
+    if (single && serials == last_) go_ahead(batch, samplers);
     drawn_.assign(batch.size(), 0);
-    for (std::size_t row = 0; row < batch.size(); ++row) {
-        const int token =
-            tokens_host_[static_cast<std::size_t>(ring * BackendTraits::kSlots) + row];
-        if (token < 0) {
-            ahead_.valid = false;
-            nanogpt::detail::refuse(
-                "the model's logits are not numbers: the checkpoint is damaged");
-        }
-        drawn_[static_cast<std::size_t>(order_[row])] = token;
+    const auto take = [&](int from, std::size_t row, std::size_t to) {
+        if (row == 0) drawn_event_[from]->wait();
+        drawn_[to] = tokens_host_[static_cast<std::size_t>(from * BackendTraits::kSlots) + row];
+    };
+    for (std::size_t i = 0; i < begun; ++i) take(begun_ring, i, i);
+    for (std::size_t row = 0; row < order_.size(); ++row)
+        take(ring, row, begun + static_cast<std::size_t>(order_[row]));
+    if (std::find_if(drawn_.begin(), drawn_.end(), [](Token t) { return t < 0; }) != drawn_.end()) {
+        ahead_.valid = false;
+        nanogpt::detail::refuse("the model's logits are not numbers: the checkpoint is damaged");
     }
     append(batch);
     for (Sampler* s : samplers) s->skip();

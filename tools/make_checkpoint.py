@@ -82,7 +82,8 @@ class Encoding:
         names = ["bos", "user_start", "user_end", "assistant_start", "assistant_end", "python_start", "python_end",
                  "output_start", "output_end"]
         plain = vocab - len(names)
-        tokens = [bytes([i]) for i in range(256)] + [bytes([i // 256, i % 256]) for i in range(plain - 256)]
+        pairs = [bytes([97 + i // 26, 97 + i % 26]) for i in range(26 * 26)]
+        tokens = [bytes([i]) for i in range(256)] + pairs + [a + b for a in pairs[:64] for b in pairs]
         self.name = "rustbpe"
         self.pat_str = (r"'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?+\p{L}+|\p{N}{1,2}| ?[^\s\p{L}\p{N}]++[\r\n]*"
                         r"|\s*[\r\n]|\s+(?!\S)|\s+")
@@ -91,7 +92,7 @@ class Encoding:
 
 
 def write_tokenizer(path, vocab):
-    """Pairs of bytes for tokens: a text takes as many as with a bad tokenizer, a benchmark does not care."""
+    """Bytes, two letters, four letters: a text takes as many as with a bad tokenizer, a benchmark does not care."""
     Encoding.__module__ = "tiktoken.core"
     sys.modules["tiktoken"] = types.ModuleType("tiktoken")
     sys.modules["tiktoken.core"] = types.SimpleNamespace(Encoding=Encoding)
@@ -132,7 +133,10 @@ def main():
         for d in shape:
             size *= d
 
-        def chunks(left=size, source=block if kind == "f" else half):
+        def chunks(left=size, source=block if kind == "f" else half, name=name):
+            if name == "lm_head.weight":  # single bytes are no text: they never are among the likeliest
+                yield bytes(256 * 4 * D)
+                left -= 256 * 4 * D
             while left > 0:
                 start = 64 * rng.randrange(len(source) // 128)
                 piece = source[start:start + left]

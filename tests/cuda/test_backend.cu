@@ -721,7 +721,7 @@ private:
     void disturb() {
         Lane& lane = lanes_[random_.below(lanes_.size())];
         const std::size_t length = lane.sequence->tokens().size();
-        switch (random_.below(6)) {
+        switch (random_.below(8)) {
             case 0:  // another token than the one drawn, as the calculator does
                 lane.next = random_ids(random_, vocab(), 1);
                 lane.prompt = false;
@@ -740,6 +740,12 @@ private:
                 break;
             case 4:  // the next draw is another one
                 lane.sampler->skip();
+                break;
+            case 5:  // one more joins the batch
+            case 6:
+                if (lanes_.size() == 9) break;
+                lanes_.push_back(fresh());
+                batch_.push_back(lanes_.size() - 1);
                 break;
             default:  // a new turn of a chat
                 lane.next = random_ids(random_, vocab(), 1 + random_.below(9));

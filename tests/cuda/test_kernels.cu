@@ -1152,8 +1152,7 @@ public:
         : c_(c),
           HD_(padded_head(c.hd)),
           longest_(quick() ? 130 : kContexts[std::size(kContexts) - 1]),
-          // what was never written is finite but large: its weight must be exactly zero
-          pages_(random, c.K, HD_, pages_for(longest_), 8192) {
+          pages_(random, c.K, HD_, pages_for(longest_), kNaN) {
         const std::size_t hd = uz(c.hd);
         Floats direction = unit(random, hd, c.scale);
         for (std::size_t i = 0; i < std::size(kContexts); ++i) {

@@ -35,7 +35,10 @@ __global__ void __launch_bounds__(kHead) value_kernel(const Attention a, const f
 }
 
 void launch(const Attention& a) {
-    static float* const scores = device_array<float>(std::size_t(a.B) * a.H * a.T * a.T);
+    static std::size_t size = 0;
+    static float* scores = nullptr;
+    const std::size_t needed = std::size_t(a.B) * a.H * a.T * a.T;
+    if (size < needed) scores = device_array<float>(size = needed);
     start(score_kernel, dim3(a.T / kThreads, a.T, a.B * a.H), kThreads, 0, a, scores);
     start(value_kernel, dim3(a.T, a.B * a.H), kHead, 0, a, scores);
 }
