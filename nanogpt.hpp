@@ -24,12 +24,12 @@
 //    4. tensor      a shape and a place
 //    5. file        reading without surprises
 //    6. zip         the container of torch.save
-//    7. pickle      its contents, read as data and never run: the opcodes
+//    7. pickle      its contents, read as data and never run; the opcodes
 //    8. json        metadata
 //    9. checkpoint  finding models, names of files; which generation of nanochat a file is
 //   10. unicode     whole characters; letters, numbers, spaces
 //   11. tokenizer   splitting and byte-pair encoding; the special tokens
-//   12. ops         threads; matrix product, norm, rotary embedding, softmax, soft cap, attention
+//   12. ops         threads; matrix product, norm, rotation, softmax, soft cap, attention
 //   13. model       weights, KVCache (what is kept per token), and forward(): the transformer
 //   14. sample      from logits to a token: temperature, top-k, top-p
 //   15. engine      sequences, batches, prompts, generating
@@ -3489,8 +3489,8 @@ inline void attention(float* z, std::size_t ldz, const float* q, std::size_t ldq
 // The transformer: its weights, the cache of what it has read, and forward(). Read Pass::forward
 // from top to bottom; it is nanochat's gpt.py for all generations, and what it calls is below it.
 // In order: Layer, Weights, LoadOptions, Model / loading: ModelLoader, load_model / watching:
-// HookPoint, Observer / what changes: Workspace, KVCache, Slice, check_tokens / Pass: forward,
-// resize (angles), embed, smear, mix_residual (lambdas), project_qkv, add_value_embedding,
+// HookPoint, Observer / what changes: Workspace, KVCache, Slice, check_tokens / Pass::forward, then
+// Pass::resize (angles), embed, smear, mix_residual (lambdas), project_qkv, add_value_embedding,
 // rotate_and_norm, remember (writes the cache), attend, head (logits, soft cap) / forward for all.
 
 struct Layer {

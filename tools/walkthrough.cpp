@@ -4,8 +4,8 @@
 //   ./walkthrough <model dir> <tokenizer.pkl> "text"        prints the 5 likeliest next tokens
 //
 // Pass::forward of nanogpt.hpp without batches and hooks; tests/test_walkthrough.cpp holds the
-// logits equal to the last bit, in every generation. Steps have the numbers of tools/MODEL.md, where
-// the formulas are. D width, H query heads, K key/value heads, hd = D / H, V vocabulary.
+// logits equal to the last bit, in every generation. Steps have the numbers of tools/MODEL.md,
+// which has the formulas. D width, H query heads, K key/value heads, hd = D / H, V vocabulary.
 #include <cstdio>
 
 #include "nanogpt.hpp"
