@@ -23,7 +23,8 @@
 // Words: `text` is valid UTF-8, `piece` the bytes of one token, `id` a checkpoint's name such as
 // sft/d12/2000. Everything that may reach a terminal passes through safe() (section 2).
 //
-// CONTENTS, with names to search for; parts of a section begin with "// ---- name"
+// CONTENTS, with names to search for (the body of a member as Scheduler::step or Server::check_key);
+// parts of a section begin with "// ---- name"
 //
 //    1. flags       Options; kCommands: every command; kFlags: every flag and default; parse
 //    2. terminal    safe, table, write_answer, note; JSON written: Value, object, array; Ctrl-C:
