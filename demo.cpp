@@ -22,6 +22,31 @@
 //
 // Words: `text` is valid UTF-8, `piece` the bytes of one token, `id` a checkpoint's name such as
 // sft/d12/2000. Everything that may reach a terminal passes through safe() (section 2).
+//
+// CONTENTS, with names to search for (the body of a member as Scheduler::step or Server::check_key);
+// parts of a section begin with "// ---- name"
+//
+//    1. flags       Options; kCommands: every command; kFlags: every flag and default; parse
+//    2. terminal    safe, table, write_answer, note; JSON written: Value, object, array; Ctrl-C:
+//                   interrupted; LineReader, Progress, NewFile
+//    3. pick        parse_id ("sft/d12/2000"), pick_model, bundled_sample; place_for (GPU or CPU),
+//                   check_memory, open_device; Session: open_session
+//    4. sample, chat         Output (text or JSON), run_sample; Repl: the slash commands; run_chat
+//    5. show, models, ...    run_show, run_models, run_tokenize, LogitRows, run_check, Doctor
+//    6. bench       plan_bench, bench_cost (the bytes of a step), Bench, run_bench
+//    7. picture     shade_of (colours), kStrokes (the font), Picture (the canvas), Chart, draw_grid
+//    8. walk        kOperations, cost_of; Walk (all that is kept), WalkObserver, Walker; charts_of;
+//                   walk_members (JSON); walk_text; plan_walk, run_walk
+//    9. http        Limits; RequestReader (parsing); HttpServer: loop, accept_all, parse, send,
+//                   check_time (timeouts)
+//   10. scheduler   Job; Scheduler: round (one turn), admit (who is next), models in memory
+//                   (begin_loading, make_room), sequence_for (what is reused), step, read_prompts
+//                   (how much prompt: Pace), take (a token drawn), publish (for monitors)
+//   11. routes      Form (members of a body); render; Server; who may ask: host_allowed (Host),
+//                   check_origin, check_key; kRoutes; chat_completion, completion, nanochat; woken
+//                   (events to clients); health, stats, metrics; run_serve
+//   12. main        run_help, kFaults (exit codes), report, main
+//   13. page        kPageStyle, kPageBody, kPageScript: what the browser gets
 
 #include "nanogpt.hpp"
 #ifdef __CUDACC__
@@ -229,6 +254,8 @@ int run_doctor(Options&);
 int run_help(Options&);
 int run_version(Options&);
 
+// ---- commands
+
 struct Command {
     unsigned bit;
     std::string_view name, aliases, arguments, summary;
@@ -277,6 +304,8 @@ constexpr Command kCommands[] = {
 // clang-format on
 
 [[noreturn]] void bad_usage(const std::string& message) { throw Error(ErrorKind::usage, message); }
+
+// ---- values of flags, checked
 
 struct Given {  // one flag on the command line, or one setting typed in the conversation
     std::string_view flag, text;
@@ -390,6 +419,8 @@ void set_allow_origin(Options& o, const Given& g) {
     o.allow_origins.emplace_back(g.text);
 }
 
+// ---- the table of flags
+
 struct Flag {
     char letter;  // 0: none
     std::string_view name, value;
@@ -468,6 +499,8 @@ constexpr Flag kFlags[] = {
 };
 // clang-format on
 #undef SET
+
+// ---- parsing, and "did you mean"
 
 // Number of single-character edits between two words (Levenshtein).
 std::size_t edits(std::string_view a, std::string_view b) {
@@ -629,6 +662,8 @@ void open_terminal(const Options& o) {
     terminal.width = std::clamp<std::size_t>(terminal.width, 20, 1000);
 }
 
+// ---- safe text and its width
+
 // Calls each(code point, its bytes) for every character of text; broken bytes count as U+FFFD.
 template <class Each>
 void each_character(std::string_view text, Each&& each) {
@@ -729,6 +764,8 @@ std::string paint(const Stream& stream, const char* code, std::string_view text)
 }
 constexpr const char *kBold = "1", *kDim = "2", *kRed = "31", *kGreen = "32", *kYellow = "33";
 
+// ---- writing: answers, notes
+
 struct StreamLost : std::runtime_error {  // standard input or output cannot be used any more
     using std::runtime_error::runtime_error;
 };
@@ -760,6 +797,8 @@ void say(std::string_view text, const char* color = nullptr) {
 void note(const std::string& text) {
     if (!terminal.quiet) say("note: " + text, kDim);
 }
+
+// ---- numbers, dates, tables
 
 std::string decimals(double value, int digits) {
     char text[64];
@@ -943,6 +982,8 @@ void forget_interrupts() {
     ::_exit(130);
 }
 
+// ---- lines typed, progress, new files
+
 // Lines of stdin. Ctrl-C and the end of the file are told apart.
 class LineReader {
 public:
@@ -1062,6 +1103,8 @@ private:
 // ==== 3. pick ====================================================================================
 // From what was typed to a checkpoint (nanochat's rules: largest d-number, last step), from the
 // checkpoint to a loaded model. When no nanochat directory is found, the model shipped with the program.
+
+// ---- which checkpoint
 
 struct Wanted {  // what was asked for; empty or -1: not said
     std::string source, tag;
@@ -1307,6 +1350,8 @@ ModelInfo pick_model(Options& o, const std::string& preferred, bool or_bundled) 
     return chosen;
 }
 
+// ---- on which device, and whether it fits
+
 // Bytes of keys and values for one token: K heads of hd, both, in all layers.
 std::uint64_t cache_bytes(const Config& c, DType dtype) {
     const std::int64_t numbers = std::int64_t{2} * c.n_layer * c.n_kv_head * c.head_dim();
@@ -1445,6 +1490,8 @@ Tokenizer open_tokenizer(const fs::path& path) {
     return tokenizer;
 }
 
+// ---- a session
+
 struct Session {  // one model, ready to answer
     ModelInfo info;
     Tokenizer tokenizer;
@@ -1579,6 +1626,8 @@ void write_answers(const Options& o, const Session& s, std::string_view prompt,
     write_json(object(members));
 }
 
+// ---- sample
+
 // The prompt of -p, or all of stdin but its last newline for "-p -".
 std::string read_prompt(const Options& o, LineReader& input) {
     std::string prompt = *o.prompt == "-" ? input.rest() : *o.prompt;
@@ -1640,6 +1689,8 @@ int run_sample(Options& o) {
     if (interrupted()) leave_interrupted();
     return 0;
 }
+
+// ---- chat
 
 // Says one message and writes the answer out.
 void answer_chat(const Options& o, Session& s, Chat& chat, std::string_view message) {
@@ -3359,6 +3410,8 @@ private:
     std::vector<Rgb> pixels_;
 };
 
+// ---- charts
+
 // Numbers to colours: `low` is the first shade and `high` the last; of logarithms if `log`.
 struct Scale {
     double low = 0, high = 1;
@@ -4902,6 +4955,8 @@ std::string_view trim(std::string_view text) {
     return text.substr(first, text.find_last_not_of(" \t") + 1 - first);
 }
 
+// ---- a request, read
+
 struct Request {
     std::string method, target, path, query;                  // path: decoded
     int minor = 1;                                            // of HTTP/1.x
@@ -5133,7 +5188,9 @@ private:
     Chunk chunk_ = Chunk::size;
 };
 
-struct Job;  // an answer that is being made (section 8)
+// ---- connections, and the server of sockets
+
+struct Job;  // an answer that is being made (section 10)
 
 struct Connection {
     int fd;
@@ -6507,7 +6564,7 @@ void Scheduler::publish(bool always) {
 // What the requests mean: nanochat's chat_web, OpenAI's interface and the class's model list, on the
 // sockets' thread. Everything that needs no generation is answered at once.
 
-extern const std::string_view kPageStyle, kPageBody, kPageScript;  // section 11
+extern const std::string_view kPageStyle, kPageBody, kPageScript;  // section 13
 constexpr std::string_view kJson = "application/json";
 constexpr std::string_view kEvents = "text/event-stream; charset=utf-8";
 
@@ -8083,6 +8140,8 @@ int run_nothing(const Options& o) {
               ". More: nanogpt help\n");
     return 0;
 }
+
+// ---- errors and exit codes
 
 struct Fault {
     ErrorKind kind;

@@ -16,7 +16,7 @@
 // Compile with -O3: the inner loops rely on it. No -march is needed: AVX2, AVX-512 or NEON are
 // picked when the program runs.
 //
-// CONTENTS, in the order of understanding; a section uses only those above it
+// CONTENTS; a section uses only those above it, and names its parts below its title, in order
 //
 //    1. config      version, includes
 //    2. error       the one exception, checked arithmetic, the reading of UTF-8
@@ -24,16 +24,16 @@
 //    4. tensor      a shape and a place
 //    5. file        reading without surprises
 //    6. zip         the container of torch.save
-//    7. pickle      its contents, read as data and never run
+//    7. pickle      its contents, read as data and never run; the opcodes
 //    8. json        metadata
-//    9. checkpoint  finding models; which generation of nanochat a file is
+//    9. checkpoint  finding models, names of files; which generation of nanochat a file is
 //   10. unicode     whole characters; letters, numbers, spaces
-//   11. tokenizer   splitting and byte-pair encoding
-//   12. ops         threads and arithmetic: matrix product, norm, rotary embedding, attention
-//   13. model       weights, cache, and forward(): the transformer
-//   14. sample      from logits to a token
-//   15. engine      sequences, batches, generating
-//   16. chat        conversations and the calculator
+//   11. tokenizer   splitting and byte-pair encoding; the special tokens
+//   12. ops         threads; matrix product, norm, rotation, softmax, soft cap, attention
+//   13. model       weights, KVCache (what is kept per token), and forward(): the transformer
+//   14. sample      from logits to a token: temperature, top-k, top-p
+//   15. engine      sequences, batches, prompts, generating
+//   16. chat        conversations, their marks, and the calculator
 //
 // To learn how a transformer computes, read 13 from Pass::forward() on, then 12. Both stand without
 // 5 to 11.
@@ -129,6 +129,7 @@ static_assert(sizeof(float) == 4 && sizeof(void*) == 8, "a 64-bit machine with I
 // ==== 2. error ===================================================================================
 // One exception type. Whatever comes from outside (a file, a prompt, a flag) is checked where it
 // comes in, and a check throws: nothing here prints, exits or continues with half a model.
+// In order: cat, Error, quote, refuse, misuse, naming; sort_by, find_by; checked_mul; decode_utf8.
 
 enum class ErrorKind : std::uint8_t {
     usage,          // an argument makes no sense
@@ -563,6 +564,7 @@ std::uint64_t little_endian(std::span<const std::byte> bytes, std::size_t at) {
 //
 // Sizes are taken from the central directory alone: torch leaves them zero in the local headers.
 // What the local headers say must agree otherwise, and the entries fill the file without overlaps.
+// In order: crc32 / ZipFile: find, read, verify; in its private part the directory is read.
 
 namespace detail {
 
@@ -812,9 +814,8 @@ private:
         if (e.offset > directory_ || e.size > directory_ - e.offset)
             refuse({who, " lies outside the file"}, at);
     }
-    // The entries must fill the file up to the directory: no overlaps, and nothing between them but
-    // the descriptors (12 to 24 bytes) that torch writes behind the data. A file cannot be two
-    // things at once.
+    // The entries must fill the file up to the directory: no overlaps, nothing in between but the
+    // descriptors (12 to 24 bytes) torch writes behind the data. No file is two things at once.
     void check_order() const {
         std::vector<const ZipEntry*> order;
         for (const ZipEntry& e : entries_) order.push_back(&e);
@@ -843,13 +844,13 @@ private:
 
 // ==== 7. pickle ==================================================================================
 // torch.save and tiktoken store their data as pickle programs. Run as Python they could call
-// anything, so this is no unpickler: it knows the opcodes that those two writers emit and a list of
-// fourteen names, builds a tree of plain values, and refuses everything else by name and offset.
-// Nothing is looked up or called.
+// anything, so this is no unpickler: it knows the opcodes that those two writers emit (the cases of
+// PickleReader::step) and fourteen names (allowed_global), builds a tree of plain values, and
+// refuses everything else by name and offset. Nothing is looked up or called.
+// In PickleReader: run / the stack, the marks and the memo / building / the opcodes.
 //
 // A container that has become part of another one is closed to changes. The writers never change
-// one then, and so no tree can contain itself. Depth costs nothing either: the machine has a stack
-// of its own.
+// one then, and so no tree can contain itself. Depth costs nothing: the stack is the machine's own.
 
 namespace detail {
 
@@ -1442,8 +1443,8 @@ inline Json parse_json(std::string_view text, JsonDialect dialect = JsonDialect:
 // ==== 9. checkpoint ==============================================================================
 // A nanochat base directory holds model_<step>.pt and meta_<step>.json under
 // <source>_checkpoints/<tag>/. nanochat's architecture changed five times, and constants that
-// changed with it are not stored. So the generation is read off the names of the tensors, and the
-// generation gives the constants:
+// changed with it are not stored. So the generation is read off the names of the tensors, by
+// detect_generation() below, and gives the constants (kGenerations):
 //
 //   gen  recognised by          nanochat of             RoPE base  QK    softcap   gate   S window
 //   G0   none of the below      2025-10-13 to 01-11      10,000    1     15        -      all full
@@ -1456,6 +1457,10 @@ inline Json parse_json(std::string_view text, JsonDialect dialect = JsonDialect:
 //   (sig: sigmoid; *: rounded up to a multiple of 128)
 //
 // What leaves no trace has a rule here, a warning where it matters, and a switch in Overrides.
+// In order: Config, Overrides, ModelInfo, kGenerations / the state dict (read_state_dict) / from
+// the tensors to the generation (detect_generation) and back (check_tensors) / the metadata
+// (read_config) / names of files (step_of) / what is not stored (settle decides every setting) /
+// place, examine / base_dir, find_models, inspect_model, find_tokenizer.
 
 enum class Generation : std::uint8_t { g0, g1, g2, g2e, g3, g4 };
 
@@ -1477,7 +1482,7 @@ struct Config {
     float ve_gate_scale = 3;    // gate = scale * sigmoid(...)
     int ve_gate_channels = 12;  // leading channels that the gate reads
     int short_window = 512;     // an S layer sees this many positions back, itself besides
-    // cos and sin rounded to bfloat16, as nanochat did until 2026-03-04
+    // cos and sin rounded to bfloat16, as nanochat did until 2026-03-04 (assumed for all of G2)
     bool bf16_rope_tables = false;
 
     int head_dim() const { return n_embd / n_head; }  // hd
@@ -1554,7 +1559,7 @@ struct GenerationFacts {
     int ve_gate_channels;
     int window_divisor;     // of an S layer's window; 0: there are none
     int window_multiple;    // S / divisor, rounded up to a multiple of this
-    bool bf16_rope_tables;  // what nanochat of the time used on every device
+    bool bf16_rope_tables;  // what nanochat of the time used; of G2, until 03-04
 };
 constexpr GenerationFacts kGenerations[] = {
     {Generation::g0, "g0", "2025-10-13 to 2026-01-11", 10000, 1, 0, 0, 0, 1, true},
@@ -1908,6 +1913,8 @@ inline std::string format(float value) {  // 100000, 1.15
     return {buffer, end};
 }
 
+// ---- names of files
+
 // The number of "model_<number>.pt"; -1 if the name is another.
 inline std::int64_t step_of(std::string_view name, std::string_view prefix = "model_",
                             std::string_view suffix = ".pt") {
@@ -1952,6 +1959,8 @@ inline std::filesystem::path find_step(const std::filesystem::path& dir, std::st
     return best;
 }
 
+// ---- what is not stored
+
 // Metadata of the base model of the same tag: it tells when the run was, and its window pattern.
 inline Json base_sibling(const ModelInfo& info) {
     const auto own = full_path(info.model_file).parent_path();
@@ -1965,8 +1974,8 @@ inline Json base_sibling(const ModelInfo& info) {
     return {};
 }
 
-// The soft cap of G2 was 15, and 20 between 2026-03-03 and 03-09; greedy answers do not depend on
-// it. user_config.eval_tokens = 41,943,040 was the default only from 03-04 to 03-09 (nanochat.md).
+// The soft cap of G2 was 15, and 20 from 2026-03-03 to 03-09; greedy answers do not depend on it.
+// user_config.eval_tokens = 41,943,040 was the default only from 03-04 on: a day or two are missed.
 inline bool softcap_was_20(const Json& base_meta) {
     const Json* user = base_meta.find("user_config");
     const Json* tokens = user != nullptr ? user->find("eval_tokens") : nullptr;
@@ -2203,8 +2212,7 @@ inline std::filesystem::path base_dir(const std::filesystem::path& given = {}) {
 
 // All checkpoints below a base directory, also those that cannot be used (status and reason say
 // why), in the order SFT, RL, MID, BASE; larger tags first, later steps first. Reads no weights:
-// about 0.3 ms each. Never throws for what it finds; directories that are skipped are named in
-// `warnings`.
+// about 0.3 ms each. Never throws for what it finds; `warnings` names the directories skipped.
 inline std::vector<ModelInfo> find_models(const std::filesystem::path& base,
                                           const Overrides& overrides = {},
                                           std::vector<std::string>* warnings = nullptr) {
@@ -2282,11 +2290,11 @@ inline std::filesystem::path find_tokenizer(const ModelInfo& info) {
 // ask for: letters, numbers, spaces. Invalid bytes never stop anything: as in Python's
 // errors="replace" each maximal invalid subpart becomes one U+FFFD (Unicode 16, chapter 3.9, table
 // 3-7 and "Best Practices for Using U+FFFD"). No normalization, no case mapping, no width.
+// In order: CharClass and its tables, char_classes / Utf8Stream, to_utf8.
 
 namespace detail {
 
-// What the split patterns know of a character: \p{L}, \p{N}, White_Space (\s), anything else;
-// `none` is the end of the text.
+// A character as split patterns know it: \p{L}, \p{N}, White_Space (\s), other; or the text's end.
 enum class CharClass : std::uint8_t { other, letter, number, space, none };
 
 // Code points in alternation: how many are not of the class, how many are, and so on from 0.
@@ -2436,6 +2444,8 @@ inline std::string to_utf8(std::string_view bytes) {
 // pattern cuts the text into pieces (words, digits, spaces), then each piece, as bytes, is merged
 // by ranks. The pattern in the file is a regular expression. It is never run: it must be one of
 // those known here, and a scanner written for them matches it.
+// In order: kSpecialNames, kSplitRules, Splitter (cuts) / TokenTable, Merger (merges) / Vocabulary,
+// TokenizerReader (checks the file) / Tokenizer: encode, decode / load_tokenizer.
 
 namespace detail {
 
@@ -2488,13 +2498,11 @@ inline const SplitRule& split_rule(std::string_view pattern) {
         {"the split pattern ", quote(pattern, 200), " is not one of nanochat, cl100k or GPT-2"});
 }
 
-// Walks over valid UTF-8, piece by piece.
-class Splitter {
+class Splitter {  // walks over valid UTF-8, piece by piece
 public:
     Splitter(const SplitRule& rule, std::string_view text) : rule_(rule), text_(text) {}
 
-    // Returns the next piece; empty at the end of the text.
-    std::string_view next() {
+    std::string_view next() {  // the next piece; empty at the end of the text
         const std::size_t begin = at_, n = contraction(begin);
         at_ += n;
         if (n == 0 && begin < text_.size()) at_ = rule_.gpt2 ? end_gpt2(begin) : end_cl100k(begin);
@@ -2959,8 +2967,7 @@ private:
     detail::Vocabulary v_;
 };
 
-// Reads nanochat's tokenizer.pkl (tokenizer.py, RustBPETokenizer.save). Throws not_found, refused
-// or unsupported.
+// Reads nanochat's tokenizer.pkl (RustBPETokenizer.save). Throws not_found, refused, unsupported.
 inline Tokenizer load_tokenizer(const std::filesystem::path& tokenizer_pkl) {
     const std::vector<std::byte> bytes = detail::read_file(tokenizer_pkl, detail::kMaxPickle);
     return detail::naming(tokenizer_pkl, [&] {
@@ -2972,15 +2979,16 @@ inline Tokenizer load_tokenizer(const std::filesystem::path& tokenizer_pkl) {
 // The arithmetic, on row-major float32 activations. Nearly all time goes into linear(): a decoded
 // token reads every weight once, so there the memory sets the pace; a prompt's rows share each
 // weight, so there the multipliers do.
+// In order: ThreadPool / inner loops for AVX-512, AVX2, SSE2 and NEON (NANOGPT_KERNELS), exp16 /
+// rms_norm, rotary_angles, rotary, softmax, softcap, relu2, sigmoid, linear, attention (windows).
 //
-// One rule makes results independent of batch, chunking and threads: a dot product is always summed
-// in 16 lanes (lane i takes elements i, i + 16, ...), and the lanes always meet in the same order
-// (i with i + 8, then 4, 2, 1). One AVX-512 register, two of AVX2 or four of NEON hold the same 16
-// lanes, and every output is written by one task. So one row gives the same bits alone and among
-// five hundred.
+// One rule makes results independent of batch, chunking and threads: every sum has one order. Dot
+// products, norms and softmax are summed in 16 lanes (lane i takes elements i, i + 16, ...), which
+// meet in sum_lanes: i with i + 8, then 4, 2, 1. One AVX-512 register, two of AVX2 or four of NEON
+// hold the same 16 lanes. Weighed values are summed in the order of the keys (mix), a gate's few
+// channels in theirs. One task writes an output: a row has the same bits alone and among 500.
 
-// A few threads that wait for work. Threads of several callers take turns.
-class ThreadPool {
+class ThreadPool {  // a few threads that wait for work; threads of several callers take turns
 public:
     explicit ThreadPool(int threads = 0) {  // 0: one per physical core
         const int n = std::clamp(threads > 0 ? threads : physical_cores(), 1, 1024);
@@ -3268,8 +3276,7 @@ inline const Kernels& kernels() {
 }
 
 // e^x for x <= 0, 16 at a time: n = round(x / ln 2), then a polynomial on x - n ln 2 (Cephes expf,
-// below 2 units in the last place). Not std::exp: that is a call per element and differs between C
-// libraries.
+// below 2 units in the last place). std::exp is a call per element, and differs between libraries.
 inline void exp16(float* x) {
     for (std::size_t i = 0; i < kLanes; ++i) {
         const float v = x[i] > -87.0f ? x[i] : -87.0f;
@@ -3321,10 +3328,9 @@ inline void rms_norm(float* y, const float* x, std::size_t rows, std::size_t col
     }
 }
 
-// Angles of the rotary embedding at one position (Su et al. 2021; nanochat
-// _precompute_rotary_embeddings).
-//   cos, sin (hd/2) f32: of pos * base^(-2j/hd), all in float32 as there; optionally rounded to
-//   bfloat16
+// Angles of the rotary embedding at one position (Su et al. 2021), all in float32 as in nanochat's
+// _precompute_rotary_embeddings.
+//   cos, sin (hd/2) f32: of pos * base^(-2j/hd); with `bf16`, rounded to bfloat16
 inline void rotary_angles(float* cos, float* sin, int pos, std::size_t hd, float base, bool bf16) {
     for (std::size_t j = 0; j < hd / 2; ++j) {
         const float frequency =
@@ -3352,8 +3358,7 @@ inline void rotary(float* x, const float* cos, const float* sin, std::size_t hea
 }
 
 // Softmax of n scores in place, and zeros from there up to the next multiple of 16: x must have
-// room for them. Every block of 16 takes the same path, so that the result does not depend on where
-// the row lies.
+// room for them. Every block of 16 takes one path, so the result is the same wherever a row lies.
 inline void softmax(float* x, std::size_t n) {
     const std::size_t padded = detail::round_up(n, detail::kLanes);
     const float top = *std::max_element(x, x + n);
@@ -3370,8 +3375,7 @@ inline void softmax(float* x, std::size_t n) {
 
 // x = cap * tanh(x / cap) in place (Gemma 2, Riviere et al. 2024). tanh |z| = (1 - e) / (1 + e)
 // with e = e^(-2 |z|), 16 at a time: as exact as its sum 1 - e, 6e-8 of the cap, where 32,768 calls
-// of std::tanh take 0.9 ms. A cap far above all logits leaves nothing of that sum, and takes the
-// calls.
+// of std::tanh take 0.9 ms. A cap far above all logits leaves nothing of that sum: calls, then.
 inline void softcap(float* x, std::size_t n, float cap) {
     if (cap > 100) {
         for (std::size_t i = 0; i < n; ++i) x[i] = cap * std::tanh(x[i] / cap);
@@ -3435,9 +3439,8 @@ inline void linear(ThreadPool& pool, float* y, const float* x, const Tensor& w, 
 // Causal attention of one head over a sliding window (Vaswani et al. 2017, eq. 1).
 //   z, q (T, hd): rows of query positions pos ... pos + T - 1, ldz and ldq elements apart
 //   k, v (pos + T, hdp): of positions 0 ..., hdp = hd rounded up to 16, padded with zeros
-//   A query at position t sees the keys t - window ... t. If `scores` and `pattern` are given,
-//   (T, pos + T) each, they receive the scaled scores (-infinity outside the window) and their
-//   softmax (0 outside).
+//   A query at position t sees the keys t - window ... t. `scores` and `pattern`, (T, pos + T), if
+//   given, receive the scaled scores (-infinity outside the window) and their softmax (0 outside).
 inline void attention(float* z, std::size_t ldz, const float* q, std::size_t ldq, const float* k,
                       const float* v, std::size_t T, std::size_t pos, std::size_t hd,
                       std::size_t window, float* scores = nullptr, float* pattern = nullptr) {
@@ -3483,8 +3486,12 @@ inline void attention(float* z, std::size_t ldz, const float* q, std::size_t ldq
 }  // namespace ops
 
 // ==== 13. model ==================================================================================
-// The transformer: its weights, the cache of what it has read, and forward(). Read forward() from
-// top to bottom; it is nanochat's gpt.py for all generations, and everything it calls is above.
+// The transformer: its weights, the cache of what it has read, and forward(). Read Pass::forward
+// from top to bottom; it is nanochat's gpt.py for all generations, and what it calls is below it.
+// In order: Layer, Weights, LoadOptions, Model / loading: ModelLoader, load_model / watching:
+// HookPoint, Observer / what changes: Workspace, KVCache, Slice, check_tokens / Pass::forward, then
+// Pass::resize (angles), embed, smear, mix_residual (lambdas), project_qkv, add_value_embedding,
+// rotate_and_norm, remember (writes the cache), attend, head (logits, soft cap) / forward for all.
 
 struct Layer {
     Tensor c_q;              // (D, D)
@@ -3508,8 +3515,7 @@ struct Weights {
 };
 
 struct LoadOptions {
-    // or bf16: float32 weights are rounded; bfloat16 ones stay as they are in both
-    DType dtype = DType::f32;
+    DType dtype = DType::f32;  // or bf16: float32 weights are rounded; bfloat16 ones stay in both
     int threads = 0;           // 0: one per physical core
     Overrides overrides = {};  // beside those that a ModelInfo was found with
     bool verify = true;        // checksums of all weights
@@ -3558,9 +3564,8 @@ inline void copy_row(float* out, const Tensor& table, std::size_t row) {
     }
 }
 
-// Reads the weights of one checkpoint straight to where they stay: one allocation, and a quarter of
-// a megabyte per thread for those that change their type on the way. So there are never two copies
-// of the model.
+// Reads the weights of one checkpoint straight to where they stay: one allocation, and a MiB per
+// thread for those that change their type on the way. So there are never two copies of the model.
 class ModelLoader {
 public:
     static std::shared_ptr<const Model> load(ModelInfo info, const LoadOptions& options) {
@@ -4011,8 +4016,7 @@ inline std::span<const float> Pass::forward() {
         tap(HookPoint::rot_q, i, ws_.q.data(), {H, hd});
         tap(HookPoint::rot_k, i, ws_.k.data(), {K, hd});
         remember(i);
-        // every query looks back over its window
-        attend(i);
+        attend(i);  // every query looks back over its window
         tap(HookPoint::z, i, ws_.z.data(), {H, hd});
         linear(ws_.h, ws_.z, layer.attn_c_proj);
         tap(HookPoint::attn_out, i, ws_.h.data(), {D});
@@ -4068,8 +4072,7 @@ inline void Pass::embed() {
 }
 
 // G4: x[t] += lambda * sigmoid(Wg x[t][0:24]) * x[t-1], with x[t-1] before its own smear. At the
-// start of a chunk x[t-1] is computed again from the token before, so cutting a prompt changes
-// nothing.
+// start of a chunk x[t-1] is made again from the token before, so cutting a prompt changes nothing.
 inline void Pass::smear() {
     if (c_.generation != Generation::g4) return;
     std::copy_n(ws_.x.data(), T * D, ws_.embed.data());
@@ -4166,8 +4169,7 @@ inline void Pass::remember(int i) {
     }
 }
 
-// z = attention(q, cache) for every slice and head; a task is one head and 64 queries, or all of
-// them if their maps are watched.
+// z = attention(q, cache) by slice and head; a task is a head's 64 queries, or all if watched.
 inline void Pass::attend(int i) {
     constexpr std::size_t kQueries = 64;
     struct Task {
@@ -4241,10 +4243,9 @@ inline std::span<const float> Pass::head() {
 }  // namespace detail
 
 // Reads the tokens of several sequences in one pass; any mix of prompts and single tokens. Returns
-// the logits (batch, V) after the last token of each, valid until the workspace is used again. A
-// sequence's logits do not depend on what else is in the batch, on how its tokens are cut, or on
-// the threads: same bits. Throws usage if a token is outside the vocabulary or a cache is full;
-// then no cache has changed.
+// the logits (batch, V) after the last token of each, valid until the workspace is used again: the
+// same bits whatever else is in the batch, however the tokens are cut, with any number of threads.
+// Throws usage if a token is outside the vocabulary or a cache is full; then no cache has changed.
 inline std::span<const float> forward(const Model& model, std::span<const Slice> batch,
                                       Workspace& workspace, Observer* observer = nullptr) {
     return detail::Pass(model, batch, workspace, observer).forward();
@@ -4262,6 +4263,7 @@ inline std::span<const float> forward(const Model& model, KVCache& cache,
 // distributions differ between implementations: the same seed gives the same text everywhere. It
 // counts instead of stepping: number n of stream s is a hash of (seed, s, n), so sequences in a
 // batch share nothing.
+// In Sampler: uniform, sample (temperature), argmax (greedy), candidates (top-k), nucleus (top-p).
 
 struct SamplingParams {
     float temperature = 1.0f;  // 0 = greedy
@@ -4293,8 +4295,7 @@ public:
 
     // Draws from softmax(logits / temperature), cut to the top_k likeliest tokens and then to the
     // likeliest that together reach top_p. At temperature 0 the largest logit; of equal ones the
-    // lowest id. Every call takes one random number. NaN counts as impossible; throws refused if no
-    // logit is left.
+    // lowest id. Every call takes one random number. Throws refused if no logit is a finite number.
     Token sample(std::span<const float> logits) {
         const double u = uniform();
         skip();
@@ -4378,8 +4379,9 @@ private:
 // ==== 15. engine =================================================================================
 // The seam between generating text and computing logits: one virtual call per step. A Sequence is
 // one timeline (its tokens, and their keys and values on the device); callers hand over whole
-// prefixes, and what the sequence already holds of one is not read again. The engine moves ids and
-// knows no text.
+// prefixes, and what the sequence holds of one is not read again. The engine knows ids, no text.
+// In order: Sequence, Chunk, Backend: step, sample / CpuBackend, read_prompt, open_cpu, prefill /
+// Tool, GenerateParams / Continuation: take (the token drawn, or the tool's instead) / generate.
 
 struct Sequence {
     virtual ~Sequence() = default;
@@ -4403,12 +4405,11 @@ struct Backend {  // one device
     virtual bool decode_equals_prompt() const { return true; }
     virtual std::unique_ptr<Sequence> new_sequence(int capacity) = 0;
     // One step of every sequence in the batch, each at most once; returns the logits (batch, V)
-    // after the last token of each, valid until the next step. A step that throws leaves all
-    // sequences as they were.
+    // after the last token of each, valid until the next step. One that throws changes no sequence.
     virtual std::span<const float> step(std::span<const Chunk> batch,
                                         Observer* observer = nullptr) = 0;
-    // The same step, then a draw from the logits of batch[i] by samplers[i]; a device may draw where
-    // the logits are. The tokens are valid until the next step.
+    // The same step, then a draw from the logits of batch[i] by samplers[i]; a device may draw
+    // where the logits are. The tokens are valid until the next step.
     virtual std::span<const Token> sample(std::span<const Chunk> batch,
                                           std::span<Sampler* const> samplers) {
         const std::span<const float> logits = step(batch);
@@ -4531,8 +4532,7 @@ public:
     Sampler& sampler() { return sampler_; }
     int count() const { return count_; }                          // tokens so far
     std::span<const Token> last() const { return {&token_, 1}; }  // what the next step reads
-    // Draws anew what a step that failed has drawn.
-    void restart_sampler() {
+    void restart_sampler() {  // draws anew what a step that failed has drawn
         sampler_ = Sampler(params_.sampling, stream_);
         for (int i = 0; i < count_; ++i) sampler_.skip();
     }
@@ -4587,6 +4587,8 @@ inline StopReason generate(Backend& backend, Sequence& sequence, std::span<const
 // conversation going (Chat). It also holds the calculator: the model writes an expression between
 // two special tokens, and the runtime forces the result into the answer. Text never becomes a
 // special token, and an expression is read by a small grammar, never run as code.
+// In order: Expression, calculate / CalculatorTool (asked in Continuation::take) / read_messages,
+// render_chat, chat_stop_tokens / TextStream / Chat: reply, make_prompt (what fits), answer_last.
 
 namespace detail {
 
@@ -4782,8 +4784,7 @@ private:
         return count;
     }
 
-    // 'f' is floor division. An int with a float makes a float; an int that passes 2^127 fails,
-    // where Python would make it longer.
+    // 'f' is floor division. Int with float makes float; an int past 2^127 fails: Python's grows.
     Value apply(char op, const Value& x, const Value& y) {
         if ((op == '/' || op == 'f') && y.as_real() == 0) return fail();
         if (x.kind == Kind::real || y.kind == Kind::real) {
@@ -4968,10 +4969,9 @@ inline std::vector<Token> chat_stop_tokens(const Tokenizer& tokenizer) {
 }
 
 // Tokens in, text out as soon as it is certain: whole characters (one may spread over several
-// tokens), no special tokens, nothing of a stop text. A call of the calculator reads "[37*41 =
-// 1517] ", or its special tokens stay as their names (`literal`, as nanochat's chat_web sends them).
-// What could still become a stop text is held back. However a text is cut into tokens, the joined
-// pieces are the same.
+// tokens), no special tokens, nothing of a stop text nor what could still become one. A call of the
+// calculator reads "[37*41 = 1517] ", or its special tokens stay as their names (`literal`, as
+// nanochat's chat_web sends them). However a text is cut into tokens, the joined pieces are equal.
 class TextStream {
 public:
     // Throws usage unless there are at most 8 stop texts of 1 to 64 bytes of UTF-8.

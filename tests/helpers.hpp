@@ -2,7 +2,7 @@
 // metadata with a knob on every field, comparison of numbers, temporary directories.
 //
 // A byte buffer is a std::string here: literals append to it, and `bytes_of` makes the span that
-// the parsers take. Letters of dimensions are those of nanogpt.hpp section 0.
+// the parsers take. Letters of dimensions are those at the top of nanogpt.hpp (DEFINITIONS).
 #pragma once
 
 #include <doctest/doctest.h>

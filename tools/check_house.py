@@ -6,9 +6,8 @@
 Headers that are read from the top: their contents lists are true, their functions are short, their
 includes say what they are for, they leave no macro behind and depend on no switch. Above each CUDA
 kernel stands what it computes, on what, by whom, at what cost and in which order. The texts that
-teach (tools/MODEL.md, tools/EXERCISES.md) quote what is there.
-kernel stands what it computes, on what, by whom, at what cost and in which order. On the ladder of
-kernels each rung is a small step from the one before and says what it is for.
+teach (tools/MODEL.md, tools/EXERCISES.md) quote what is there. On the ladder of kernels each rung is
+a small step from the one before and says what it is for.
 Standard library only.
 """
 import os

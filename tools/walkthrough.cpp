@@ -4,8 +4,8 @@
 //   ./walkthrough <model dir> <tokenizer.pkl> "text"        prints the 5 likeliest next tokens
 //
 // Pass::forward of nanogpt.hpp without batches and hooks; tests/test_walkthrough.cpp holds the
-// logits equal to the last bit, in every generation. Formulas: tools/MODEL.md. Letters as in the
-// header: D width, H query heads, K key/value heads, hd = D / H, V vocabulary.
+// logits equal to the last bit, in every generation. Steps have the numbers of tools/MODEL.md,
+// which has the formulas. D width, H query heads, K key/value heads, hd = D / H, V vocabulary.
 #include <cstdio>
 
 #include "nanogpt.hpp"
@@ -72,7 +72,7 @@ inline Vector forward(const nanogpt::Model& model, State& state, Token id) {
     ops::rotary_angles(cos.data(), sin.data(), static_cast<int>(pos), hd, c.rope_base,
                        c.bf16_rope_tables);
 
-    // 1. The token's row of the table, normed. G4 smears in a little of the token before.
+    // 1 to 3. The token's row of the table, normed. G4 smears in a little of the token before.
     Vector x = normed(row(w.wte, token));
     const Vector own = x;
     if (c.generation == nanogpt::Generation::g4 && pos > 0)
@@ -80,13 +80,13 @@ inline Vector forward(const nanogpt::Model& model, State& state, Token id) {
     Vector x0 = x, middle;
     for (int i = 0; i < c.n_layer; ++i) {
         const nanogpt::Layer& layer = w.layers[static_cast<std::size_t>(i)];
-        // 2. The residual stream, weighed, with some of the embedding; G2e adds the pair of tokens.
+        // 4, 5. The residual stream, weighed, with some of the embedding; G2e adds the pair of ids.
         for (std::size_t j = 0; c.has_lambdas() && j < D; ++j)
             x[j] = layer.resid_lambda * x[j] + layer.x0_lambda * x0[j];
         if (c.generation == nanogpt::Generation::g2e)
             add(x, row(w.bigram_embed, bigram_row(id, previous, c.vocab_size)),
                 layer.bigram_lambda);
-        // 3. Queries, keys and values; in every other layer the token's value embedding, gated.
+        // 6 to 8. Queries, keys, values; in every other layer the token's value embedding, gated.
         const Vector h = normed(x);
         Vector q = matvec(layer.c_q, h, D), k = matvec(layer.c_k, h, K * hd),
                v = matvec(layer.c_v, h, K * hd);
@@ -95,13 +95,13 @@ inline Vector forward(const nanogpt::Model& model, State& state, Token id) {
             const Vector embed = row(layer.value_embed, token);
             for (std::size_t j = head * hd; j < (head + 1) * hd; ++j) v[j] += g * embed[j];
         }
-        // 4. Position: queries and keys are turned, then each head normed, then scaled.
+        // 9, 10. Position: queries and keys are turned, then each head normed, then scaled.
         for (Vector* qk : {&q, &k}) {
             ops::rotary(qk->data(), cos.data(), sin.data(), qk->size() / hd, hd);
             ops::rms_norm(qk->data(), qk->data(), qk->size() / hd, hd);
             for (float& value : *qk) value *= c.qk_scale;
         }
-        // 5. The keys and values are kept; every query head looks back at those of its group:
+        // 11 to 13. Keys and values are kept; every query head looks back at those of its group:
         //    z = sum over s of softmax_s(q . k[s] / sqrt(hd)) v[s], for pos - window <= s <= pos.
         Vector z(D);
         for (std::size_t head = 0; head < H; ++head) {
@@ -114,13 +114,13 @@ inline Vector forward(const nanogpt::Model& model, State& state, Token id) {
                            hd, static_cast<std::size_t>(c.window(i)));
         }
         add(x, matvec(layer.attn_c_proj, z, D));
-        // 6. The MLP: up to 4D, relu^2, down again.
+        // 14 to 16. The MLP: up to 4D, relu^2, down again. The middle layer's stream is kept.
         Vector mlp = matvec(layer.c_fc, normed(x), 4 * D);
         for (float& m : mlp) m = std::max(m, 0.0f), m *= m;
         add(x, matvec(layer.mlp_c_proj, mlp, D));
         if (i == c.n_layer / 2) middle = x;
     }
-    // 7. G4 backs out some of the middle layer. Then the norm, a score for every token, the cap.
+    // 17 to 19. G4 backs out some of the middle layer. Then norm, a score for every token, cap.
     if (c.generation == nanogpt::Generation::g4) add(x, middle, -w.backout_lambda);
     Vector logits = matvec(w.lm_head, normed(x), static_cast<std::size_t>(c.vocab_size));
     ops::softcap(logits.data(), logits.size(), c.softcap);

@@ -12,12 +12,14 @@ using nanogpt::Sequence;
 using nanogpt::Token;
 using nanogpt::Tokenizer;
 
-// 1. How much each token of `ids` (T) looks at each other one: (T, T), row t of query t.
+// 1. How much each token of `ids` (T) looks at each other one: (T, T), row t of query t. The model
+//    has this layer and this head, both counted from 0.
 [[gnu::weak]] std::vector<float> attention_map(const Model& model, std::span<const Token> ids,
                                                int layer, int head);
 
-// 2. Draws from softmax(logits / temperature) without the tokens that are less likely than min_p
-//    times the likeliest. u in [0, 1) says which: tokens take their shares of it in order of ids.
+// 2. Draws from softmax(logits / temperature) without the tokens that are less likely in it, so
+//    after the temperature, than min_p times the likeliest. u in [0, 1) says which: tokens take
+//    their shares of it in order of ids.
 [[gnu::weak]] Token sample_min_p(std::span<const float> logits, float temperature, float min_p,
                                  double u);
 
@@ -51,8 +53,8 @@ using nanogpt::Tokenizer;
 //    z, q, k, v (T, hd)
 [[gnu::weak]] void alibi_attention(float* z, const float* q, const float* k, const float* v,
                                    std::size_t T, std::size_t hd, float slope);
-//    The mean of -ln p(ids[t + 1] | ids[0 ... t]) over t, with that attention in every head of a
-//    model of generation G0 whose H = K.
+//    The mean of -ln p(ids[t + 1] | ids[0 ... t]) over t, with that attention, on rotated queries
+//    and keys, in every head of a model of generation G0 whose H = K.
 [[gnu::weak]] double alibi_loss(const Model& model, std::span<const Token> ids, float slope);
 
 // 10. y (T, N) = x (T, K) w (N, K)^T, with four rows of x for each row of w that is loaded.
