@@ -37,7 +37,7 @@
 //    7. picture     shade_of (colours), kStrokes (the font), Picture (the canvas), Chart, draw_grid
 //    8. walk        kOperations, cost_of; Walk (all that is kept), WalkObserver, Walker; charts_of;
 //                   walk_members (JSON); walk_text; plan_walk, run_walk
-//    9. http        Limits; RequestReader (parsing); HttpServer: loop, accept_all, parse, send,
+//    9. http        Limits; RequestReader (parsing); HttpServer: loop, accept_some, parse, send,
 //                   check_time (timeouts)
 //   10. scheduler   Job; Scheduler: round (one turn), admit (who is next), models in memory
 //                   (begin_loading, make_room), sequence_for (what is reused), step, read_prompts
@@ -5337,7 +5337,7 @@ private:
         c.reader = RequestReader();
         c.since = Clock::now();
     }
-    void accept_all();
+    void accept_some();
     void refuse_politely(int fd);
     bool receive(Connection& c);
     bool parse(Connection& c);
@@ -5397,6 +5397,8 @@ void HttpServer::open(const std::string& host, int port) {
     watch(wake_, kWake, EPOLLIN);
 }
 
+// Text that is ready goes first, before every event of a connection: nobody who asks holds up those
+// who are being answered.
 void HttpServer::loop() {
     std::array<epoll_event, 256> events;
     Clock::time_point last_pass = Clock::now();
@@ -5406,10 +5408,9 @@ void HttpServer::loop() {
         for (int i = 0; i < n; i++) {
             const epoll_event& event = events[static_cast<std::size_t>(i)];
             std::uint64_t count = 0;
+            if (::read(wake_, &count, sizeof count) > 0) woken();
             if (event.data.u64 == kListener) {
-                accept_all();
-            } else if (event.data.u64 == kWake) {
-                if (::read(wake_, &count, sizeof count) > 0) woken();
+                accept_some();
             } else if (event.data.u64 == kOther) {
                 other_event();
             } else if (Connection* c = find(event.data.u64)) {
@@ -5435,8 +5436,8 @@ void HttpServer::loop() {
     }
 }
 
-void HttpServer::accept_all() {
-    for (;;) {
+void HttpServer::accept_some() {
+    for (int i = 0; i < 16; i++) {
         sockaddr_storage address{};
         socklen_t length = sizeof address;
         const int fd = ::accept4(listener_, reinterpret_cast<sockaddr*>(&address), &length,

@@ -23,7 +23,7 @@
 //   7. gemv       products with a few rows: decoding
 //   8. gemm       products with many rows: prompts
 //   9. attention  prompts (flash attention) and decoding (split over the keys)
-//   10. logits    soft cap, and the draw of a token
+//   10. logits    the draw of a token
 //   11. backend   weights, memory, passes, graphs; open_cuda
 //
 // Notation: nanogpt.hpp's alphabet (B, T, S, D, L, H, K, hd, V), R rows of a decode step, HD the
@@ -741,6 +741,7 @@ struct GemvArgs {
     const float* squares = nullptr;
     int D = 0;          // columns of x that count in its mean square
     void* y = nullptr;  // scaled_f32: (M, ld) f32; relu2: (M, ld) bf16
+    float softcap = 0;  // scaled_f32, if not 0: y = softcap * tanh(y / softcap), as ops::softcap
     // residual: x_out = entry(x_out + y), as bf16 too, and its squares
     float* x_out = nullptr;
     bf16* xb_out = nullptr;
@@ -760,7 +761,9 @@ __device__ inline void gemv_store(const GemvArgs& a, int m, int n, float sum, fl
     const std::int64_t at = std::int64_t{m} * a.ld + n;
     const bool there = m < a.M && n < a.N;
     if constexpr (output == GemvOutput::scaled_f32) {
-        if (there) static_cast<float*>(a.y)[at] = sum * rstd;
+        x = sum * rstd;
+        if (a.softcap > 0) x = a.softcap * tanhf(x / a.softcap);
+        if (there) static_cast<float*>(a.y)[at] = x;
     } else if constexpr (output == GemvOutput::relu2) {
         const float h = fmaxf(sum * rstd, 0.0f);
         if (there) static_cast<bf16*>(a.y)[at] = __float2bfloat16_rn(h * h);
@@ -779,7 +782,7 @@ __device__ inline void gemv_store(const GemvArgs& a, int m, int n, float sum, fl
     }
 }
 
-// gemv: y[m,n] = rstd[m] * sum_k x[m,k] w[n,k], then: as it is | relu^2 | added to the residual
+// gemv: y[m,n] = rstd[m] * sum_k x[m,k] w[n,k], then: soft cap | relu^2 | added to the residual
 //   x (M, K) bf16, w (N, K) bf16 -> y (M, N) f32 or bf16; rstd from the squares of x (RMSNorm)
 //   grid: (groups of kM tokens, groups of kN rows); the 8 warps of a block share K
 //   cost: reads 2*N*K bytes once; bandwidth-bound for all M <= 32
@@ -2013,7 +2016,7 @@ void decode_attention(const Device& d, const DecodeAttentionArgs& a, int rows) {
 }  // namespace cuda
 
 // ==== 10. logits =================================================================================
-// What happens to a row of logits: the soft cap, or a draw that leaves only the token to send.
+// A draw from a row of logits leaves only the token to send.
 
 namespace cuda {
 
@@ -2031,22 +2034,6 @@ struct DrawTraits {
     static_assert(kMaxTopK <= kList && kList <= kThreads,
                   "the candidates are listed, a thread each");
 };
-
-// softcap: y = cap * tanh(y / cap), in place
-//   y (rows, ld) f32, the first V columns of each row
-//   grid: (blocks of 1024 columns, rows)
-//   cost: reads and writes 4*V bytes a row; bandwidth-bound
-//   order: each value for itself
-//   source: nanochat gpt.py GPT.forward; CPU twin ops::softcap
-template <int kThreads = 256>
-__global__ void __launch_bounds__(kThreads) softcap_kernel(float* y, int V, int ld, float cap) {
-    ptx::pdl_wait();
-    ptx::pdl_launch();
-    float* const row = y + std::int64_t{blockIdx.y} * ld;
-    for (int j = static_cast<int>(blockIdx.x) * kThreads + static_cast<int>(threadIdx.x); j < V;
-         j += static_cast<int>(gridDim.x) * kThreads)
-        row[j] = cap * tanhf(row[j] / cap);
-}
 
 // a < b  <=>  ordered(a) < ordered(b); what is not a finite number comes below all
 __device__ inline std::uint32_t ordered(float v) {
@@ -2067,9 +2054,8 @@ __device__ inline Key kth_largest(int k, int bits, Count count) {
 
 // The rows whose tokens were drawn become the rows of the next step.
 struct DrawArgs {
-    const float* logits;  // (rows, ld): raw, before the soft cap
+    const float* logits;  // (rows, ld)
     int V, ld;
-    float softcap;
     const Draw* draws;  // (rows)
     RowInfo* rows;      // each that is in use moves on by its token
     int* tokens;        // (rows) for the host; -1 if no logit is a number
@@ -2088,7 +2074,7 @@ __device__ inline void move_on(const DrawArgs& a, int r, int token) {
     ++row.pos;
 }
 
-// draw: a token from softmax(softcap(logits) / temperature) cut to top_k, then to top_p
+// draw: a token from softmax(logits / temperature) cut to top_k, then to top_p
 //   logits (R, V) f32 -> tokens (R) i32, rows (R)
 //   grid: one block per row
 //   cost: reads 4*V bytes a row, once more (from L2) where it is not greedy
@@ -2159,11 +2145,8 @@ __global__ void __launch_bounds__(kThreads, 1) draw_kernel(DrawArgs a) {
         if (rank < count) s_key[rank] = s_list[me];
     }
     __syncthreads();
-    const auto capped = [&](int i) {
-        const float logit = row[~0u - unsigned(s_key[i])];
-        return double(a.softcap > 0 ? a.softcap * tanhf(logit / a.softcap) : logit);
-    };
-    if (me < count) s_weight[me] = exp((capped(me) - capped(0)) / double(draw.temperature));
+    const auto logit = [&](int i) { return double(row[~0u - unsigned(s_key[i])]); };
+    if (me < count) s_weight[me] = exp((logit(me) - logit(0)) / double(draw.temperature));
     __syncthreads();
     if (me != 0) return;
     double total = 0;
@@ -2186,15 +2169,6 @@ __global__ void __launch_bounds__(kThreads, 1) draw_kernel(DrawArgs a) {
     move_on(a, r, static_cast<int>(~0u - unsigned(s_key[chosen])));
 }
 
-inline void softcap(const Device& d, float* y, int rows, int V, int ld, float cap) {
-    constexpr int kThreads = 256;
-    if (cap <= 0) return;
-    launch({.grid = dim3(static_cast<unsigned>(cdiv(V, 4 * kThreads)), static_cast<unsigned>(rows)),
-            .block = kThreads,
-            .stream = d.stream,
-            .overlap = d.overlap},
-           softcap_kernel<kThreads>, y, V, ld, cap);
-}
 inline void draw(const Device& d, const DrawArgs& a, int rows) {
     launch({.grid = dim3(static_cast<unsigned>(rows)),
             .block = DrawTraits::kThreads,
@@ -3033,7 +3007,8 @@ inline void CudaBackend::prompt_head(std::span<const Piece> pieces, Observer* o)
                                       .K = s_.ld,
                                       .ld = s_.V,
                                       .D = s_.D,
-                                      .y = logits_.get() + std::int64_t{first} * s_.V});
+                                      .y = logits_.get() + std::int64_t{first} * s_.V,
+                                      .softcap = config_.softcap});
 }
 
 // ---- single tokens
@@ -3067,7 +3042,8 @@ inline void CudaBackend::decode_kernels(int rows) {
                                       .ld = s_.V,
                                       .squares = a.squares.get(),
                                       .D = s_.D,
-                                      .y = decode_logits_.get()});
+                                      .y = decode_logits_.get(),
+                                      .softcap = config_.softcap});
 }
 
 // Five kernels a layer; the norms are sums of squares that the kernel before left behind.
@@ -3261,7 +3237,6 @@ inline std::span<const float> CudaBackend::step(std::span<const Chunk> batch, Ob
     if (observer != nullptr && scratch_.get() == nullptr)
         scratch_ = Buffer<float>(prompt_.x.size());
     run(batch, observer);
-    softcap(d_, result_, static_cast<int>(batch.size()), s_.V, s_.V, config_.softcap);
     for (std::size_t row = 0, n = 1; row < order_.size(); row += n, n = 1) {
         while (row + n < order_.size() && order_[row + n] == order_[row] + static_cast<int>(n)) ++n;
         NANOGPT_CUDA_CHECK(cudaMemcpyAsync(
@@ -3332,7 +3307,6 @@ inline void CudaBackend::launch_draw(std::span<const Draw> draws, RowInfo* rows,
          {.logits = result_,
           .V = s_.V,
           .ld = s_.V,
-          .softcap = config_.softcap,
           .draws = draws_.get(),
           .rows = rows,
           .tokens = tokens_host_.get() + at,
@@ -3495,21 +3469,22 @@ inline void CudaBackend::observe_head(std::span<const Piece> pieces, Observer* o
     std::vector<float> raw(static_cast<std::size_t>(T) * V), capped(raw.size());
     for (int t = 0; t < T; t += BackendTraits::kDecodeRows) {
         const int rows = std::min(BackendTraits::kDecodeRows, T - t);
-        gemv<GemvOutput::scaled_f32>(d_, {.x = a.n.get() + std::int64_t{t} * s_.ld,
-                                          .w = w_->lm_head,
-                                          .M = rows,
-                                          .N = s_.V,
-                                          .K = s_.ld,
-                                          .ld = s_.V,
-                                          .D = s_.D,
-                                          .y = decode_logits_.get()});
         const std::size_t at = static_cast<std::size_t>(t) * V,
                           bytes = static_cast<std::size_t>(rows) * V * sizeof(float);
-        NANOGPT_CUDA_CHECK(cudaMemcpyAsync(raw.data() + at, decode_logits_.get(), bytes,
-                                           cudaMemcpyDeviceToHost, d_.stream));
-        softcap(d_, decode_logits_.get(), rows, s_.V, s_.V, config_.softcap);
-        NANOGPT_CUDA_CHECK(cudaMemcpyAsync(capped.data() + at, decode_logits_.get(), bytes,
-                                           cudaMemcpyDeviceToHost, d_.stream));
+        for (const bool cap : {false, true}) {
+            gemv<GemvOutput::scaled_f32>(d_, {.x = a.n.get() + std::int64_t{t} * s_.ld,
+                                              .w = w_->lm_head,
+                                              .M = rows,
+                                              .N = s_.V,
+                                              .K = s_.ld,
+                                              .ld = s_.V,
+                                              .D = s_.D,
+                                              .y = decode_logits_.get(),
+                                              .softcap = cap ? config_.softcap : 0});
+            NANOGPT_CUDA_CHECK(cudaMemcpyAsync((cap ? capped : raw).data() + at,
+                                               decode_logits_.get(), bytes, cudaMemcpyDeviceToHost,
+                                               d_.stream));
+        }
     }
     NANOGPT_CUDA_CHECK(cudaStreamSynchronize(d_.stream));
     for (const Piece& p : pieces) {
@@ -3594,7 +3569,6 @@ inline std::vector<KernelInfo> kernel_table() {
     }
     add("embed_kernel<false>", embed_kernel<false>, EmbedTraits::kThreads, 0, 0);
     add("embed_kernel<true>", embed_kernel<true>, EmbedTraits::kThreads, 0, 0);
-    add("softcap_kernel", softcap_kernel<256>, 256, 0, 0);
     add("draw_kernel", draw_kernel<DrawTraits::kThreads>, DrawTraits::kThreads, 0, 8);
     add("read_kernel", read_kernel<8>, 512, 0, 8);
     return table;
@@ -3615,7 +3589,7 @@ inline GpuInfo gpu_info(int device) {
     if (e == cudaSuccess) e = cudaMemGetInfo(&free_bytes, &total);
     if (e == cudaSuccess && p.major >= 8)
         e = cudaFuncGetAttributes(&attributes,
-                                  reinterpret_cast<const void*>(&cuda::softcap_kernel<256>));
+                                  reinterpret_cast<const void*>(&cuda::embed_kernel<true>));
     cudaGetLastError();
     gpu.name = p.name;
     gpu.major = p.major, gpu.minor = p.minor, gpu.sms = p.multiProcessorCount;

@@ -389,8 +389,7 @@ public:
                           "From logits to tokens, R rows; the logits are in the L2 cache, where "
                           "lm_head has just put them.",
                           "GB/s", read_, false);
-        for (const int R : {1, 32})
-            draw_case(table, R, 1), draw_case(table, R, 50), softcap_case(table, R);
+        for (const int R : {1, 32}) draw_case(table, R, 1), draw_case(table, R, 50);
     }
 
     void run(const char* name, void (Bench::*group)()) {
@@ -706,8 +705,7 @@ private:
         const auto d_draws = upload(draws);
         const auto rows = random_rows(R, 1);
         const Buffer<int> tokens(R);
-        const DrawArgs a{f_.get(),      kVocab,     kVocab,       15.0f,
-                         d_draws.get(), rows.get(), tokens.get(), 0};
+        const DrawArgs a{f_.get(), kVocab, kVocab, d_draws.get(), rows.get(), tokens.get(), 0};
         const Timing t = measure([&](int) { draw(device_, a, R); }, 1);
         std::vector<int> drawn(R);
         NANOGPT_CUDA_CHECK(
@@ -719,16 +717,6 @@ private:
         }
         table.row(top_k == 1 ? "draw, greedy" : "draw, top-k 50", text("R %d V %d", R, kVocab), t,
                   0);
-    }
-
-    void softcap_case(const Table& table, int R) {
-        const std::size_t n = std::size_t(R) * kVocab;
-        NANOGPT_CUDA_CHECK(cudaMemcpyAsync(out_.get(), f_.get(), n * sizeof(float),
-                                           cudaMemcpyDeviceToDevice, device_.stream));
-        const auto call = [&](int) { softcap(device_, out<float>(), R, kVocab, kVocab, 15.0f); };
-        const Timing t = measure(call, 1);
-        check_numbers("softcap", out<float>(), n);
-        table.row("softcap", text("R %d V %d", R, kVocab), t, 0);
     }
 
     struct Named {

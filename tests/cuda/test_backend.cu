@@ -273,7 +273,7 @@ TEST_CASE("cuda backend: the bundled chat model answers as nanochat does") {
         const std::vector<Token> prompt = tokens_of(*one.find("prompt_ids")),
                                  answer = tokens_of(*one.find("generated_ids")),
                                  sampled = tokens_of(*one.find("sampled_mask"));
-        if (quick() && answer.size() > 20) continue;
+        if (quick() && (answer.size() > 20 || all > 0)) continue;
         std::vector<Token> ids = prompt;
         ids.insert(ids.end(), answer.begin(), answer.end());
         const std::vector<float> want = all_logits(*cpu, ids), got = all_logits(*gpu, ids);
@@ -526,7 +526,7 @@ TEST_CASE("cuda backend: prompts in any pieces and company, and single tokens, h
     if (no_gpu()) return;
     std::size_t compared = 0;
     const Gen gens[] = {Gen::g4, Gen::g2e, Gen::g1, Gen::g0, Gen::g3};
-    const int mixes = quick() ? 4 : 40;  // of each generation
+    const int mixes = quick() ? 2 : 40;  // of each generation
     for (const Gen gen : gens) {
         CAPTURE(std::string(name_of(gen)));
         const Shape shape = gen == Gen::g1 ? Shape{64, 515, 2, 3, 1, 288, "SL"} : kTiny;
@@ -535,7 +535,7 @@ TEST_CASE("cuda backend: prompts in any pieces and company, and single tokens, h
         for (int mix = 0; mix < mixes; ++mix) {
             CAPTURE(mix);
             std::vector<Story> stories;
-            const std::size_t n = 1 + random.below(mix % 10 == 0 ? 40 : 10);
+            const std::size_t n = 1 + random.below(quick() ? 4 : mix % 10 == 0 ? 40 : 10);
             for (std::size_t i = 0; i < n; ++i) {
                 const std::size_t longest = random.below(4) == 0 ? 300 : 40;
                 auto prompt = random_ids(random, shape.vocab_size, 1 + random.below(longest));
@@ -590,7 +590,7 @@ TEST_CASE("cuda backend: 1 to 256 single tokens in a step have the bits that eac
     for (const Gen gen : {Gen::g4, Gen::g2e}) {
         CAPTURE(std::string(name_of(gen)));
         const auto gpu = open_gpu(load(gen, shape, short_windows(gen, 9)));
-        const std::size_t count = 250, V = 515;
+        const std::size_t count = quick() ? 34 : 250, V = 515;
         Random random(3);
         std::vector<std::unique_ptr<Sequence>> sequences;
         std::vector<Token> next;
@@ -606,8 +606,8 @@ TEST_CASE("cuda backend: 1 to 256 single tokens in a step have the bits that eac
         }
         std::vector<std::size_t> sizes(128);
         std::iota(sizes.begin(), sizes.end(), std::size_t{1});
-        if (quick()) sizes = {1, 2, 7, 8, 9, 17, 31, 33, 100, 128};
         for (const std::size_t n : {129u, 200u, 250u}) sizes.push_back(n);
+        if (quick()) sizes = {1, 2, 8, 9, 17, 33};
         for (const std::size_t n : sizes) {
             CAPTURE(n);
             std::vector<Chunk> batch;
@@ -820,7 +820,7 @@ TEST_CASE("cuda backend: sample() draws what step() and the sampler draw, at any
         for (const float temperature : {0.0f, 0.4f, 1.0f, 3.0f}) {
             for (const int top_k : {0, 1, 3, 50, 128, 129}) {
                 for (const float top_p : {1.0f, 0.7f}) {
-                    if (quick() && random.below(6) != 0) continue;
+                    if (quick() && random.below(40) != 0) continue;
                     CAPTURE(temperature);
                     CAPTURE(top_k);
                     CAPTURE(top_p);
@@ -842,7 +842,7 @@ TEST_CASE("cuda backend: the look-ahead of sample() never shows, whatever comes 
     for (const Gen gen : {Gen::g4, Gen::g2e, Gen::g0}) {
         CAPTURE(std::string(name_of(gen)));
         const auto gpu = open_gpu(load(gen, kTiny, short_windows(gen, 15)), 4096);
-        for (std::uint64_t script = 0; script < (quick() ? 6u : 60u); ++script) {
+        for (std::uint64_t script = 0; script < (quick() ? 1u : 60u); ++script) {
             CAPTURE(script);
             const std::vector<Token> want = Play(*gpu, script, false).run(60);
             CHECK(Play(*gpu, script, true).run(60) == want);

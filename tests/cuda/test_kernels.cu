@@ -717,6 +717,7 @@ public:
         a.K = static_cast<int>(K), a.ld = static_cast<int>(N + 3), a.y = plain.get();
         cuda::gemv<cuda::GemvOutput::scaled_f32>(d, a);
         a.squares = d_squares.get(), a.D = static_cast<int>(K) - 5, a.y = scaled.get();
+        a.softcap = kCap;
         cuda::gemv<cuda::GemvOutput::scaled_f32>(d, a);
         a.ld = static_cast<int>(ld), a.y = relu2.get();
         cuda::gemv<cuda::GemvOutput::relu2>(d, a);
@@ -731,7 +732,7 @@ public:
                 xb.read(),    squares_out.read(), middle.read()};
     }
 
-    static constexpr float kLambda = 0.3f, kResid = 0.9f, kX0 = 0.2f, kBigram = 0.5f;
+    static constexpr float kCap = 15, kLambda = 0.3f, kResid = 0.9f, kX0 = 0.2f, kBigram = 0.5f;
     std::size_t N, K, ld;
     Floats x, w, squares, old, x0, mid, table;
     std::vector<cuda::RowInfo> rows;
@@ -749,8 +750,9 @@ void check_gemv(const Gemv& g, const GemvResult& r, int mode) {
         const double rstd = 1 / std::sqrt(sum / (static_cast<double>(g.K) - 5) + 0x1p-23);
         for (std::size_t n = 0; n < N; ++n) {
             const std::size_t at = m * N + n;
-            scaled.push_back(p.y[at] * rstd), absolute.push_back(p.absolute[at] * rstd);
-            const double h = std::max(0.0, scaled.back());
+            const double y = p.y[at] * rstd, cap = double{Gemv::kCap};
+            scaled.push_back(cap * std::tanh(y / cap)), absolute.push_back(p.absolute[at] * rstd);
+            const double h = std::max(0.0, y);
             relu2.push_back(h * h);
             // an error e of h becomes 2 h e + e^2
             const double e = 4 * static_cast<double>(g.K) * 0x1p-24 * absolute.back();
@@ -1513,36 +1515,6 @@ TEST_CASE("cuda kernels: decode attention, all windows; a row's bits are those i
 
 // ==== logits =====================================================================================
 
-TEST_CASE("cuda kernels: softcap") {
-    if (no_gpu()) return;
-    Random random(14);
-    for (const int V : {1, 2, 255, 256, 257, 1031, 4500}) {
-        for (const float cap : {15.0f, 20.0f, 0.5f, 0.0f}) {
-            CAPTURE(V);
-            CAPTURE(cap);
-            const std::size_t rows = 5, ld = uz(V) + 3;
-            Floats x = values(random, rows * ld, 10);
-            const Array<float> y(x);
-            cuda::softcap(device(), y.get(), static_cast<int>(rows), V, static_cast<int>(ld), cap);
-            const Floats got = y.read();
-            Floats there;
-            Doubles want;
-            std::size_t changed = 0;
-            for (std::size_t i = 0; i < x.size(); ++i) {
-                if (i % ld >= uz(V) || cap == 0) {
-                    changed += got[i] != x[i];
-                } else {
-                    there.push_back(got[i]);
-                    want.push_back(double{cap} * std::tanh(double{x[i]} / double{cap}));
-                }
-            }
-            CHECK(changed == 0);
-            CHECK(relative_l2(there, want) <= 1e-6);
-            CHECK(worst_element(there, want, Doubles(want.size()), 1, kFloatStep) <= 1);
-        }
-    }
-}
-
 namespace {
 
 enum class Kind { normal, ties, gaps, few, equal, zeros, nothing };
@@ -1570,14 +1542,14 @@ struct Drawn {
     std::vector<int> tokens;
     std::vector<cuda::RowInfo> rows;
 };
-Drawn draw(const Floats& logits, int V, int ld, float cap, const std::vector<cuda::Draw>& draws,
+Drawn draw(const Floats& logits, int V, int ld, const std::vector<cuda::Draw>& draws,
            const std::vector<cuda::RowInfo>& rows, int bigram_mod) {
     const Array<float> d_logits(logits);
     const Array<cuda::Draw> d_draws(draws);
     const Array<cuda::RowInfo> d_rows(rows);
     const Array<int> tokens(draws.size());
     cuda::DrawArgs a{};
-    a.logits = d_logits.get(), a.V = V, a.ld = ld, a.softcap = cap, a.draws = d_draws.get();
+    a.logits = d_logits.get(), a.V = V, a.ld = ld, a.draws = d_draws.get();
     a.rows = d_rows.get(), a.tokens = tokens.get(), a.bigram_mod = bigram_mod;
     cuda::draw(device(), a, static_cast<int>(draws.size()));
     return {tokens.raw(), d_rows.raw()};
@@ -1586,7 +1558,7 @@ Drawn draw(const Floats& logits, int V, int ld, float cap, const std::vector<cud
 struct DrawCase {
     Kind kind;
     int V;
-    float cap, temperature;
+    float temperature;
     int top_k;
     float top_p;
 };
@@ -1594,18 +1566,12 @@ struct DrawCase {
 // Draws of 64 rows of logits, so many times; how many were not the sampler's.
 std::size_t wrong_draws(const DrawCase& c, int times, Random& random) {
     const std::size_t R = 64, V = uz(c.V), ld = V + 5;
-    Floats raw;
+    Floats logits;
     for (std::size_t r = 0; r < R; ++r) {
         const Floats one = some_logits(c.kind, V, random);
-        raw.insert(raw.end(), one.begin(), one.end());
+        logits.insert(logits.end(), one.begin(), one.end());
     }
-    Floats capped = raw;
-    if (c.cap > 0) {
-        const Array<float> y(raw);
-        cuda::softcap(device(), y.get(), static_cast<int>(R), c.V, c.V, c.cap);
-        capped = y.read();
-    }
-    const Floats padded = spread(raw, R, V, ld, 1e30f);  // what is beyond must not be drawn
+    const Floats padded = spread(logits, R, V, ld, 1e30f);  // what is beyond must not be drawn
     std::vector<Sampler> samplers;
     for (std::size_t r = 0; r < R; ++r)
         samplers.emplace_back(nanogpt::SamplingParams{c.temperature, c.top_k, c.top_p, 7}, r);
@@ -1621,11 +1587,11 @@ std::size_t wrong_draws(const DrawCase& c, int times, Random& random) {
             rows[r].bigram = 3;
         }
         const int mod = n % 2 == 0 ? 5 * c.V - 1 : 0;
-        const Drawn got = draw(padded, c.V, static_cast<int>(ld), c.cap, draws, rows, mod);
+        const Drawn got = draw(padded, c.V, static_cast<int>(ld), draws, rows, mod);
         for (std::size_t r = 0; r < R; ++r) {
             int want = -1;
             try {
-                want = samplers[r].sample(std::span(capped).subspan(r * V, V));
+                want = samplers[r].sample(std::span(logits).subspan(r * V, V));
             } catch (const nanogpt::Error&) {
             }
             wrong += got.tokens[r] != want;
@@ -1655,25 +1621,23 @@ TEST_CASE(
          {Kind::normal, Kind::ties, Kind::gaps, Kind::few, Kind::equal, Kind::nothing}) {
         CAPTURE(static_cast<int>(kind));
         for (const int V : {1, 2, 70, 515, 1024, 4099}) {
-            if (quick() && V > 1000) break;
+            if (quick() && V > 600) break;
             CAPTURE(V);
             for (const float temperature : {0.0f, 1e-3f, 0.5f, 1.0f, 1000.0f}) {
                 CAPTURE(temperature);
                 for (const int top_k : {1, 2, 3, 17, 50, 127, 128}) {
+                    if (quick() && random.below(12) != 0) continue;
                     CAPTURE(top_k);
                     const float top_p = random.below(2) == 0 ? 1 : random.uniform() * 0.99f + 1e-3f;
-                    const float cap = kind == Kind::normal && random.below(2) == 0 ? 15 : 0;
                     CAPTURE(top_p);
-                    CAPTURE(cap);
-                    CHECK(wrong_draws({kind, V, cap, temperature, top_k, top_p}, times, random) ==
-                          0);
+                    CHECK(wrong_draws({kind, V, temperature, top_k, top_p}, times, random) == 0);
                     draws += 64 * uz(times);
                 }
             }
         }
     }
-    CHECK(wrong_draws({Kind::normal, 65536, 15, 1, 50, 1}, 2, random) == 0);
-    CHECK(wrong_draws({Kind::normal, 32768, 15, 0, 50, 1}, 2, random) == 0);
+    CHECK(wrong_draws({Kind::normal, 65536, 1, 50, 1}, 2, random) == 0);
+    CHECK(wrong_draws({Kind::normal, 32768, 0, 50, 1}, 2, random) == 0);
     std::printf("cuda draw: %zu draws of the kernel compared with the sampler's\n", draws);
 }
 
@@ -1682,7 +1646,7 @@ TEST_CASE("cuda kernels: to a draw, minus zero is as good as zero") {
     Random random(16);
     for (const float temperature : {0.0f, 1.0f})
         for (const int top_k : {1, 3, 50})
-            CHECK(wrong_draws({Kind::zeros, 200, 0, temperature, top_k, 1}, 3, random) == 0);
+            CHECK(wrong_draws({Kind::zeros, 200, temperature, top_k, 1}, 3, random) == 0);
 }
 
 TEST_CASE("cuda kernels: all draws follow the softmax that is left, also at its ends") {
@@ -1692,7 +1656,7 @@ TEST_CASE("cuda kernels: all draws follow the softmax that is left, also at its 
     for (const double u : {0.0, 0x1p-53, 0.5, 1 - 0x1p-53}) {
         for (const int top_k : {2, 3, 5, 8, 100}) {
             const Drawn got =
-                draw(logits, 8, 8, 0, {{u, 1, 1, top_k}}, {cuda::RowInfo{1, -1, 0, 0, 0}}, 0);
+                draw(logits, 8, 8, {{u, 1, 1, top_k}}, {cuda::RowInfo{1, -1, 0, 0, 0}}, 0);
             CHECK(got.tokens[0] >= 0);
             CHECK(is_finite(logits[uz(std::max(got.tokens[0], 0))]));
             if (u == 0) CHECK(got.tokens[0] == 2);

@@ -1,20 +1,66 @@
-// gemm_7: the production kernel
-//   idea      As gemm_6, with the rest of the waiting taken out: fragments of the next mma are read
-//             during this one, and the next tile is fetched while the sums of this one are written.
-//   expected  A warp of gemm_6 waits twice a step for ldmatrix, some 60 clocks of 826: 7 percent.
+// gemm_7: fragments of the next mma are read during this one
+//   idea      Two sets of fragments: 16 of K are multiplied while ldmatrix brings the next 16, also
+//             across the barrier. The ring has a stage more, since copies are asked for sooner.
+//   expected  A warp of gemm_6 waits for ldmatrix twice a step, some 60 clocks of 413, while the other
+//             warp of its scheduler multiplies or waits too: half of it, 7 percent.
 //   measured  nothing yet
-//   taught    The last tenth costs more code than all before: 300 lines in kernels.cuh, section 8.
-#include "../../kernels.cuh"
+//   taught    The same trick at every level: memory to shared memory, shared memory to registers.
 #include "harness.cuh"
 
 using namespace ladder;
 
+constexpr int kTile = 128, kTileK = 32, kThreads = 128;  // a warp has 64 x 64 of y
+constexpr int kStages = 4, kStage = 2 * kTile * kTileK;  // values of a stage: 16 KB
+constexpr int kPass = kThreads / 4;                      // rows that the block copies at once
+
+__device__ int place(int row, int chunk) { return row * kTileK + (chunk ^ row / 2 % 4) * 8; }
+
+__global__ void __launch_bounds__(kThreads) gemm_kernel(const Gemm g) {
+    extern __shared__ __align__(128) bf16 s_ring[];  // kStages times rows of x, rows of w
+    const int t = threadIdx.x, lane = t % 32, m0 = blockIdx.y * kTile, n0 = blockIdx.x * kTile;
+    const int warp_m = t / 64 * 64, warp_n = t / 32 % 2 * 64;
+    // Of this thread: where it copies from and to, where its warp reads. 16 rows on, chunk c lies at
+    // the same c ^ (r / 2 % 4).
+    const bf16* const x = g.x + (m0 + t / 4) * g.K + t % 4 * 8;
+    const bf16* const w = g.w + (n0 + t / 4) * g.K + t % 4 * 8;
+    const int to = place(t / 4, t % 4), at_a = place(warp_m + lane % 16, lane / 16);
+    const int at_b = place(kTile + warp_n + lane / 16 * 8 + lane % 8, lane / 8 % 2);
+    const auto copy = [&](int k0, bf16* s_tile) {
+        for (int i = 0; k0 < g.K && i < kTile / kPass; ++i)
+            cp_async_16(s_tile + to + i * kPass * kTileK, x + i * kPass * g.K + k0);
+        for (int i = 0; k0 < g.K && i < kTile / kPass; ++i)
+            cp_async_16(s_tile + to + (kTile + i * kPass) * kTileK, w + i * kPass * g.K + k0);
+        cp_async_commit();  // an empty group past the end: they are counted
+    };
+    for (int i = 0; i < kStages - 1; ++i) copy(i * kTileK, s_ring + i * kStage);
+    float sum[4][8][4] = {};
+    std::uint32_t a[2][4][4], b[2][4][4];  // fragments of 16 of K and of the next
+    const auto read = [&](int s, const bf16* s_tile, int c) {
+        for (int i = 0; i < 4; ++i) ldmatrix_x4(a[s][i], s_tile + (at_a ^ c * 8) + i * 16 * kTileK);
+        for (int i = 0; i < 4; ++i) ldmatrix_x4(b[s][i], s_tile + (at_b ^ c * 8) + i * 16 * kTileK);
+    };
+    const auto multiply = [&](int s) {
+        for (int i = 0; i < 16; ++i) mma_16x16(&sum[i / 4][i % 4 * 2], a[s][i / 4], b[s][i % 4]);
+    };
+    cp_async_wait<kStages - 2>();
+    __syncthreads();
+    read(0, s_ring, 0);
+    for (int k0 = 0, stage = 0; k0 < g.K; k0 += kTileK, stage = (stage + 1) % kStages) {
+        read(1, s_ring + stage * kStage, 2);  // two chunks of 8 on
+        copy(k0 + (kStages - 1) * kTileK, s_ring + (stage + kStages - 1) % kStages * kStage);
+        multiply(0);
+        cp_async_wait<kStages - 2>();
+        __syncthreads();  // the next stage is whole, and this one is read by all
+        read(0, s_ring + (stage + 1) % kStages * kStage, 0);
+        multiply(1);
+    }
+    bf16* const y = g.y + (m0 + warp_m) * g.N + n0 + warp_n;
+    for (int i = 0; i < 32; ++i)
+        store_sums(y + i / 8 * 16 * g.N + i % 8 * 8, g.N, sum[i / 8][i % 8]);
+}
+
 void launch(const Gemm& g) {
-    using namespace nanogpt::cuda;
-    static const nanogpt::GpuInfo gpu = nanogpt::gpu_info(0);
-    static const Buffer<int> counters(kGemmCounters);
-    const Device device = {gpu.sms, int(gpu.shared_bytes), nullptr, false, counters.get()};
-    gemm<Epilogue::store>(device, g.y, g.x, g.w, {g.M, g.N, g.K, g.K, g.K, g.N});
+    start(gemm_kernel, dim3(g.N / kTile, g.M / kTile), dim3(kThreads), kStages * kStage * 2, g);
 }
 
 int main(int argc, char** argv) { return run_gemm(__FILE__, argc, argv, launch); }
