@@ -5829,26 +5829,25 @@ private:
     struct Written {  // tokens of a model since the start, whether it is in memory or not
         std::uint64_t prompt_tokens = 0, generated = 0;
     };
-    // How long steps take here, and so how many tokens of prompts may be read beside an answer: those
-    // that take twice its time, so that nobody waits for more than three of the usual steps.
+    // How many tokens of prompts are read beside answers: as many as make a step take two and a half
+    // times as long, so that nobody waits for more than three of the usual steps. Found by trying,
+    // since a CPU pays for every token and a GPU mostly for the pass.
     struct Pace {
-        static constexpr std::size_t kLeast = 16, kFirst = 64, kMost = 256;
-        double step = 0, token = 0;  // seconds: of a step without prompts; that their tokens add
+        static constexpr double kLeast = 16, kMost = 256, kLonger = 2.5;
+        double step = 0, tokens = kLeast;  // seconds of a step without prompts; of prompts
 
         std::size_t prompt_tokens(bool beside) const {
-            if (!beside) return kMost;
-            if (step == 0 || token == 0) return kFirst;
-            return static_cast<std::size_t>(
-                std::clamp(2 * step / token, double{kLeast}, double{kMost}));
+            return static_cast<std::size_t>(beside ? tokens : kMost);
         }
         void learn(double seconds, std::size_t read) {
-            const auto n = static_cast<double>(read);
-            const double x = read == 0 ? seconds : std::max(seconds - step, 0.0) / n;
-            // a small piece tells little of large ones: a pass costs a GPU much, its tokens little
-            const double tells =
-                read == 0 ? 1 : std::min(1.0, n / static_cast<double>(prompt_tokens(true)));
-            double& known = read == 0 ? step : token;
-            known += (known == 0 ? 1 : 0.2 * tells) * (x - known);
+            if (read == 0) {
+                step = step == 0 ? seconds : 0.8 * step + 0.2 * seconds;
+            } else if (step > 0) {
+                const double room = kLonger * step / seconds;
+                const bool full = 2 * static_cast<double>(read) >= tokens;
+                if (room < 1 || full)
+                    tokens = std::clamp(tokens * std::clamp(room, 0.5, 1.25), kLeast, kMost);
+            }
         }
     };
     struct Loaded {
@@ -6278,11 +6277,12 @@ bool Scheduler::step(Loaded& m) {
          m.running) {  // always in this order: a device may have begun the next step
         if (!r->over && !r->reading() && !r->job->paused) rows.push_back(r.get());
     }
+    const bool beside = !rows.empty();
     const Clock::time_point start = Clock::now();
     const std::size_t read = read_prompts(m, rows);
     if (!rows.empty()) sample(m, rows);
-    const bool worked = read > 0 || !rows.empty();
-    if (worked) m.pace.learn(seconds_since(start), read);
+    const bool worked = read > 0 || beside;
+    if (beside) m.pace.learn(seconds_since(start), read);
     return walk_on(m) || worked;
 }
 
