@@ -3,7 +3,7 @@
 //             across the barrier. The ring has a stage more, since copies are asked for sooner.
 //   expected  A warp of gemm_6 waits for ldmatrix twice a step, some 60 clocks of 413, while the other
 //             warp of its scheduler multiplies or waits too: half of it, 7 percent.
-//   measured  nothing yet
+//   measured  0.340 ms, 404.04 TFLOP/s, 0.623 of mma.sync (NVIDIA H100 80GB HBM3)
 //   taught    The same trick at every level: memory to shared memory, shared memory to registers.
 #include "harness.cuh"
 

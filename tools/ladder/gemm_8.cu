@@ -4,9 +4,10 @@
 //   expected  1 byte from the L2 for 85 flops, not 64: at most a third, if that is the limit; and eight
 //             warps meet at one barrier with no other block to fill in. A GB10's 48 blocks share 2816
 //             rows, not 4480: from memory 1.0 ms, not 1.7, and its tensor cores need 1.2.
-//   measured  nothing yet
-//   taught    A square has the least rim for its area: in registers, in shared memory, in the L2.
-//             Without gemm_7's fragments this tile was slower than the small one, 326 to 365 TFLOP/s.
+//   measured  0.340 ms, 404.75 TFLOP/s, 0.631 of mma.sync (NVIDIA H100 80GB HBM3)
+//   taught    A square has the least rim for its area: in registers, in shared memory, in the L2. Here
+//             the L2 was not the limit, and without gemm_7's fragments the large tile even lost, 326 to
+//             365 TFLOP/s. It is made for a GB10, whose memory is 17 times as slow.
 #include "harness.cuh"
 
 using namespace ladder;

@@ -4,7 +4,7 @@
 //             of this one are written.
 //   expected  Half the barriers, some 50 clocks of 826 each: 6 percent; no end of a tile with idle
 //             tensor cores, 2 of 70 us: 3 percent.
-//   measured  nothing yet
+//   measured  0.273 ms, 503.84 TFLOP/s, 0.777 of mma.sync (NVIDIA H100 80GB HBM3)
 //   taught    The last part costs more code than all before: 300 lines in kernels.cuh, section 8. Steps
 //             of 64 in gemm_8 (192 KB, so not on a GB10) bring it to 458 TFLOP/s, half of the way.
 #include "../../kernels.cuh"
