@@ -4268,6 +4268,7 @@ struct StageTime {  // one operation, summed over all layers
     const Operation* operation = nullptr;
     double seconds = 0;
     Cost cost = {};
+    bool large() const { return operation->kind == "product" || operation->kind == "attention"; }
 };
 std::vector<StageTime> stage_times(const Walk& w, bool decode) {
     const WalkSizes& sizes = decode ? w.decode_sizes : w.prefill_sizes;
@@ -4370,7 +4371,7 @@ void draw_points(Picture& p, const RoofAxes& axes, const std::vector<StageTime>&
     std::vector<double> taken;
     for (const StageTime& t : times) {
         if (t.seconds <= 0 || t.cost.flops <= 0) continue;
-        const bool large = t.operation->kind == "product" || t.operation->kind == "attention";
+        const bool large = t.large();
         const double x = axes.x(t.cost.flops / t.cost.bytes), y = axes.y(t.cost.flops / t.seconds);
         p.line(x, y, x, y, second ? kOrange : kBlue, large ? 5 : 2.5);
         if (!large) continue;
@@ -4393,7 +4394,14 @@ Chart roofline_chart(const Walk& w) {
                 "Left of the edge the memory sets the pace, right of it the multipliers. Small: "
                 "norms and mixes. Above the roof: caches.");
     const double edge = w.peak.rate / w.peak.bandwidth, top = std::log10(2 * w.peak.rate);
-    const RoofAxes axes{std::log10(0.05), std::log10(std::max(1000.0, 4 * edge)), top - 4, top};
+    double bottom = top - 4;
+    for (const bool second : {false, true}) {
+        for (const StageTime& t : stage_times(w, second)) {
+            if (t.seconds > 0 && t.cost.flops > 0 && t.large())
+                bottom = std::min(bottom, std::log10(t.cost.flops / t.seconds) - 0.2);
+        }
+    }
+    const RoofAxes axes{std::log10(0.05), std::log10(std::max(1000.0, 4 * edge)), bottom, top};
     Picture& p = chart.picture;
     axes.draw(p);
     const double left = std::pow(10, axes.x0), right = std::pow(10, axes.x1);
