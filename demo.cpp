@@ -5842,7 +5842,8 @@ private:
     // since a CPU pays for every token and a GPU mostly for the pass.
     struct Pace {
         static constexpr double kLeast = 16, kMost = 256, kLonger = 2.5;
-        double step = 0, tokens = kLeast;  // seconds of a step without prompts; of prompts
+        double step = 0;         // seconds of one without prompts
+        double tokens = kLeast;  // of prompts beside answers
 
         std::size_t prompt_tokens(bool beside) const {
             return static_cast<std::size_t>(beside ? tokens : kMost);
