@@ -5838,25 +5838,31 @@ private:
         std::uint64_t prompt_tokens = 0, generated = 0;
     };
     // How many tokens of prompts are read beside answers: as many as make a step take two and a half
-    // times as long, so that nobody waits for more than three of the usual steps. Found by trying,
-    // since a CPU pays for every token and a GPU mostly for the pass.
+    // times as long, so that few wait for more than three of the usual steps. Found by trying, since
+    // a CPU pays for every token and a GPU mostly for the pass. Every 16 steps reads none, to learn
+    // anew how long the usual one takes.
     struct Pace {
-        static constexpr double kLeast = 16, kMost = 256, kLonger = 2.5;
-        double step = 0;         // seconds of one without prompts
-        double tokens = kLeast;  // of prompts beside answers
+        static constexpr double kMost = 256, kLonger = 2.5;
+        static constexpr int kFresh = 16;
+        double least = 16;      // 64 for a GPU, which would not be done sooner with fewer
+        double tokens = least;  // beside answers
+        double step = 0;        // seconds of one without prompts
+        int since = kFresh;     // steps with prompts since then
 
         std::size_t prompt_tokens(bool beside) const {
-            return static_cast<std::size_t>(beside ? tokens : kMost);
+            return static_cast<std::size_t>(!beside ? kMost : since >= kFresh ? 0 : tokens);
         }
         void learn(double seconds, std::size_t read) {
             if (read == 0) {
-                step = step == 0 ? seconds : 0.8 * step + 0.2 * seconds;
-            } else if (step > 0) {
-                const double room = kLonger * step / seconds;
-                const bool full = 2 * static_cast<double>(read) >= tokens;
-                if (room < 1 || full)
-                    tokens = std::clamp(tokens * std::clamp(room, 0.5, 1.25), kLeast, kMost);
+                step = since >= kFresh ? seconds : 0.8 * step + 0.2 * seconds;
+                since = 0;
+                return;
             }
+            since++;
+            const double room = kLonger * step / seconds;
+            const bool full = 2 * static_cast<double>(read) >= tokens;
+            if (room < 1 || full)
+                tokens = std::clamp(tokens * std::clamp(room, 0.5, 1.25), least, kMost);
         }
     };
     struct Loaded {
@@ -6171,6 +6177,7 @@ void Scheduler::begin_loading(std::shared_ptr<const Offer> offer) {
         try {
             model->offer = o;
             model->device = open(o->info);
+            if (model->device.cuda) model->pace.least = model->pace.tokens = 64;
         } catch (const Error& e) {
             const bool memory = e.kind == ErrorKind::out_of_memory;
             failure = {memory ? 503 : 409, memory ? "out_of_memory" : "model_not_ready", e.what()};

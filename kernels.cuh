@@ -62,7 +62,6 @@
 #include <iterator>          // begin, size
 #include <limits>            // numeric_limits
 #include <memory>            // unique_ptr
-#include <numeric>           // iota
 #include <span>              // span
 #include <string>            // string
 #include <string_view>       // string_view

@@ -83,7 +83,7 @@ class Encoding:
                  "output_start", "output_end"]
         plain = vocab - len(names)
         pairs = [bytes([97 + i // 26, 97 + i % 26]) for i in range(26 * 26)]
-        tokens = [bytes([i]) for i in range(256)] + pairs + [a + b for a in pairs[:64] for b in pairs]
+        tokens = [bytes([i]) for i in range(256)] + pairs + [a + b for a in pairs for b in pairs]
         self.name = "rustbpe"
         self.pat_str = (r"'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?+\p{L}+|\p{N}{1,2}| ?[^\s\p{L}\p{N}]++[\r\n]*"
                         r"|\s*[\r\n]|\s+(?!\S)|\s+")

@@ -6,8 +6,8 @@
 //             rows, not 4480: from memory 1.0 ms, not 1.7, and its tensor cores need 1.2.
 //   measured  0.340 ms, 404.75 TFLOP/s, 0.631 of mma.sync (NVIDIA H100 80GB HBM3)
 //   taught    A square has the least rim for its area: in registers, in shared memory, in the L2. Here
-//             the L2 was not the limit, and without gemm_7's fragments the large tile even lost, 326 to
-//             365 TFLOP/s. It is made for a GB10, whose memory is 17 times as slow.
+//             the L2 was not the limit; without gemm_7's fragments the large tile even lost, with 326
+//             TFLOP/s against gemm_6's 364. It is made for a GB10, whose memory is 18 times as slow.
 #include "harness.cuh"
 
 using namespace ladder;
