@@ -33,13 +33,11 @@ __global__ void __launch_bounds__(kThreads) gemm_kernel(const Gemm g) {
                 ldmatrix_x4(a[i], s_tile + place(warp_m + i * 16 + lane % 16, c + lane / 16));
                 ldmatrix_x4(b[i], s_tile + place(row_b, c + lane / 8 % 2));
             }
-            for (int i = 0; i < 16; ++i) mma_16x16(&sum[i / 4][i % 4 * 2], a[i / 4], b[i % 4]);
+            mma_64x64(sum, a, b);
         }
         __syncthreads();  // and read by all
     }
-    bf16* const y = g.y + (m0 + warp_m) * g.N + n0 + warp_n;
-    for (int i = 0; i < 32; ++i)
-        store_sums(y + i / 8 * 16 * g.N + i % 8 * 8, g.N, sum[i / 8][i % 8]);
+    store_64x64(g.y + (m0 + warp_m) * g.N + n0 + warp_n, g.N, sum);
 }
 
 void launch(const Gemm& g) {

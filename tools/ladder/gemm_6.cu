@@ -10,9 +10,8 @@
 
 using namespace ladder;
 
-constexpr int kTile = 128, kTileK = 32, kThreads = 128;  // a warp has 64 x 64 of y
+constexpr int kTile = 128, kTileK = 32, kThreads = 128, kPass = kThreads / 4;  // rows at once
 constexpr int kStages = 3, kStage = 2 * kTile * kTileK;  // values of a stage: 16 KB
-constexpr int kPass = kThreads / 4;                      // rows that the block copies at once
 
 __device__ int place(int row, int chunk) { return row * kTileK + (chunk ^ row / 2 % 4) * 8; }
 
@@ -20,8 +19,7 @@ __global__ void __launch_bounds__(kThreads) gemm_kernel(const Gemm g) {
     extern __shared__ __align__(128) bf16 s_ring[];  // kStages times rows of x, rows of w
     const int t = threadIdx.x, lane = t % 32, m0 = blockIdx.y * kTile, n0 = blockIdx.x * kTile;
     const int warp_m = t / 64 * 64, warp_n = t / 32 % 2 * 64;
-    // Of this thread: where it copies from and to, where its warp reads. 16 rows on, chunk c lies at
-    // the same c ^ (r / 2 % 4).
+    // Of this thread: copies go from x, w to `to`; its warp reads at_a, at_b. Swizzles repeat in 16 rows.
     const bf16* const x = g.x + (m0 + t / 4) * g.K + t % 4 * 8;
     const bf16* const w = g.w + (n0 + t / 4) * g.K + t % 4 * 8;
     const int to = place(t / 4, t % 4), at_a = place(warp_m + lane % 16, lane / 16);
@@ -46,12 +44,10 @@ __global__ void __launch_bounds__(kThreads) gemm_kernel(const Gemm g) {
                 ldmatrix_x4(a[i], s_tile + (at_a ^ c * 8) + i * 16 * kTileK);
                 ldmatrix_x4(b[i], s_tile + (at_b ^ c * 8) + i * 16 * kTileK);
             }
-            for (int i = 0; i < 16; ++i) mma_16x16(&sum[i / 4][i % 4 * 2], a[i / 4], b[i % 4]);
+            mma_64x64(sum, a, b);
         }
     }
-    bf16* const y = g.y + (m0 + warp_m) * g.N + n0 + warp_n;
-    for (int i = 0; i < 32; ++i)
-        store_sums(y + i / 8 * 16 * g.N + i % 8 * 8, g.N, sum[i / 8][i % 8]);
+    store_64x64(g.y + (m0 + warp_m) * g.N + n0 + warp_n, g.N, sum);
 }
 
 void launch(const Gemm& g) {

@@ -117,6 +117,15 @@ __device__ inline void store_sums(bf16* to, int ld, const float (&c)[4],
     *reinterpret_cast<std::uint32_t*>(to + 8 * ld) = pack(c[2] * f[1], c[3] * f[1]);
 }
 
+// The 64 x 64 of y that a warp of a product has, as fragments: sums += a * b, and their end.
+__device__ inline void mma_64x64(float (&sum)[4][8][4], const std::uint32_t (&a)[4][4],
+                                 const std::uint32_t (&b)[4][4]) {
+    for (int i = 0; i < 16; ++i) mma_16x16(&sum[i / 4][i % 4 * 2], a[i / 4], b[i % 4]);
+}
+__device__ inline void store_64x64(bf16* y, int ld, const float (&sum)[4][8][4]) {
+    for (int i = 0; i < 32; ++i) store_sums(y + i / 8 * 16 * ld + i % 8 * 8, ld, sum[i / 8][i % 8]);
+}
+
 // Four values, 8 bytes, as floats.
 __device__ inline void load_4(float (&v)[4], const bf16* from) {
     const uint2 pairs = *reinterpret_cast<const uint2*>(from);
