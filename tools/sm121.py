@@ -130,6 +130,7 @@ def program(source):
     }""" % (", ".join(map(str, DEPTHS)), ", ".join(map(str, ROWS)))
     return r"""#include <cstdio>
 #include <cstdlib>
+#include <string>
 #include "%s"
 struct Product { const char* name; long long N, K; bool adds; };
 extern "C" void anchor() {}  // other functions' addresses are told relative to it
@@ -137,8 +138,9 @@ template <class Info>
 void print(const Info& k) {
     const char* at = nullptr;
     if constexpr (requires { k.function; }) at = reinterpret_cast<const char*>(k.function);
-    std::printf("kernel\t%%s\t%%d\t%%d\t%%d\t%%td\n", k.name, int(k.threads), int(k.shared_bytes),
-                int(k.wants), at ? at - reinterpret_cast<const char*>(&anchor) : 0);
+    std::printf("kernel\t%%s\t%%d\t%%d\t%%d\t%%td\n", std::string(k.name).c_str(), int(k.threads),
+                int(k.shared_bytes), int(k.wants),
+                at ? at - reinterpret_cast<const char*>(&anchor) : 0);
 }
 int main(int, char** arguments) {
     auto* volatile keep = &nanogpt::open_cuda;  // everything the backend uses
