@@ -5881,7 +5881,7 @@ private:
         }
     };
     struct Client {
-        std::string name;
+        std::string name, owner;
         std::deque<std::shared_ptr<Job>> waiting;
     };
     enum class Start { started, wait, blocked };  // blocked: no job can start now
@@ -5892,6 +5892,7 @@ private:
     void admit();
     void expire();
     void look_after();
+    Start start_one(Client& client);
     Start start(const std::shared_ptr<Job>& job);
     Loaded* loaded(const Offer& offer);
     Device open(const ModelInfo& info);
@@ -5951,9 +5952,9 @@ private:
     // the scheduler's own
     std::vector<std::unique_ptr<Loaded>> models_;  // last used last
     std::shared_ptr<const Offer> loading_;
-    std::vector<Client> clients_;
+    std::vector<Client> clients_;  // who has jobs waiting; whose turn it is first
     std::unordered_map<std::string, Written> written_;  // by id
-    std::size_t next_client_ = 0, finished_ = 0, cancelled_ = 0;
+    std::size_t finished_ = 0, cancelled_ = 0;
     std::vector<Event> posted_;
     Histogram first_token_, between_tokens_;
     std::uint64_t available_ = 0;
@@ -6005,7 +6006,8 @@ void Scheduler::receive() {
     for (std::shared_ptr<Job>& job : arrived) {
         const auto same = [&](const Client& c) { return c.name == job->client; };
         auto client = std::find_if(clients_.begin(), clients_.end(), same);
-        if (client == clients_.end()) client = clients_.insert(clients_.end(), {job->client, {}});
+        if (client == clients_.end())
+            client = clients_.insert(client, {job->client, job->owner, {}});
         client->waiting.push_back(std::move(job));
     }
     if (preload != nullptr && loaded(*preload) == nullptr) begin_loading(std::move(preload));
@@ -6031,9 +6033,7 @@ void Scheduler::expire() {
             return true;
         });
     }
-    const std::size_t before = clients_.size();
     std::erase_if(clients_, [](const Client& c) { return c.waiting.empty(); });
-    if (clients_.size() != before && next_client_ >= clients_.size()) next_client_ = 0;
 }
 
 // Once a second.
@@ -6047,26 +6047,27 @@ void Scheduler::look_after() {
     tell_waiting();
 }
 
-// One job of each client in turn, until nothing more can start.
+// One job of each address in turn, and there of each client, until nothing more can start.
 void Scheduler::admit() {
-    std::size_t stuck = 0;
-    while (stuck < clients_.size() && running() < settings_.slots) {
-        Client& client = clients_[next_client_ % clients_.size()];
-        next_client_ = (next_client_ + 1) % clients_.size();
-        stuck++;
-        if (client.waiting.empty() ||
-            running_of(client.waiting.front()->owner) >= kRunningPerClient)
-            continue;
-        for (auto at = client.waiting.begin(); at != client.waiting.end(); ++at) {
-            const std::shared_ptr<Job> job = *at;
-            const Start result = start(job);
-            if (result == Start::blocked) return;
-            if (result == Start::wait) continue;
-            client.waiting.erase(at);
-            stuck = 0;
-            break;
-        }
+    for (auto client = clients_.begin(); client != clients_.end() && running() < settings_.slots;) {
+        const Start result = start_one(*client);
+        if (result == Start::blocked) return;
+        if (++client; result == Start::wait) continue;
+        // all who share the address go to the end of the line, and this client behind them
+        std::rotate(client - 1, client, clients_.end());
+        const auto others = [&](const Client& c) { return c.owner != clients_.back().owner; };
+        std::stable_partition(clients_.begin(), clients_.end() - 1, others);
+        client = clients_.begin();
     }
+}
+Scheduler::Start Scheduler::start_one(Client& client) {
+    if (running_of(client.owner) >= kRunningPerClient) return Start::wait;
+    for (auto at = client.waiting.begin(); at != client.waiting.end(); ++at) {
+        const Start result = start(*at);
+        if (result == Start::started) client.waiting.erase(at);
+        if (result != Start::wait) return result;
+    }
+    return Start::wait;
 }
 
 // Whether a job can start: its model is in memory, and there is room for all it may write.
@@ -6515,21 +6516,33 @@ void Scheduler::trim_idle(Loaded& m) {
 
 // ---- what others see
 
-// Tells who waits how many are before them: with turns for every client, at most so many as this.
+// Tells who waits how many are before them, if all can start: every address has one job in the first
+// round, and there the clients that come first.
 void Scheduler::tell_waiting() {
-    for (const Client& client : clients_) {
-        for (std::size_t i = 0; i < client.waiting.size(); i++) {
-            const std::shared_ptr<Job>& job = client.waiting[i];
-            if (loading_ != nullptr && job->offer->info.id == loading_->info.id) {
-                event(Event::Kind::loading, job, "", load_percent_);
-                continue;
-            }
-            std::size_t before = i;
-            for (const Client& other : clients_) {
-                if (&other != &client) before += std::min(other.waiting.size(), i + 1);
-            }
-            event(Event::Kind::queued, job, "", static_cast<int>(before));
-        }
+    struct Place {
+        std::size_t round, of, client;  // `of`: the first client of the address
+        const std::shared_ptr<Job>* job;
+        auto operator<=>(const Place&) const = default;
+    };
+    std::vector<Place> line;
+    std::unordered_map<std::string_view, std::size_t> first, jobs;
+    for (std::size_t c = 0; c < clients_.size(); c++) {
+        const std::size_t of = first.try_emplace(clients_[c].owner, c).first->second;
+        for (std::size_t i = 0; i < clients_[c].waiting.size(); i++)
+            line.push_back({i, of, c, &clients_[c].waiting[i]});
+    }
+    std::sort(line.begin(), line.end());
+    for (Place& place : line) place.round = jobs[clients_[place.of].owner]++;
+    std::sort(line.begin(), line.end());
+    int before = 0;
+    for (const Place& place : line) {
+        const bool loading =
+            loading_ != nullptr && (*place.job)->offer->info.id == loading_->info.id;
+        if (loading)
+            event(Event::Kind::loading, *place.job, "", load_percent_);
+        else
+            event(Event::Kind::queued, *place.job, "", before);
+        before++;
     }
 }
 
@@ -7360,7 +7373,7 @@ std::shared_ptr<Exchange> Server::new_exchange(const Connection& c, const Form& 
     x->style = style;
     x->connection = c.id;
     x->id = next_request_;
-    // The page's, per tab. Anybody can make one up, so it takes turns but widens no limit.
+    // The page's, per tab. Anybody can make one up: it takes turns within its address, no more.
     const std::string tab = c.request().get("x-client-id").substr(0, 64);
     x->client = tab.empty() ? c.client : cat(c.client, " ", tab);
     x->offer = offer_of(form.text("model"));

@@ -2131,6 +2131,56 @@ TEST_CASE("server: a client with many requests does not keep the others waiting"
     }
 }
 
+TEST_CASE(
+    "server: addresses take turns, in each its clients, and all are told how many are before") {
+    if (no_binary()) return;
+    const auto s = start(zoo(), {"--threads", "1", "--slots", "1"});
+    struct {
+        int address;
+        const char* client;
+        std::size_t place;
+    } const line[] = {
+        {20, "one", 0}, {20, "one", 4}, {20, "two", 2}, {21, "one", 1}, {21, "one", 3}};
+    for (const bool streams : {false, true}) {
+        CAPTURE(streams);
+        Connection first(s->port(), 22);
+        first.send(endless(4'000, R"(,"stream":true)", kSlow));
+        CHECK(busy(s->port()));
+        std::vector<Connection> waiting;
+        for (const auto& one : line) {
+            waiting.emplace_back(s->port(), one.address);
+            waiting.back().send(with_line(endless(60, streams ? R"(,"stream":true)" : "", kSlow),
+                                          std::string("X-Client-Id: ") + one.client));
+            const auto come = static_cast<double>(waiting.size());
+            for (int i = 0; i < 1'000; i++, http::sleep_ms(2))
+                if (number_at(json_of(ask(s->port(), get("/health")).body), "queued") == come)
+                    break;
+        }
+        if (streams) http::sleep_ms(2'100);  // they are told once a second
+        first.close();
+        std::vector<bool> answered(waiting.size());
+        std::size_t place = 0;
+        for (int tries = 0; !streams && place < waiting.size() && tries < 20'000; tries++) {
+            for (std::size_t i = 0; i < waiting.size(); i++) {
+                if (answered[i] || !waiting[i].begins(1)) continue;
+                answered[i] = true;
+                CHECK(line[i].place == place++);
+            }
+        }
+        for (std::size_t i = 0; i < waiting.size(); i++) {
+            const Response r = waiting[i].receive();
+            CHECK(r.status == 200);
+            std::size_t most = 0;
+            for (const std::string& comment : read_stream(r.body).comments) {
+                if (comment.starts_with("queued "))
+                    most = std::max<std::size_t>(most, std::stoul(comment.substr(7)));
+            }
+            CHECK(most == (streams ? line[i].place : 0));
+        }
+        CHECK(idle(s->port()));
+    }
+}
+
 TEST_CASE("server: a client that makes up names for itself keeps to the limits of one client") {
     if (no_binary()) return;
     const auto s = start(zoo(), {"--threads", "1", "--slots", "20"});
