@@ -26,7 +26,8 @@
 // CONTENTS, with names to search for (the body of a member as Scheduler::step or Server::check_key);
 // parts of a section begin with "// ---- name"
 //
-//    1. flags       Options; kCommands: every command; kFlags: every flag and default; parse
+//    1. flags       Options (defaults; of serve, bench, walk: parse); kCommands: every command;
+//                   kFlags: every flag, and its help
 //    2. terminal    safe, table, write_answer, note; JSON written: Value, object, array; Ctrl-C:
 //                   interrupted; LineReader, Progress, NewFile
 //    3. pick        parse_id ("sft/d12/2000"), pick_model, bundled_sample; place_for (GPU or CPU),
@@ -37,8 +38,8 @@
 //    7. picture     shade_of (colours), kStrokes (the font), Picture (the canvas), Chart, draw_grid
 //    8. walk        kOperations, cost_of; Walk (all that is kept), WalkObserver, Walker; charts_of;
 //                   walk_members (JSON); walk_text; plan_walk, run_walk
-//    9. http        Limits; RequestReader (parsing); HttpServer: loop, accept_some, parse, send,
-//                   check_time (timeouts)
+//    9. http        Limits (connections of an address); RequestReader (parsing); HttpServer: loop,
+//                   accept_some, parse, send, check_time (timeouts)
 //   10. scheduler   Job; Scheduler: round (one turn), admit (who is next), models in memory
 //                   (begin_loading, make_room), sequence_for (what is reused), step, read_prompts
 //                   (how much prompt: Pace), take (a token drawn), publish (for monitors)

@@ -15,16 +15,16 @@
 // Contents
 //   0. manual
 //   1. device     errors, memory, launches
-//   2. ptx        one function per machine instruction that C++ has no word for
+//   2. ptx        functions for machine instructions without a C++ word; mma_m16n8k16: tensor cores
 //   3. reduce     sums over lanes, pairs of bf16
 //   4. embed      rows of wte, normalised and smeared
 //   5. norm       RMSNorm, with the residual stream's mixing
-//   6. rotary     rotation, QK norm, value embedding, the way into the KV cache
+//   6. rotary     prompts: rotation, QK norm, value embedding, keys and values into the KV cache
 //   7. gemv       products with a few rows: decoding
 //   8. gemm       products with many rows: prompts
-//   9. attention  prompts (flash attention) and decoding (split over the keys)
-//   10. logits    the draw of a token
-//   11. backend   weights, memory, passes, graphs; open_cuda
+//   9. attention  prompts (flash attention); decoding (over shares of the keys, with 6 in it)
+//   10. logits    the draw of a token: draw_kernel
+//   11. backend   weights, memory, passes, graphs (capture); gpu_info (can it run?), open_cuda
 //
 // Notation: nanogpt.hpp's alphabet (B, T, S, D, L, H, K, hd, V), R rows of a decode step, HD the
 // head size rounded up to 64, 128 or 256 with zeros; M, N, K inside gemm and gemv as BLAS has them.
@@ -490,8 +490,8 @@ void rms_norm(const Device& d, const NormArgs& a) {
 }  // namespace cuda
 
 // ==== 6. rotary ==================================================================================
-// Queries, keys and values as attention wants them, in one pass: rotation, the norm of each head and
-// its scale, the value embedding, and the way into the KV cache.
+// Queries, keys and values of prompts as attention wants them, in one pass: rotation, norm and scale
+// of heads, value embedding, the way into the KV cache. Of single tokens: decode_attention_kernel.
 
 namespace cuda {
 

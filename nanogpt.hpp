@@ -847,7 +847,7 @@ private:
 // anything, so this is no unpickler: it knows the opcodes that those two writers emit (the cases of
 // PickleReader::step) and fourteen names (allowed_global), builds a tree of plain values, and
 // refuses everything else by name and offset. Nothing is looked up or called.
-// In PickleReader: run / the stack, the marks and the memo / building / the opcodes.
+// In PickleReader: run / the stack, the marks and the memo / building; global (names), step.
 //
 // A container that has become part of another one is closed to changes. The writers never change
 // one then, and so no tree can contain itself. Depth costs nothing: the stack is the machine's own.
@@ -1457,8 +1457,8 @@ inline Json parse_json(std::string_view text, JsonDialect dialect = JsonDialect:
 //   (sig: sigmoid; *: rounded up to a multiple of 128)
 //
 // What leaves no trace has a rule here, a warning where it matters, and a switch in Overrides.
-// In order: Config, Overrides, ModelInfo, kGenerations / the state dict (read_state_dict) / from
-// the tensors to the generation (detect_generation) and back (check_tensors) / the metadata
+// In order: Config (window), Overrides, ModelInfo, kGenerations / state dict (read_state_dict) /
+// from the tensors to the generation (detect_generation) and back (check_tensors) / the metadata
 // (read_config) / names of files (step_of) / what is not stored (settle decides every setting) /
 // place, examine / base_dir, find_models, inspect_model, find_tokenizer.
 
@@ -2980,7 +2980,7 @@ inline Tokenizer load_tokenizer(const std::filesystem::path& tokenizer_pkl) {
 // token reads every weight once, so there the memory sets the pace; a prompt's rows share each
 // weight, so there the multipliers do.
 // In order: ThreadPool / inner loops for AVX-512, AVX2, SSE2 and NEON (NANOGPT_KERNELS), exp16 /
-// rms_norm, rotary_angles, rotary, softmax, softcap, relu2, sigmoid, linear, attention (windows).
+// rms_norm, rotary_angles, rotary, softmax, softcap, relu2, sigmoid, linear, attention (first_key).
 //
 // One rule makes results independent of batch, chunking and threads: every sum has one order. Dot
 // products, norms and softmax are summed in 16 lanes (lane i takes elements i, i + 16, ...), which
@@ -4587,8 +4587,8 @@ inline StopReason generate(Backend& backend, Sequence& sequence, std::span<const
 // conversation going (Chat). It also holds the calculator: the model writes an expression between
 // two special tokens, and the runtime forces the result into the answer. Text never becomes a
 // special token, and an expression is read by a small grammar, never run as code.
-// In order: Expression, calculate / CalculatorTool (asked in Continuation::take) / read_messages,
-// render_chat, chat_stop_tokens / TextStream / Chat: reply, make_prompt (what fits), answer_last.
+// In order: Expression (apply), calculate / CalculatorTool (asked in Continuation::take) /
+// read_messages, render_chat, chat_stop_tokens / TextStream / Chat: reply, make_prompt, answer_last.
 
 namespace detail {
 
