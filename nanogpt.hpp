@@ -4588,7 +4588,7 @@ inline StopReason generate(Backend& backend, Sequence& sequence, std::span<const
 // two special tokens, and the runtime forces the result into the answer. Text never becomes a
 // special token, and an expression is read by a small grammar, never run as code.
 // In order: Expression (apply), calculate / CalculatorTool (asked in Continuation::take) /
-// read_messages, render_chat, chat_stop_tokens / TextStream / Chat: reply, make_prompt, answer_last.
+// read_messages, render_chat, chat_stop_tokens / TextStream / Chat: reply, make_prompt, answer_last
 
 namespace detail {
 

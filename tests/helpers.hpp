@@ -18,6 +18,7 @@
 #include <fstream>     // ifstream, ofstream
 #include <functional>  // function
 #include <limits>      // infinity
+#include <map>
 #include <optional>
 #include <span>
 #include <stdexcept>  // runtime_error
@@ -142,6 +143,27 @@ inline fs::path shared_dir() {
 inline void report(const char* group, std::size_t passed, std::size_t total) {
     std::printf("%s %zu/%zu\n", group, passed, total);
     std::fflush(stdout);
+}
+
+// Checks of a part of a group, as "B6 cuts", counted; the groups are told by report_tallies().
+inline std::map<std::string, std::pair<std::size_t, std::size_t>>& tallies() {
+    static std::map<std::string, std::pair<std::size_t, std::size_t>> all;
+    return all;
+}
+inline void tally(const std::string& part, std::size_t passed, std::size_t total) {
+    auto& sum = tallies()[part.substr(0, part.find(' '))];
+    sum.first += passed;
+    sum.second += total;
+    if (part.find(' ') != part.npos) report(part.c_str(), passed, total);
+}
+inline void report_tallies() {
+    for (const auto& [group, sum] : tallies()) report(group.c_str(), sum.first, sum.second);
+}
+
+// Whether there is no program to test; says so.
+inline bool no_binary(std::string_view program) {
+    if (program.empty()) MESSAGE("skipped: the program was not built");
+    return program.empty();
 }
 
 // ==== files ======================================================================================

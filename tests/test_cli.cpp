@@ -169,10 +169,7 @@ private:
     std::size_t seen_ = 0;
 };
 
-bool no_binary() {
-    if (std::string_view(NANOGPT_BINARY).empty()) MESSAGE("skipped: the program was not built");
-    return std::string_view(NANOGPT_BINARY).empty();
-}
+bool no_binary() { return test::no_binary(NANOGPT_BINARY); }
 
 Words sample() { return {"--base-dir", test::sample_dir().string()}; }
 const std::string kHello = "Hello! How can I help you today?\n";

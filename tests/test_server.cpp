@@ -6,7 +6,6 @@
 #include <sys/ioctl.h>
 
 #include <functional>
-#include <map>
 #include <memory>
 #include <set>
 
@@ -37,23 +36,9 @@ using http::text_at;
 using http::Words;
 using nanogpt::Json;
 using test::contains;
+using test::tally;
 
-bool no_binary() {
-    if (std::string_view(NANOGPT_BINARY).empty()) MESSAGE("skipped: the program was not built");
-    return std::string_view(NANOGPT_BINARY).empty();
-}
-
-// Groups of the product's table, told when all is over; each case tells its part at once.
-std::map<std::string, std::pair<std::size_t, std::size_t>>& tallies() {
-    static std::map<std::string, std::pair<std::size_t, std::size_t>> all;
-    return all;
-}
-void tally(const std::string& part, std::size_t passed, std::size_t total) {
-    auto& sum = tallies()[part.substr(0, part.find(' '))];
-    sum.first += passed;
-    sum.second += total;
-    if (contains(part, " ")) test::report(part.c_str(), passed, total);
-}
+bool no_binary() { return test::no_binary(NANOGPT_BINARY); }
 
 // ---- a model whose answers are known ------------------------------------------------------------
 
@@ -2900,5 +2885,5 @@ TEST_CASE("server: after all that both servers are well, and end with 0") {
             CHECK_MESSAGE(!contains(log, sign), log.substr(log.find(sign)));
         shared(sample).reset();
     }
-    for (const auto& [group, sum] : tallies()) test::report(group.c_str(), sum.first, sum.second);
+    test::report_tallies();
 }

@@ -56,21 +56,12 @@ using nanogpt::Json;
 using nanogpt::Token;
 using test::contains;
 
-bool no_binary() {
-    if (std::string_view(NANOGPT_BINARY).empty()) MESSAGE("skipped: the program was not built");
-    return std::string_view(NANOGPT_BINARY).empty();
-}
+bool no_binary() { return test::no_binary(NANOGPT_BINARY); }
 
-// Checks of a group of the product's table, counted; told by the last case.
-std::map<std::string, std::pair<std::size_t, std::size_t>>& tallies() {
-    static std::map<std::string, std::pair<std::size_t, std::size_t>> all;
-    return all;
-}
 void check(const char* group, bool passed, const std::string& what) {
     INFO(what);
     CHECK(passed);
-    tallies()[group].first += passed;
-    tallies()[group].second++;
+    test::tally(group, passed, 1);
 }
 void g1(bool passed, const std::string& what) { check("G1", passed, what); }
 void g2(bool passed, const std::string& what) { check("G2", passed, what); }
@@ -1438,8 +1429,6 @@ TEST_CASE(
     CHECK(text_of(ask(server->port(), story)) == alone);
 }
 
-TEST_CASE("walk: how many checks there were") {
-    for (const auto& [group, sum] : tallies()) test::report(group.c_str(), sum.first, sum.second);
-}
+TEST_CASE("walk: how many checks there were") { test::report_tallies(); }
 
 }  // namespace
