@@ -136,6 +136,7 @@ inline std::unique_ptr<Backend> open_cuda(const std::shared_ptr<const Model>&, c
 #include <functional>          // function
 #include <initializer_list>    // initializer_list
 #include <limits>              // numeric_limits
+#include <map>                 // map
 #include <memory>              // unique_ptr
 #include <mutex>               // mutex
 #include <new>                 // bad_alloc
@@ -935,6 +936,9 @@ template <class Range, class Each = std::identity>
 Value array(const Range& items, Each each = {}) {
     return raw(
         cat("[", join(items, ",", [&](const auto& item) { return Value(each(item)).text; }), "]"));
+}
+Value merged(const Value& a, const Value& b) {  // one object with the members of both
+    return raw(cat(a.text.substr(0, a.text.size() - 1), ",", b.text.substr(1)));
 }
 void write_json(const Value& value) {
     write_out(value.text + "\n");
@@ -5687,9 +5691,8 @@ void draw_walk(WalkTask& task) {
     for (std::size_t i = 0; kHasPng && i < charts.size(); i++) {
         const std::string file = charts[i].name + ".png";
         task.pictures.emplace_back(file, charts[i].picture.png());
-        const std::string json = chart_json(charts[i]).text;
-        const Value url = cat("/api/v1/inference/walk/", task.key, "/", file);
-        pictures.push_back(raw(cat("{\"url\":", url.text, ",", json.substr(1))));
+        const std::string url = cat("/api/v1/inference/walk/", task.key, "/", file);
+        pictures.push_back(merged(object({{"url", url}}), chart_json(charts[i])));
     }
     Members members = walk_members(task.result);
     members.emplace_back("pictures", array(pictures));
@@ -5751,13 +5754,12 @@ struct Snapshot {  // what monitors see
         std::size_t running = 0, idle = 0;
         std::uint64_t kv_blocks = 0, kv_blocks_total = 0;  // of 64 tokens, of running answers
     };
-    struct Written {  // since the start, whether the model is in memory or not
-        std::string id;
+    struct Written {  // tokens since the start, whether the model is in memory or not
         std::uint64_t prompt_tokens = 0, generated = 0;
     };
     std::vector<Slot> slots;
     std::vector<OfModel> models;
-    std::vector<Written> written;
+    std::map<std::string, Written> written;  // by id
     std::size_t active = 0, queued = 0, finished = 0, cancelled = 0;
     std::uint64_t memory_available = 0;
     Histogram first_token, between_tokens;
@@ -5835,9 +5837,6 @@ private:
         std::unique_ptr<Sequence> sequence;
         std::size_t read;  // tokens that were read as a prompt
     };
-    struct Written {  // tokens of a model since the start, whether it is in memory or not
-        std::uint64_t prompt_tokens = 0, generated = 0;
-    };
     // How many tokens of prompts are read beside answers: as many as make a step take two and a half
     // times as long, so that few wait for more than three of the usual steps. Found by trying, since
     // a CPU pays for every token and a GPU mostly for the pass. Every 16 steps reads none, to learn
@@ -5874,7 +5873,7 @@ private:
         std::deque<Idle> idle;  // last used last
         std::size_t next_reader = 0;
         bool used = false;
-        Written* written = nullptr;
+        Snapshot::Written* written = nullptr;
 
         Backend& backend() const { return *device.backend; }
         std::uint64_t token_bytes() const {
@@ -5954,7 +5953,7 @@ private:
     std::vector<std::unique_ptr<Loaded>> models_;  // last used last
     std::shared_ptr<const Offer> loading_;
     std::vector<Client> clients_;  // who has jobs waiting; whose turn it is first
-    std::unordered_map<std::string, Written> written_;  // by id
+    std::map<std::string, Snapshot::Written> written_;  // by id
     std::size_t finished_ = 0, cancelled_ = 0;
     std::vector<Event> posted_;
     Histogram first_token_, between_tokens_;
@@ -6572,8 +6571,7 @@ void Scheduler::publish(bool always) {
             s.models.push_back({id, m->backend().device(), m->running.size(), m->idle.size(), held,
                                 settings_.slots * blocks(static_cast<std::size_t>(S))});
         }
-        for (const auto& [id, w] : written_)
-            s.written.push_back({id, w.prompt_tokens, w.generated});
+        s.written = written_;
         s.finished = finished_, s.cancelled = cancelled_;
         s.memory_available = available_;
         s.first_token = first_token_, s.between_tokens = between_tokens_;
@@ -6903,6 +6901,9 @@ private:
     void check_origin(const Connection& c) const;
     void check_key(const Request& r) const;
     const Route* route_of(const Request& r) const;
+    void name_request(Connection& c) {
+        c.request_id = cat("r-", hex(static_cast<std::uint32_t>(++next_request_), 4));
+    }
 
     void send_json(Connection& c, const Value& value, int status = 200) {
         respond(c, status, kJson, value.text + "\n");
@@ -6961,7 +6962,7 @@ private:
     std::unordered_map<std::string, std::size_t> jobs_of_;  // by client
     std::size_t live_jobs_ = 0;
     std::uint64_t next_request_ = 0;
-    std::vector<std::pair<std::string, std::uint64_t>> counts_, rejected_;
+    std::map<std::string, std::uint64_t> counts_, rejected_;  // by labels; by code
     Clock::time_point start_ = Clock::now(), drain_end_ = {};
     bool draining_ = false;
     int signals_ = -1, exit_code_ = 0;
@@ -7076,7 +7077,7 @@ const Server::Route* Server::route_of(const Request& r) const {
 
 void Server::check(Connection& c) {
     const Request& r = c.request();
-    c.request_id = cat("r-", hex(static_cast<std::uint32_t>(++next_request_), 4));
+    name_request(c);
     c.client = c.peer;
     const std::string* forwarded = r.find("x-forwarded-for");
     if (forwarded != nullptr && from_proxy(c.peer))
@@ -7113,26 +7114,14 @@ void Server::answer(Connection& c) {
 }
 
 std::string_view error_type(int status) {
-    switch (status) {
-        case 401:
-            return "authentication_error";
-        case 403:
-            return "permission_error";
-        case 404:
-            return "not_found_error";
-        case 409:
-            return "conflict_error";
-        case 429:
-            return "rate_limit_error";
-        case 500:
-            return "server_error";
-        case 501:
-            return "not_supported_error";
-        case 503:
-            return "overloaded_error";
-        default:
-            return "invalid_request_error";
+    static constexpr std::pair<int, std::string_view> kTypes[] = {
+        {401, "authentication_error"}, {403, "permission_error"}, {404, "not_found_error"},
+        {409, "conflict_error"},       {429, "rate_limit_error"}, {500, "server_error"},
+        {501, "not_supported_error"},  {503, "overloaded_error"}};
+    for (const auto& [code, type] : kTypes) {
+        if (code == status) return type;
     }
+    return "invalid_request_error";
 }
 Members error_members(int status, std::string_view code, std::string_view message,
                       std::string_view param = "") {
@@ -7159,8 +7148,7 @@ HttpError as_http(const std::exception& e) {
 void Server::refuse(Connection& c, const std::exception& e) {
     const HttpError error = as_http(e);
     if (error.status == 500) say(cat("error: ", e.what()), kRed);
-    if (c.request_id.empty())
-        c.request_id = cat("r-", hex(static_cast<std::uint32_t>(++next_request_), 4));
+    if (c.request_id.empty()) name_request(c);
     Fields more;
     std::string param = error.param;
     if (error.status == 405) more.push_back({"Allow", std::exchange(param, "")});
@@ -7437,9 +7425,7 @@ std::vector<Token> read_ids(const Form& form, std::string_view name, int vocab_s
 
 void Server::submit(Connection& c, std::shared_ptr<Exchange> x) {
     const auto reject = [&](int status, const char* code, const char* message) {
-        const auto at = std::find_if(rejected_.begin(), rejected_.end(),
-                                     [&](const auto& r) { return r.first == code; });
-        (at == rejected_.end() ? rejected_.emplace_back(code, 0) : *at).second++;
+        rejected_[code]++;
         throw HttpError(status, code, message);
     };
     if (draining_) reject(503, "draining", "the server is stopping");
@@ -7586,9 +7572,8 @@ void Server::walk_picture(Connection& c) {
 // ---- answers
 
 Value with_probability(const Tokenizer& tokenizer, const Candidate& candidate) {
-    const std::string token = token_json(tokenizer, candidate.token).text;
-    return raw(cat(token.substr(0, token.size() - 1),
-                   ",\"probability\":", Value(candidate.probability).text, "}"));
+    return merged(token_json(tokenizer, candidate.token),
+                  object({{"probability", candidate.probability}}));
 }
 
 void Server::woken() {
@@ -7642,44 +7627,40 @@ void Server::pass(Connection& c, Clock::time_point now) {
 
 Value Server::usage(const Exchange& x) const {
     const Answer& a = x.answer;
-    const std::string text = usage_json(a.prompt_tokens, a.completion_tokens).text;
-    return raw(cat(text.substr(0, text.size() - 1), ",\"prompt_tokens_details\":",
-                   object({{"cached_tokens", x.reused_tokens}}).text, "}"));
+    const Value details = object({{"cached_tokens", x.reused_tokens}});
+    return merged(usage_json(a.prompt_tokens, a.completion_tokens),
+                  object({{"prompt_tokens_details", details}}));
+}
+Members answer_members(const Exchange& x, const char* chat, const Value& choices) {
+    return {{"id", x.answer_id},
+            {"object", x.style == Style::chat ? chat : "text_completion"},
+            {"created", x.created_unix},
+            {"model", x.offer->info.id},
+            {"system_fingerprint", cat("nanogpt-", version())},
+            {"choices", choices}};
 }
 std::string Server::chunk(const Exchange& x, const Value& choices, const Value& usage) const {
-    Members members = {
-        {"id", x.answer_id},
-        {"object", x.style == Style::chat ? "chat.completion.chunk" : "text_completion"},
-        {"created", x.created_unix},
-        {"model", x.offer->info.id},
-        {"system_fingerprint", cat("nanogpt-", version())},
-        {"choices", choices}};
+    Members members = answer_members(x, "chat.completion.chunk", choices);
     if (x.include_usage) members.emplace_back("usage", usage);
     return cat("data: ", object(members).text, "\n\n");
 }
-Value choice_json(const Exchange& x, const char* role, const std::string* text,
-                  const Value& finish) {
-    Members delta;
-    if (role != nullptr) delta.emplace_back("role", role);
-    if (text != nullptr) delta.emplace_back("content", *text);
+// The only one of `choices`; of a chat `part` is "delta" or "message", and `said` what is in it.
+Value choices_json(const Exchange& x, std::string_view part, const Members& said,
+                   std::string_view text, const Value& finish) {
     const bool chat = x.style == Style::chat;
-    return raw(cat("[",
-                   object({{"index", 0},
-                           {chat ? "delta" : "text",
-                            chat ? object(delta) : Value(text == nullptr ? "" : *text)},
-                           {"logprobs", nullptr},
-                           {"finish_reason", finish}})
-                       .text,
-                   "]"));
+    return array(std::array{object({{"index", 0},
+                                    {chat ? part : "text", chat ? object(said) : Value(text)},
+                                    {"logprobs", nullptr},
+                                    {"finish_reason", finish}})});
 }
 
 void Server::begin_events(Connection& c, Exchange& x) {
     x.last_event = Clock::now();
     if (std::exchange(x.head_sent, true)) return;
     begin_stream(c, kEvents, {{"Cache-Control", "no-store"}, {"X-Accel-Buffering", "no"}});
-    const std::string empty;
+    const Members begins = {{"role", "assistant"}, {"content", ""}};
     if (x.style == Style::chat)
-        stream(c, chunk(x, choice_json(x, "assistant", &empty, nullptr), nullptr));
+        stream(c, chunk(x, choices_json(x, "delta", begins, "", nullptr), nullptr));
 }
 // As Python writes JSON: some of nanochat's clients look for "done": true, with the space.
 std::string spaced(const Value& json) {
@@ -7705,7 +7686,8 @@ void Server::tell_text(Connection& c, Exchange& x, const std::string& text) {
     if (x.style == Style::nanochat) {
         stream(c, cat("data: {\"token\": ", Value(text).text, ", \"gpu\": 0}\n\n"));
     } else {
-        stream(c, chunk(x, choice_json(x, nullptr, &text, nullptr), nullptr));
+        const Value piece = choices_json(x, "delta", {{"content", text}}, text, nullptr);
+        stream(c, chunk(x, piece, nullptr));
     }
 }
 void Server::tell_end(Connection& c, Exchange& x) {
@@ -7722,7 +7704,7 @@ void Server::tell_end(Connection& c, Exchange& x) {
         if (x.dropped_messages > 0) members.emplace_back("dropped_messages", x.dropped_messages);
         stream(c, cat("data: ", spaced(object(members)), "\n\n"));
     } else {
-        stream(c, chunk(x, choice_json(x, nullptr, nullptr, finish), nullptr));
+        stream(c, chunk(x, choices_json(x, "delta", {}, "", finish), nullptr));
         if (x.include_usage) stream(c, chunk(x, raw("[]"), usage(x)));
         stream(c, "data: [DONE]\n\n");
     }
@@ -7754,29 +7736,19 @@ void Server::send_whole(Connection& c, Exchange& x) {
                             return with_probability(tokenizer, other);
                         })}}));
     }
-    const bool chat = x.style == Style::chat;
     const Answer& a = x.answer;
-    const Value message =
-        object({{"role", "assistant"}, {"content", x.text}, {"refusal", nullptr}});
-    const Value choice = object({{"index", 0},
-                                 {chat ? "message" : "text", chat ? message : Value(x.text)},
-                                 {"logprobs", nullptr},
-                                 {"finish_reason", finish_word(a.reason)}});
-    send_json(
-        c, object({{"id", x.answer_id},
-                   {"object", chat ? "chat.completion" : "text_completion"},
-                   {"created", x.created_unix},
-                   {"model", x.offer->info.id},
-                   {"system_fingerprint", cat("nanogpt-", version())},
-                   {"choices", raw(cat("[", choice.text, "]"))},
-                   {"usage", usage(x)},
-                   {"seed", x.params.sampling.seed},
-                   {"timings",
-                    object({{"queue_ms", milliseconds(x.queue_seconds)},
-                            {"prefill_ms", milliseconds(a.prefill_seconds)},
-                            {"decode_ms", milliseconds(a.decode_seconds)},
-                            {"ttft_ms", milliseconds(a.first_seconds)},
-                            {"tokens_per_second", std::round(10 * tokens_per_second(a)) / 10}})}}));
+    const Members message = {{"role", "assistant"}, {"content", x.text}, {"refusal", nullptr}};
+    Members members = answer_members(
+        x, "chat.completion", choices_json(x, "message", message, x.text, finish_word(a.reason)));
+    members.emplace_back("usage", usage(x));
+    members.emplace_back("seed", x.params.sampling.seed);
+    members.emplace_back(
+        "timings", object({{"queue_ms", milliseconds(x.queue_seconds)},
+                           {"prefill_ms", milliseconds(a.prefill_seconds)},
+                           {"decode_ms", milliseconds(a.decode_seconds)},
+                           {"ttft_ms", milliseconds(a.first_seconds)},
+                           {"tokens_per_second", std::round(10 * tokens_per_second(a)) / 10}}));
+    send_json(c, object(members));
 }
 
 void Server::gone(Connection& c) {
@@ -7797,9 +7769,7 @@ void Server::answered(Connection& c) {
             route = known.path;
     }
     const std::string key = cat("{route=\"", route, "\",code=\"", code, "\"}");
-    const auto at = std::find_if(counts_.begin(), counts_.end(),
-                                 [&](const auto& entry) { return entry.first == key; });
-    (at == counts_.end() ? counts_.emplace_back(key, 0) : *at).second++;
+    counts_[key]++;
     const auto* x = static_cast<const Exchange*>(c.job.get());
     const int prompt = x == nullptr ? 0 : static_cast<int>(x->prompt.size());
     // What became of a job is the scheduler's until it says so; of a cancelled one nobody waits for that.
@@ -7858,7 +7828,7 @@ void Server::stats(Connection& c) {
     send_json(c, object({{"total_workers", slots_},
                          {"available_workers", slots_ - std::min(slots_, s.active)},
                          {"busy_workers", s.active},
-                         {"workers", raw(cat("[", worker.text, "]"))},
+                         {"workers", array(std::array{worker})},
                          {"queued", s.queued},
                          {"models", array(s.models,
                                           [](const Snapshot::OfModel& m) {
@@ -7867,8 +7837,9 @@ void Server::stats(Connection& c) {
                                                              {"running", m.running},
                                                              {"cached_conversations", m.idle}});
                                           })},
-                         {"tokens", array(s.written, [](const Snapshot::Written& w) {
-                              return object({{"id", w.id},
+                         {"tokens", array(s.written, [](const auto& written) {
+                              const auto& [id, w] = written;
+                              return object({{"id", id},
                                              {"prompt_tokens", w.prompt_tokens},
                                              {"generated_tokens", w.generated}});
                           })}}));
@@ -7952,11 +7923,11 @@ void Server::metrics(Connection& c) {
     gauge("queued", s.queued);
     std::uint64_t prompt_tokens = 0, held = 0, room = 0;
     for (const auto& m : s.models) held += m.kv_blocks, room += m.kv_blocks_total;
-    for (const auto& w : s.written) prompt_tokens += w.prompt_tokens;
+    for (const auto& [id, w] : s.written) prompt_tokens += w.prompt_tokens;
     gauge("prompt_tokens_total", prompt_tokens, "counter");
     head("generated_tokens_total", "counter");
-    for (const auto& w : s.written)
-        line("generated_tokens_total", cat("{model=\"", w.id, "\"}"), std::to_string(w.generated));
+    for (const auto& [id, w] : s.written)
+        line("generated_tokens_total", cat("{model=\"", id, "\"}"), std::to_string(w.generated));
     head("cancelled_total", "counter");
     line("cancelled_total", "{why=\"client\"}", std::to_string(s.cancelled));
     head("rejected_total", "counter");
