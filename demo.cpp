@@ -8771,7 +8771,7 @@ const std::string_view kPageBody = R"page(
 </template>
 
 <div id="toast" role="status" popover="manual"><span id="toast-text"></span>
-  <button id="toast-do"></button></div>
+  <button id="toast-undo">Undo</button></div>
 <p id="status" class="sr" role="status"></p>
 )page";
 
@@ -8837,15 +8837,14 @@ function say(text) {
 }
 
 let toastTimer = 0;
-function toast(text, label, action) {
+function toast(text, undo) {
   $('toast-text').textContent = text;
-  $('toast-do').hidden = !action;
-  $('toast-do').textContent = label || '';
-  $('toast-do').onclick = () => { $('toast').hidePopover(); action(); };
+  $('toast-undo').hidden = !undo;
+  $('toast-undo').onclick = () => { $('toast').hidePopover(); undo(); };
   $('toast').hidePopover();  // so that it comes up above whatever was opened since
   $('toast').showPopover();
   clearTimeout(toastTimer);
-  toastTimer = setTimeout(() => $('toast').hidePopover(), action ? 10000 : 5000);
+  toastTimer = setTimeout(() => $('toast').hidePopover(), undo ? 10000 : 5000);
 }
 
 function openDialog(title, ...nodes) {
@@ -8878,18 +8877,13 @@ function copyButton(label, text, kind) {
 
 // ---- what the browser keeps: settings, and conversations, each under a name of its own
 const kMaxChats = 50;
-let local = Object.freeze({}), session = local;
-try {
-  [local, session] = [localStorage, sessionStorage];
-} catch { /* they are off: nothing is kept, and writing tells */ }
+let local = Object.freeze({});
+try { local = localStorage; } catch { /* it is off: nothing is kept, and writing tells */ }
 
-function read(name, store = local) {
-  return JSON.parse(store['nanogpt.' + name] ?? null);
-}
-
-function write(name, value, store = local) {
+const read = (name) => JSON.parse(local['nanogpt.' + name] ?? null);
+function write(name, value) {
   try {
-    store.setItem('nanogpt.' + name, JSON.stringify(value));
+    local.setItem('nanogpt.' + name, JSON.stringify(value));
     return true;
   } catch {
     return false;
@@ -8916,23 +8910,19 @@ function keep(one) {
 }
 
 // ---- the server
-let key = read('key', session) || '';
+// Its access key stays with this tab, also when the page is loaded again, and out of the address.
+let key = history.state?.key || '';
 function useKey(value) {
   key = value.replace(/[^\x21-\x7e]/g, '');  // a header can hold nothing else
-  write('key', key, session);
+  history.replaceState({key}, '', location.pathname + location.search);
 }
 if (location.hash.startsWith('#key=')) {
   try { useKey(decodeURIComponent(location.hash.slice(5))); } catch { /* not a key */ }
-  history.replaceState(null, '', location.pathname + location.search);
 }
 
-// An answer of the server that is not what was asked for, with the server's own sentence.
-class Refusal extends Error {
-  constructor(message, status, wait) {
-    super(message);
-    Object.assign(this, {status, wait});
-  }
-}
+// An answer of the server that is not what was asked for, with the server's own sentence; an error
+// without a status means that there was no answer.
+const refusal = (message, status, wait) => Object.assign(new Error(message), {status, wait});
 
 async function api(path, body, signal) {
   const headers = {'Content-Type': 'application/json'};
@@ -8944,9 +8934,9 @@ async function api(path, body, signal) {
   if (response.status === 401) {
     banner('This server asks for its access key. It is printed where the server was started.', true);
   }
-  throw new Refusal(reply?.error?.message || reply?.detail ||
+  throw refusal(reply?.error?.message || reply?.detail ||
     `the server answered ${response.status} ${response.statusText}`,
-  response.status, Number(response.headers.get('Retry-After')));
+    response.status, Number(response.headers.get('Retry-After')));
 }
 const askFor = async (path, body) => (await api(path, body)).json();
 
@@ -8986,7 +8976,7 @@ async function poll() {
     seen = text;
     if (text !== before) takeModels(list);
   } catch (error) {
-    if (!(error instanceof Refusal)) {
+    if (error.status === undefined) {
       banner('The server cannot be reached. What you wrote is still here; the page keeps trying.');
     } else if (error.status !== 401) {
       banner(error.message);
@@ -9010,10 +9000,7 @@ const listed = (parts) => parts.filter(Boolean).join(' · ');
 const badge = (m) => make('span', {class: 'badge'}, m.type);
 const best = (m, text = '★ best') => m.best ? make('span', {class: 'best'}, ' ' + text) : null;
 
-function big(n) {
-  if (n >= 1e9) return (n / 1e9).toFixed(2) + ' billion';
-  return n >= 1e6 ? (n / 1e6).toFixed(n < 1e7 ? 1 : 0) + ' million' : count(n);
-}
+const big = (n) => n.toLocaleString('en', {notation: 'compact', compactDisplay: 'long'});
 const bytes = (n) => n >= 1e9 ? (n / 1e9).toFixed(2) + ' GB' : (n / 1e6).toFixed(0) + ' MB';
 
 function takeModels(list) {
@@ -9236,42 +9223,28 @@ function inline(text, into) {
   return into;
 }
 
-// The text cut into blocks: [source, what makes its node]. The source tells whether a block has
-// changed.
-const kFence = /^ {0,3}(`{3,}|~{3,}) *([\w+#.-]*)[^`]*$/, kHeading = /^(#{1,6}) +(.+)$/;
-const kItem = /^( {0,12})(?:[-*+]|(\d{1,9})[.)]) +(.*)$/s;
-function blocks(text) {
-  if (text.length > 100000) return [[text, () => make('p', {}, text)]];
-  const out = [], lines = text.split('\n');
-  const blank = (line) => line.trim() === '';
-  for (let i = 0; i < lines.length;) {
-    const begin = i, line = lines[i++];
-    const goOn = (belongs) => { while (i < lines.length && belongs(lines[i])) ++i; };
-    const fence = kFence.exec(line), heading = kHeading.exec(line);
-    let build = null;
-    if (blank(line)) continue;
-    if (fence) {
-      goOn((other) => !other.trim().startsWith(fence[1]));
-      const inside = lines.slice(begin + 1, i++).join('\n');
-      build = () => codeNode(inside, fence[2]);
-    } else if (heading) {
-      build = () => inline(heading[2], make(heading[1].length < 3 ? 'h3' : 'h4'));
-    } else if (kItem.test(line)) {
-      goOn((other) => !blank(other) && (kItem.test(other) || /^\s/.test(other)));
-      build = listNode;
-    } else {
-      goOn((other) => ![kItem, kFence, kHeading].some((kind) => kind.test(other)) && !blank(other));
-      build = (source) => inline(source, make('p'));
-    }
-    out.push([lines.slice(begin, i).join('\n'), build]);
-  }
-  return out;
+// The blocks of a text: fenced code, a heading, a list, a paragraph.
+const kItem = / {0,12}(?:[-*+]|\d{1,9}[.)]) /.source;
+const kBlock = new RegExp([
+  /^ {0,3}(?<fence>`{3,}|~{3,}) *(?<language>[\w+#.-]*)[^`\n]*$(?<code>(?:\n(?! *\k<fence>).*)*)/.source +
+    /(?:\n.*)?/.source,
+  /^(?<level>#{1,6}) +(?<title>.+)/.source,
+  String.raw`^(?<list>${kItem}.*(?:\n(?:${kItem}|[ \t]+\S).*)*)`,
+  String.raw`^.*\S.*(?:\n(?!${kItem}| {0,3}(?:\x60{3}|~{3})|#{1,6} )(?=.*\S).*)*`,
+].join('|'), 'gm');
+const kMostDrawn = 100000;  // longer texts are shown as they stand
+
+function blockNode(source, {code, language, level, title, list}) {
+  if (source.length > kMostDrawn) return make('p', {}, source);
+  if (code !== undefined) return codeNode(code.slice(1), language);
+  if (title) return inline(title, make(level.length < 3 ? 'h3' : 'h4'));
+  return list ? listNode(list) : inline(source, make('p'));
 }
 
 function listNode(source) {
   const open = [];  // the lists an item of this depth is in, outermost first
-  for (const item of source.split(/\n(?= {0,12}(?:[-*+]|\d{1,9}[.)]) )/)) {
-    const [, {length: depth}, number, text] = kItem.exec(item);
+  for (const item of source.split(new RegExp(`\n(?=${kItem})`))) {
+    const [, {length: depth}, number, text] = /^( *)(?:[-*+]|(\d+)[.)]) +(.*)$/s.exec(item);
     while (open.length > 1 && open.at(-1).depth > depth) open.pop();
     if (!open.length || open.at(-1).depth + 1 < depth) {
       const node = make(number ? 'ol' : 'ul', {start: number !== '1' && number});
@@ -9290,16 +9263,15 @@ function codeNode(text, language) {
 
 // Shows text in a node, and leaves the blocks alone that have not changed: a selection stays.
 function showMarkdown(text, into) {
-  const wanted = blocks(text);
-  wanted.forEach(([source, build], i) => {
+  const found = text.length > kMostDrawn ? [{0: text, groups: {}}] : [...text.matchAll(kBlock)];
+  found.forEach(({0: source, groups}, i) => {
     const old = into.children[i];
     if (old?.source === source) return;
-    const node = build(source);
-    node.source = source;
+    const node = Object.assign(blockNode(source, groups), {source});
     if (old) old.replaceWith(node);
     else into.append(node);
   });
-  while (into.children.length > wanted.length) into.lastChild.remove();
+  while (into.children.length > found.length) into.lastChild.remove();
 }
 
 // ---- the conversation
@@ -9547,7 +9519,7 @@ async function stream(job) {
   await readEvents(response, (data) => {
     if (run !== job) throw new Error('stopped');
     const event = data === '[DONE]' ? {done: true} : JSON.parse(data);
-    if (event.error) throw new Refusal(event.error.message, 0);
+    if (event.error) throw refusal(event.error.message, 0);
     const choice = event.choices?.[0];
     const piece = event.token ?? choice?.text;
     if (piece) {
@@ -9599,10 +9571,10 @@ async function answer(turn) {
         }
         continue;
       }
-      about.error = error instanceof Refusal ? error.message
+      about.error = error.status !== undefined ? error.message
         : job.begun ? `Connection lost after ${plural(job.tokens, 'token')}.`
         : 'The server cannot be reached.';
-      if (!(error instanceof Refusal)) poll();
+      if (error.status === undefined) poll();
       break;
     }
   }
@@ -9649,31 +9621,29 @@ function send(question) {
   if (question.trim() !== '') ask(question.trimEnd());
 }
 
-// Everything from `at` on goes; what else is lost than the answer itself can be brought back.
-function cut(at, lost) {
+// What comes after this turn goes, and can be brought back.
+function cutAfter(turn) {
   stop();
-  const before = chat.turns, {id} = chat;
-  chat.turns = before.slice(0, at);
-  drawChat();
-  if (before.length - at > lost) {
-    toast('The messages after it were removed.', 'Undo', () => {
-      if (chat.id !== id) return;
-      stop();
-      chat.turns = before;
-      keep(chat);
-      drawChat();
-    });
-  }
+  const before = chat.turns, left = chat.turns.indexOf(turn) + 1;
+  chat.turns = before.slice(0, left);
+  if (left === before.length) return;
+  toast('The messages after it were removed.', () => {
+    openChat({...chat, turns: before});
+    keep(chat);
+  });
 }
 
 function regenerate(turn, question = turn.question) {
   if (!model) return;
-  cut(chat.turns.indexOf(turn), 1);
+  cutAfter(turn);
+  chat.turns.pop();
+  drawChat();
   ask(question);
 }
 
 function proceed(turn) {
-  cut(chat.turns.indexOf(turn) + 1, 0);
+  cutAfter(turn);
+  drawChat();
   focusBox();
   answer(turn);
 }
@@ -9837,7 +9807,7 @@ function discard(chats) {
   if (chats.some((one) => one.id === chat.id)) newChat();
   drawList();
   $('new').focus();
-  toast(`${plural(chats.length, 'chat')} deleted.`, 'Undo', () => {
+  toast(`${plural(chats.length, 'chat')} deleted.`, () => {
     for (const one of chats) write('chat.' + one.id, one);
     drawList();
   });
@@ -9845,6 +9815,7 @@ function discard(chats) {
 
 function openChat(one) {
   stop();
+  $('toast').hidePopover();  // what it would undo belongs to another chat
   chat = one;
   drawChat();
   drawList();
@@ -9947,10 +9918,9 @@ function openTabs() {
   kTabs.forEach((name, i) => {
     $('tab-' + name).onclick = () => showTab(name);
     $('tab-' + name).onkeydown = (event) => {
-      const to = kTabs[(i + {ArrowLeft: 2, ArrowRight: 1}[event.key]) % 3];
-      if (!to) return;
-      showTab(to);
-      $('tab-' + to).focus();
+      const to = $('tab-' + kTabs[(i + {ArrowLeft: 2, ArrowRight: 1}[event.key]) % 3]);
+      to?.click();
+      to?.focus();
     };
   });
   showTab('model');

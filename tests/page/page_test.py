@@ -281,7 +281,7 @@ def chatting(page):
     check("edit: the conversation goes on from there", page.wait(
         "!run && document.querySelectorAll('.turn').length === 2 && "
         "document.querySelector('.bubble').textContent === 'Hello'"))
-    page.click("#toast-do")
+    page.click("#toast-undo")
     check("edit: what was removed can be brought back", page.wait(
         "document.querySelectorAll('.turn').length === 4"))
 
@@ -447,12 +447,12 @@ def keeping(page, folder):
         "$('toast-text').textContent.startsWith('This file cannot be loaded')"))
     page.js("document.querySelector('#list [aria-label^=Delete]').click()")
     gone = page.js("storedChats().length")
-    page.click("#toast-do")
+    page.click("#toast-undo")
     check("keep: deleted, and brought back",
           gone == 2 * count - 1 and page.js("storedChats().length") == 2 * count)
     page.js("$('delete-all').click()")
     gone = page.js("storedChats().length")
-    page.click("#toast-do")
+    page.click("#toast-undo")
     check("keep: all deleted, and brought back",
           gone == 0 and page.js("storedChats().length") == 2 * count)
     page.js("$('delete-all').click()")
