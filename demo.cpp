@@ -8263,9 +8263,8 @@ const std::string_view kPageStyle = R"page(
 /* ---- all elements */
 *, *::before, *::after { box-sizing: border-box; }
 [hidden] { display: none !important; }
-html { height: 100%; -webkit-text-size-adjust: 100%; }
 body {
-  margin: 0; height: 100%; height: 100dvh; display: flex; overflow: hidden;
+  margin: 0; height: 100dvh; display: flex; -webkit-text-size-adjust: 100%; overflow: hidden;
   background: var(--paper); color: var(--ink);
   font: 1rem/1.6 system-ui, -apple-system, "Segoe UI", Roboto, "Noto Sans", sans-serif;
   padding-bottom: var(--keyboard, 0);
@@ -8438,11 +8437,7 @@ aside .code pre { font-size: .78rem; white-space: pre-wrap; overflow-wrap: anywh
   vertical-align: -.18em; border-radius: 1px; background: var(--accent);
 }
 .waiting { display: flex; align-items: center; gap: .7rem; margin-top: .5rem; color: var(--soft); }
-.waiting progress { width: 8rem; }
-.dots { display: inline-flex; gap: .25rem; }
-.dots i { width: .4rem; height: .4rem; border-radius: 50%; background: var(--accent); }
-.dots i:nth-child(2) { animation-delay: .2s; }
-.dots i:nth-child(3) { animation-delay: .4s; }
+.waiting progress { width: 5rem; }
 .trouble { display: flex; flex-wrap: wrap; align-items: center; gap: .3rem .6rem; margin-top: .7rem; }
 .trouble.calm { background: var(--side); color: var(--soft); }
 :is(.trouble, #toast, td) button { font-weight: 600; text-decoration: underline; text-underline-offset: .2em; }
@@ -8565,7 +8560,7 @@ dialog h3 { margin: 1.25rem 0 .5rem; }
 }
 #toast button { padding: .1rem .4rem; }
 
-/* ---- small windows, fingers, and people who do not mind movement */
+/* ---- small windows, fingers, and people who want less movement */
 @media (max-width: 700px) {
   header { padding-inline: .4rem; }
   [role="tab"] { padding-inline: .35rem; }
@@ -8598,11 +8593,8 @@ dialog h3 { margin: 1.25rem 0 .5rem; }
   .user .acts { position: absolute; top: 100%; right: 0; opacity: 0; }
   .user:hover .acts, .user .acts:focus-within { opacity: 1; }
 }
-@media (prefers-reduced-motion: no-preference) {
-  .live > :last-child::after, .live > :last-child > :last-child > :last-child::after, .dots i {
-    animation: blink 1.1s steps(2, jump-none) infinite;
-  }
-  @keyframes blink { from { opacity: 1; } to { opacity: .15; } }
+@media (prefers-reduced-motion: reduce) {
+  progress:not([value]) { display: none; }
 }
 )page";
 
@@ -8932,7 +8924,7 @@ async function api(path, body, signal) {
   if (response.ok) return response;
   const reply = await response.json().catch(() => null);  // not JSON: a proxy's page, perhaps
   if (response.status === 401) {
-    banner('This server asks for its access key. It is printed where the server was started.', true);
+    banner('This server asks for its access key, printed where the server was started.', true);
   }
   throw refusal(reply?.error?.message || reply?.detail ||
     `the server answered ${response.status} ${response.statusText}`,
@@ -9064,8 +9056,9 @@ function lossSentence({value, unit}) {
 }
 
 function factsList(pairs) {
-  return make('dl', {class: 'facts-list'}, ...pairs.filter(([, value]) => value != null &&
-    value !== '').flatMap(([name, value]) => [make('dt', {}, name), make('dd', {}, String(value))]));
+  const known = pairs.filter(([, value]) => value != null && value !== '');
+  return make('dl', {class: 'facts-list'}, ...known.flatMap(([name, value]) =>
+    [make('dt', {}, name), make('dd', {}, String(value))]));
 }
 
 function drawAbout() {
@@ -9194,15 +9187,18 @@ function openSettings() {
 }
 
 // ---- a small part of Markdown, made node by node
-const kCall = new RegExp(String.raw`<\|python_start\|>(?<sum>[^<]{0,400})(?<end><\|python_end\|>)?` +
-  String.raw`(?:<\|output_start\|>(?<result>[^<]{0,200})(?:<\|output_end\|>)?)?`, 'g');
+const kCall = new RegExp(
+  /<\|python_start\|>(?<sum>[^<]{0,400})(?<end><\|python_end\|>)?/.source +
+  /(?:<\|output_start\|>(?<result>[^<]{0,200})(?:<\|output_end\|>)?)?/.source, 'g');
 
 // A call, `code`, **bold**, *italics*; not snake_case, not 3*4. A mark without its partner within
-// 500 letters is an ordinary letter: so the time stays linear.
-const kInline = new RegExp(kCall.source +
-  '|(?<!`)(?<ticks>`+)(?!`)(?<code>.{1,500}?)(?<!`)\\k<ticks>(?!`)' +
-  String.raw`|(?<![\w*])(?<mark>\*\*|__|\*(?!\*)|_(?!_))(?=\S)` +
-  String.raw`(?<inner>.{1,500}?)(?<!\s)\k<mark>(?![\w*])`, 'gs');
+// 500 letters, and before the next call, is an ordinary letter: so the time stays linear.
+const kWithin = String.raw`(?:(?!<\|).){1,500}?`;
+const kInline = new RegExp([kCall.source,
+  String.raw`(?<!\x60)(?<ticks>\x60+)(?!\x60)(?<code>${kWithin})(?<!\x60)\k<ticks>(?!\x60)`,
+  String.raw`(?<![\w*])(?<mark>\*\*|__|\*(?!\*)|_(?!_))(?=\S)(?<inner>${kWithin})(?<!\s)` +
+    String.raw`\k<mark>(?![\w*])`,
+].join('|'), 'gs');
 
 // Calculator calls as a person reads them; whole and unfinished ones.
 const callText = ({sum, end, result}) =>
@@ -9225,10 +9221,10 @@ function inline(text, into) {
 
 // The blocks of a text: fenced code, a heading, a list, a paragraph.
 const kItem = / {0,12}(?:[-*+]|\d{1,9}[.)]) /.source;
-const kBlock = new RegExp([
-  /^ {0,3}(?<fence>`{3,}|~{3,}) *(?<language>[\w+#.-]*)[^`\n]*$(?<code>(?:\n(?! *\k<fence>).*)*)/.source +
-    /(?:\n.*)?/.source,
-  /^(?<level>#{1,6}) +(?<title>.+)/.source,
+const kBlock = new RegExp([  // \x60 is `
+  String.raw`^ {0,3}(?<fence>\x60{3,}|~{3,}) *(?<language>[\w+#.-]*)[^\x60\n]*$` +
+    String.raw`(?<code>(?:\n(?! *\k<fence>).*)*)(?:\n.*)?`,
+  '^(?<level>#{1,6}) +(?<title>.+)',
   String.raw`^(?<list>${kItem}.*(?:\n(?:${kItem}|[ \t]+\S).*)*)`,
   String.raw`^.*\S.*(?:\n(?!${kItem}| {0,3}(?:\x60{3}|~{3})|#{1,6} )(?=.*\S).*)*`,
 ].join('|'), 'gm');
@@ -9483,10 +9479,7 @@ function requestFor(turn) {
 function waitLine(text, percent) {
   const {wait} = views.get(run.turn);
   wait.hidden = false;
-  wait.replaceChildren(
-    percent === undefined ? make('span', {class: 'dots'}, make('i'), make('i'), make('i'))
-      : make('progress', {max: 100, value: percent, 'aria-label': 'Loading the model'}),
-    text);
+  wait.replaceChildren(make('progress', {max: 100, value: percent, 'aria-label': text}), text);
   stay();
 }
 
@@ -9723,10 +9716,10 @@ function tokenStrip(tokens, onchoose) {
   return make('div', {class: 'tokens', dir: 'auto', role: 'group',
     'aria-label': 'Tokens of the answer', onkeydown: (event) => {
       const now = buttons.indexOf(document.activeElement);
-      const to = {ArrowRight: now + 1, ArrowLeft: now - 1, Home: 0, End: buttons.length - 1}[event.key];
-      if (!buttons[to]) return;
+      const to = {ArrowRight: now + 1, ArrowLeft: now - 1, Home: 0, End: -1}[event.key];
+      if (to === undefined) return;
       event.preventDefault();
-      buttons[to].focus();
+      buttons.at(to % buttons.length).focus();
     }}, ...buttons);
 }
 
@@ -9901,7 +9894,7 @@ function openSides() {
     $(id + '-close').onclick = () => byHand(false);
   }
   document.addEventListener('click', (event) => {
-    if (event.target === document.body || event.target === document.documentElement) closeOver();
+    if (event.target.contains($('main'))) closeOver();
   });
 }
 
@@ -10041,8 +10034,9 @@ function openBox() {
 
 // ---- start
 const kThemes = ['automatic', 'light', 'dark'];
+const root = document.documentElement;
 function setTheme(name) {
-  document.documentElement.dataset.theme = name;
+  root.dataset.theme = name;
   $('theme').textContent = `Theme: ${name}`;
   write('theme', name);
 }
@@ -10057,7 +10051,7 @@ function start() {
   openTabs();
   openBox();
   const clicks = {
-    'theme': () => setTheme(kThemes[(kThemes.indexOf(document.documentElement.dataset.theme) + 1) % 3]),
+    'theme': () => setTheme(kThemes[(kThemes.indexOf(root.dataset.theme) + 1) % 3]),
     'all-open': openAll, 'device': openDevice, 'help-open': openHelp, 'new': newChat,
     'newest': toEnd, 'dialog-close': () => $('dialog').close(),
     'dialog': (event) => { if (event.target === $('dialog')) $('dialog').close(); },
@@ -10079,7 +10073,7 @@ function start() {
   const viewport = window.visualViewport;
   viewport.addEventListener('resize', () => {
     const covered = viewport.scale === 1 ? Math.max(innerHeight - viewport.height, 0) : 0;
-    document.documentElement.style.setProperty('--keyboard', `${covered}px`);
+    root.style.setProperty('--keyboard', `${covered}px`);
   });
   document.addEventListener('keydown', onKey);
   document.addEventListener('visibilitychange', () => { if (!document.hidden) poll(); });
