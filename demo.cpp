@@ -8677,7 +8677,7 @@ const std::string_view kPageBody = R"page(
     <div class="composer">
       <textarea id="text" rows="1" enterkeyhint="send" autocomplete="off"
         aria-label="Message"></textarea>
-      <button id="send" class="icon" data-icon="send" disabled></button>
+      <button id="send" class="icon" data-icon="send" aria-label="Send" disabled></button>
     </div>
     <p class="below note"><span id="hint"></span>
       <span class="meter"><progress id="meter" aria-hidden="true" hidden></progress>
@@ -9390,7 +9390,8 @@ function drawEmpty() {
   if (!m) {
     $('empty-title').textContent = models.length ? 'No checkpoint can be used yet'
       : 'There is no checkpoint yet';
-    $('empty-facts').textContent = listed(models.map((one) => `${one.id}: ${one.reason || one.status}`));
+    const why = (one) => `${one.id}: ${one.reason || one.status}`;
+    $('empty-facts').textContent = listed(models.map(why));
     $('empty-text').textContent = '';
     $('examples').replaceChildren();
     return;
