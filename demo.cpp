@@ -8542,7 +8542,7 @@ dialog {
   background: var(--paper); max-width: min(60rem, calc(100vw - 1.5rem)); max-height: calc(100dvh - 2rem);
 }
 dialog::backdrop { background: #0007; }
-dialog .icon { margin-right: -.6rem; }
+dialog .side-head { margin: 0 -.6rem .5rem 0; }
 #dialog-body > p { max-width: 33rem; }
 dialog h3 { margin: 1.25rem 0 .5rem; }
 .keys { display: grid; grid-template-columns: auto 1fr; gap: .4rem 1.2rem; font-size: .9375rem; }
