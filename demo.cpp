@@ -8248,23 +8248,23 @@ const std::string_view kPageStyle = R"page(
 /* ---- all elements */
 *, *::before, *::after { box-sizing: border-box; }
 [hidden] { display: none !important; }
-html { height: 100%; -webkit-text-size-adjust: 100%; }
 body {
-  margin: 0; height: 100%; height: 100dvh; display: flex; overflow: hidden;
+  margin: 0; height: 100dvh; display: flex; -webkit-text-size-adjust: 100%; overflow: hidden;
   background: var(--paper); color: var(--ink);
   font: 1rem/1.6 system-ui, -apple-system, "Segoe UI", Roboto, "Noto Sans", sans-serif;
   padding-bottom: var(--keyboard, 0);
 }
 button, input, select, textarea { font: inherit; color: inherit; }
-button { cursor: pointer; background: none; border: 0; border-radius: .6rem; padding: .45rem .7rem; }
+button { background: none; border: 0; border-radius: .6rem; padding: .45rem .7rem; }
+button, summary { cursor: pointer; }
 button:disabled { cursor: default; opacity: .45; }
-:focus-visible { outline: 2px solid var(--accent); outline-offset: 2px; }
-main :focus-visible, aside :focus-visible { scroll-margin: 1rem; }
+:where(button:enabled, summary, .picker, #list li):hover { background: var(--shade); }
+:focus-visible { outline: 2px solid var(--accent); outline-offset: 2px; scroll-margin: 1rem; }
 svg {
-  width: 1.25rem; height: 1.25rem; flex: none; fill: none; stroke: currentColor;
+  display: block; width: 1.25rem; height: 1.25rem; flex: none; fill: none; stroke: currentColor;
   stroke-width: 1.6; stroke-linecap: round; stroke-linejoin: round;
 }
-h2, h3, h4, p, ul, ol, dl, pre { margin: 0; }
+h2, h3, h4, p, ul, ol, dl, dd, pre { margin: 0; }
 h2 { font-size: 1.25rem; line-height: 1.3; font-weight: 620; }
 h3 { font-size: .875rem; font-weight: 620; }
 code, pre, kbd { font-family: var(--mono); font-size: .875em; }
@@ -8272,6 +8272,18 @@ kbd {
   padding: .05rem .35rem; border: 1px solid var(--line); border-radius: .3rem; color: var(--soft);
   font-size: .75rem; white-space: nowrap;
 }
+textarea, input[type="number"], input[type="password"] {
+  border: 1px solid var(--edge); border-radius: .55rem; background: var(--raised); padding: .35rem .6rem;
+}
+textarea { width: 100%; resize: vertical; }
+input[type="number"] { width: 6.5rem; text-align: right; font-variant-numeric: tabular-nums; }
+input[type="range"] { width: 100%; margin: .2rem 0; }
+input[type="range"], progress { accent-color: var(--accent); }
+::placeholder { color: var(--soft); opacity: 1; }
+:user-invalid { border-color: var(--warn) !important; }
+img { display: block; max-width: 100%; height: auto; border: 1px solid var(--line); border-radius: .6rem; }
+table { width: 100%; border-collapse: collapse; font-variant-numeric: tabular-nums; }
+th { text-align: left; font-weight: 400; }
 .sr {
   position: absolute; width: 1px; height: 1px; margin: -1px; overflow: hidden; white-space: nowrap;
   clip-path: inset(50%);
@@ -8283,94 +8295,88 @@ kbd {
 .skip:focus { top: .75rem; }
 .noscript { position: fixed; inset: 0; padding: 3rem 1.5rem; background: var(--paper); z-index: 9; }
 .icon { display: inline-grid; place-items: center; width: 2.5rem; height: 2.5rem; padding: 0; }
-.icon:hover:enabled, .wide:hover { background: var(--shade); }
 .wide {
   display: flex; align-items: center; justify-content: center; gap: .5rem; width: 100%;
   padding: .5rem .8rem; border: 1px solid var(--line);
 }
-.note, .small { font-size: .8125rem; color: var(--soft); font-weight: 400; }
+.solid { background: var(--accent); color: var(--on-accent); }
+.card { border: 1px solid var(--line); border-radius: .9rem; background: var(--raised); }
+.row { display: flex; align-items: center; gap: .4rem; }
+.note { font-size: .8125rem; line-height: 1.5; color: var(--soft); font-weight: 400; }
+.badge {
+  padding: .02rem .4rem; border-radius: .35rem; background: var(--tint); color: var(--accent);
+  font-size: .75rem; font-weight: 650; letter-spacing: .03em; vertical-align: .08em;
+}
+.best { color: var(--accent); font-weight: 600; white-space: nowrap; }
 
 /* ---- the two sides: conversations, and model and settings */
 aside {
   flex: none; display: flex; flex-direction: column; gap: .75rem; padding: .75rem 1rem 1rem;
-  background: var(--side); color: var(--ink); border: 0 solid var(--line); overflow: auto;
+  background: var(--side); border: 0 solid var(--line); overflow: auto;
   overscroll-behavior: contain; outline: none;
 }
 #chats { width: 16.5rem; border-right-width: 1px; }
 #panel { width: 22rem; border-left-width: 1px; }
-aside[popover] {
-  position: fixed; inset: 0 auto 0 0; margin: 0; height: auto; max-width: 88vw;
+/* Over the page instead of beside it; its shadow darkens the rest. */
+.over {
+  position: fixed; z-index: 5; inset: 0 auto 0 0; max-width: 88vw; box-shadow: 0 0 0 100vmax #0007;
   padding-top: max(.75rem, env(safe-area-inset-top));
   padding-bottom: max(1rem, env(safe-area-inset-bottom));
 }
-aside[popover]:not(:popover-open) { display: none; }
-aside[popover]::backdrop, dialog::backdrop { background: #0007; }
-#panel[popover] { inset: 0 0 0 auto; }
+#panel.over { left: auto; right: 0; }
 .side-head { display: flex; align-items: center; justify-content: space-between; min-height: 2.5rem; }
 .brand { display: flex; align-items: center; gap: .55rem; font-weight: 650; letter-spacing: -.01em; }
-.brand svg { color: var(--accent); stroke-width: 2.4; }
+:is(.brand, .who, #empty) svg { color: var(--accent); stroke-width: 2.4; }
 #new { justify-content: flex-start; background: var(--raised); }
 #new kbd { margin-left: auto; }
 #list { list-style: none; padding: 0; margin: 0 -.5rem; overflow: auto; flex: 1; min-height: 3rem; }
 #list li { display: flex; align-items: center; border-radius: .6rem; }
-#list li:hover, #list li:focus-within { background: var(--shade); }
-#list li.current { background: var(--bubble); }
+#list .current { background: var(--bubble); }
 #list .open {
   flex: 1; min-width: 0; text-align: left; overflow: hidden; text-overflow: ellipsis;
   white-space: nowrap; font-size: .9375rem; padding: .4rem .5rem;
 }
 #list .current .open { font-weight: 560; }
 #list .icon { width: 2rem; height: 2rem; color: var(--soft); opacity: 0; }
-#list .icon svg { width: 1.05rem; height: 1.05rem; }
 #list li:hover .icon, #list .icon:focus-visible, #list .current .icon { opacity: 1; }
-.menu summary { cursor: pointer; font-size: .875rem; padding: .25rem 0; border-radius: .4rem; }
-.menu button { display: block; width: 100%; text-align: left; font-size: .875rem; padding: .4rem .5rem; }
-.menu button:hover, .side-foot button:hover { background: var(--shade); }
+:is(#list, .code, .acts) svg { width: 1.05rem; height: 1.05rem; }
+.menu, .side-foot { font-size: .875rem; }
+.menu button { display: block; width: 100%; text-align: left; padding: .4rem .5rem; }
 .side-foot {
-  display: flex; justify-content: space-between; font-size: .875rem; border-top: 1px solid var(--line);
+  display: flex; justify-content: space-between; border-top: 1px solid var(--line);
   padding-top: .5rem; margin: 0 -.5rem;
 }
 
 /* ---- header */
 main { flex: 1; min-width: 0; display: flex; flex-direction: column; position: relative; }
 header {
-  display: flex; align-items: center; gap: .35rem; padding: .6rem .75rem; flex: none;
+  display: flex; align-items: center; gap: .35rem; padding: .6rem .75rem;
   padding-top: max(.6rem, env(safe-area-inset-top));
 }
 .picker {
   position: relative; display: flex; align-items: center; gap: .4rem; min-width: 0;
   padding: .3rem .6rem; border-radius: .7rem; margin-right: auto;
 }
-.picker:hover { background: var(--shade); }
 .picker:focus-within { outline: 2px solid var(--accent); outline-offset: 1px; }
-.picker select { position: absolute; inset: 0; width: 100%; opacity: 0; cursor: pointer; font-size: 1rem; }
+.picker select { position: absolute; inset: 0; width: 100%; opacity: 0; cursor: pointer; }
 .picker option, .picker optgroup { background: var(--raised); color: var(--ink); }
-.picker > svg { width: 1rem; height: 1rem; color: var(--soft); }
-.picked { display: block; min-width: 0; line-height: 1.25; }
-.picked b, .picked small { display: block; overflow: hidden; text-overflow: ellipsis; white-space: nowrap; }
+:is(.picker, .who) svg { width: 1rem; height: 1rem; }
+.picked { min-width: 0; line-height: 1.25; }
+.picked > * { display: block; overflow: hidden; text-overflow: ellipsis; white-space: nowrap; }
 .picked b { font-weight: 620; }
-.picked small { font-size: .8125rem; color: var(--soft); }
-.badge {
-  display: inline-block; padding: .02rem .4rem; border-radius: .35rem; background: var(--tint);
-  color: var(--accent); font-size: .75rem; font-weight: 650; letter-spacing: .03em;
-  vertical-align: .08em;
-}
-.best { color: var(--accent); font-weight: 600; white-space: nowrap; }
-#device { font-size: .8125rem; color: var(--soft); padding: .4rem .6rem; white-space: nowrap; }
-#device:hover { background: var(--shade); }
+#device { white-space: nowrap; }
 #device::before {
   content: ""; display: inline-block; width: .5rem; height: .5rem; border-radius: 50%;
   background: var(--accent); margin-right: .45rem; vertical-align: .06em;
 }
 #device.fallback::before { background: none; border: 2px solid var(--soft); }
-#banner {
-  margin: 0 .75rem; padding: .6rem 1rem; border-radius: .7rem; background: var(--warn-tint);
-  color: var(--warn); font-size: .9375rem;
+#banner { margin: 0 .75rem; }
+#banner, .trouble {
+  padding: .5rem .9rem; border-radius: .7rem; background: var(--warn-tint); color: var(--warn);
+  font-size: .9375rem; overflow-wrap: anywhere;
 }
-#banner.good { background: var(--tint); color: var(--accent); }
 #key-form { display: flex; flex-wrap: wrap; align-items: center; gap: .5rem; margin-top: .4rem; }
 #key-form input { min-width: 0; flex: 1 1 9rem; }
-#key-form button, .solid { background: var(--accent); color: var(--on-accent); }
 
 /* ---- conversation */
 #scroll { flex: 1; overflow: auto; overscroll-behavior: contain; outline: none; padding: 0 1.25rem; }
@@ -8383,19 +8389,15 @@ header {
   background: var(--bubble); white-space: pre-wrap; overflow-wrap: anywhere;
 }
 .editing { width: 100%; }
-.editing textarea { width: 100%; }
 .editing .row { justify-content: flex-end; margin-top: .5rem; }
 .who { display: flex; align-items: center; gap: .45rem; font-size: .8125rem; color: var(--soft); }
-.who svg { width: 1rem; height: 1rem; color: var(--accent); stroke-width: 2.4; }
 .body { margin-top: .35rem; overflow-wrap: anywhere; line-height: 1.68; }
 .body > * + * { margin-top: .8rem; }
-.body p, .plain { white-space: pre-wrap; }
-.body h3, .body h4 { font-size: 1.0625rem; margin-top: 1.25rem; white-space: pre-wrap; }
+.body :is(p, h3, h4, li > span) { white-space: pre-wrap; }
+.body h3, .body h4 { font-size: 1.0625rem; margin-top: 1.25rem; }
 .body ul, .body ol { padding-left: 1.6rem; }
-.body li + li { margin-top: .3rem; }
-.body li > ul, .body li > ol { margin-top: .3rem; }
-.body li > span { white-space: pre-wrap; }
-.body code { background: var(--bubble); padding: .1rem .35rem; border-radius: .3rem; }
+.body li + li, .body li > :is(ul, ol) { margin-top: .3rem; }
+.body code, .why code { background: var(--bubble); padding: .1rem .35rem; border-radius: .3rem; }
 .code { position: relative; background: var(--side); border-radius: .7rem; }
 aside .code { background: var(--raised); }
 .code pre {
@@ -8404,54 +8406,41 @@ aside .code { background: var(--raised); }
 }
 aside .code pre { font-size: .78rem; white-space: pre-wrap; overflow-wrap: anywhere; }
 .code pre code { background: none; padding: 0; font-size: inherit; }
-.code .icon { position: absolute; top: .3rem; right: .3rem; width: 2.2rem; height: 2.2rem; color: var(--soft);
-  background: inherit; }
-.code .icon svg { width: 1.1rem; height: 1.1rem; }
+.code .icon {
+  position: absolute; top: .3rem; right: .3rem; width: 2.2rem; height: 2.2rem; color: var(--soft);
+  background: inherit;
+}
 .calc {
   display: inline-block; padding: 0 .5rem; border-radius: .45rem; background: var(--tint);
-  border: 1px solid color-mix(in srgb, var(--accent) 35%, transparent);
-  font-family: var(--mono); font-size: .8125rem; line-height: 1.6; overflow-wrap: anywhere;
-  margin-right: .3rem;
+  border: 1px solid color-mix(in srgb, var(--accent) 35%, transparent); margin-right: .3rem;
+  font-family: var(--mono); font-size: .8125rem; line-height: 1.6;
 }
 .calc b { font: 600 .75rem/1 system-ui, sans-serif; color: var(--accent); margin-right: .15rem; }
 .prompt { color: var(--soft); }
 .live > :is(p, h3, h4):last-child::after, .live > :is(ul, ol):last-child > li:last-child > span:last-child::after {
   content: ""; display: inline-block; width: .5rem; height: 1.05em; margin-left: .15rem;
   vertical-align: -.18em; border-radius: 1px; background: var(--accent);
-  animation: blink 1.1s steps(2, jump-none) infinite;
 }
-@keyframes blink { from { opacity: 1; } to { opacity: .15; } }
 .waiting { display: flex; align-items: center; gap: .7rem; margin-top: .5rem; color: var(--soft); }
-.waiting progress { width: 8rem; accent-color: var(--accent); }
-.dots { display: inline-flex; gap: .25rem; }
-.dots i { width: .4rem; height: .4rem; border-radius: 50%; background: var(--accent); animation: blink 1.2s infinite; }
-.dots i:nth-child(2) { animation-delay: .2s; }
-.dots i:nth-child(3) { animation-delay: .4s; }
-.trouble {
-  display: flex; flex-wrap: wrap; align-items: center; gap: .3rem .6rem; margin-top: .7rem;
-  padding: .5rem .9rem; border-radius: .7rem; background: var(--warn-tint); color: var(--warn);
-  font-size: .9375rem; overflow-wrap: anywhere;
-}
+.waiting progress { width: 5rem; }
+.trouble { display: flex; flex-wrap: wrap; align-items: center; gap: .3rem .6rem; margin-top: .7rem; }
 .trouble.calm { background: var(--side); color: var(--soft); }
-.trouble button { font-weight: 600; text-decoration: underline; text-underline-offset: .2em; }
+:is(.trouble, #toast, td) button { font-weight: 600; text-decoration: underline; text-underline-offset: .2em; }
 .notice { text-align: center; font-size: .8125rem; color: var(--soft); margin-top: 1.5rem; }
 .acts { display: flex; flex-wrap: wrap; align-items: center; gap: .1rem; margin: .3rem 0 0 -.5rem; color: var(--soft); }
 .acts button { height: 2.1rem; padding: 0 .5rem; font-size: .8125rem; display: inline-flex; align-items: center; gap: .35rem; }
-.acts button:hover { background: var(--shade); color: var(--ink); }
 .acts button[aria-pressed="true"] { background: var(--tint); color: var(--accent); }
-.acts svg { width: 1.05rem; height: 1.05rem; }
 .user .acts { margin: .15rem 0 0; }
 .stats { font-size: .8125rem; margin-left: auto; }
-.stats summary { cursor: pointer; padding: .3rem .5rem; border-radius: .5rem; font-variant-numeric: tabular-nums; }
-.stats summary:hover { background: var(--shade); }
+.stats summary { padding: .3rem .5rem; border-radius: .5rem; font-variant-numeric: tabular-nums; }
 .stats[open] { flex-basis: 100%; }
 .stats dl { padding: .4rem .5rem; max-width: 26rem; }
 .facts-list { display: grid; grid-template-columns: auto 1fr; gap: .2rem 1.25rem; font-size: .875rem; }
 .facts-list dt { color: var(--soft); }
-.facts-list dd { margin: 0; text-align: right; overflow-wrap: anywhere; font-variant-numeric: tabular-nums; }
+.facts-list dd { text-align: right; overflow-wrap: anywhere; font-variant-numeric: tabular-nums; }
 
 /* ---- why these words? */
-.tokens { white-space: pre-wrap; margin-top: .35rem; line-height: 2; overflow-wrap: anywhere; }
+.tokens { white-space: pre-wrap; margin: .35rem 0 .8rem; line-height: 2; overflow-wrap: anywhere; }
 .tokens button {
   display: inline; padding: .12rem 0; border-radius: .25rem; white-space: pre-wrap; text-align: left;
   background: var(--bubble); box-shadow: inset 0 -2px 0 var(--line);
@@ -8460,36 +8449,30 @@ aside .code pre { font-size: .78rem; white-space: pre-wrap; overflow-wrap: anywh
 .tokens button:hover { box-shadow: inset 0 -2px 0 var(--accent); }
 .tokens button[aria-pressed="true"] { background: var(--accent); color: var(--on-accent); }
 .tokens .mark { opacity: .7; }
-.why {
-  margin-top: .8rem; padding: 1rem 1.1rem; border: 1px solid var(--line); border-radius: .9rem;
-  background: var(--raised);
-}
-.why table { width: 100%; border-collapse: collapse; margin: .6rem 0; font-size: .9375rem; }
-.why th { text-align: left; font-weight: 400; padding: .16rem .8rem .16rem 0; width: 1%; white-space: nowrap; }
-.why td:last-child { text-align: right; width: 4.8rem; white-space: nowrap; font-variant-numeric: tabular-nums; }
-.why code { background: var(--bubble); padding: .1rem .4rem; border-radius: .3rem; white-space: pre; }
-.why .chosen th, .why .chosen td { font-weight: 650; color: var(--accent); }
+.why { padding: 1rem 1.1rem; }
+.why table { margin-top: .6rem; font-size: .9375rem; }
+.why caption { caption-side: bottom; text-align: left; padding-top: .6rem; }
+.why th { padding: .16rem .8rem .16rem 0; width: 1%; white-space: nowrap; }
+.why td:last-child { text-align: right; width: 4.8rem; white-space: nowrap; }
+.why code { white-space: pre; }
+.why .chosen :is(th, td) { font-weight: 650; color: var(--accent); }
 .why .bar { height: .55rem; border-radius: .3rem; background: var(--edge); min-width: 2px; }
 .why .chosen .bar { background: var(--accent); }
 
 /* ---- before the first message */
 #empty { max-width: var(--column); margin: 0 auto; padding: 13vh 0 2rem; }
-#empty .mark { width: 2.75rem; height: 2.75rem; color: var(--accent); stroke-width: 2.4; margin-left: -.4rem; }
+#empty svg { width: 2.75rem; height: 2.75rem; margin-left: -.4rem; }
 #empty h2 { font-size: clamp(1.5rem, 1.1rem + 2vw, 2.1rem); letter-spacing: -.02em; margin: .6rem 0 .5rem; }
 #empty p { color: var(--soft); max-width: 36rem; }
 #empty .facts { color: var(--ink); font-size: .9375rem; margin-bottom: .6rem; }
 #empty code { overflow-wrap: anywhere; }
 #examples { display: grid; grid-template-columns: repeat(auto-fit, minmax(12.5rem, 1fr)); gap: .75rem; margin-top: 1.75rem; }
-#examples button {
-  display: flex; flex-direction: column; text-align: left; padding: .85rem 1rem; line-height: 1.4;
-  border: 1px solid var(--line); border-radius: .9rem; background: var(--raised); transition: border-color .15s, transform .15s;
-}
-#examples button:hover { border-color: var(--accent); transform: translateY(-1px); }
-#examples small { display: block; color: var(--soft); margin-top: .2rem; }
+#examples button { display: flex; flex-direction: column; text-align: left; padding: .85rem 1rem; line-height: 1.4; }
+#examples button:hover { border-color: var(--accent); }
 
 /* ---- message box */
 footer {
-  flex: none; position: relative; width: 100%; max-width: calc(var(--column) + 2.5rem); margin: 0 auto;
+  position: relative; width: 100%; max-width: calc(var(--column) + 2.5rem); margin: 0 auto;
   padding: 0 1.25rem max(.6rem, env(safe-area-inset-bottom));
 }
 footer::before {
@@ -8504,24 +8487,21 @@ footer::before {
 .composer:focus-within { border-color: var(--accent); box-shadow: 0 0 0 .2rem var(--tint); }
 .composer textarea {
   flex: 1; min-width: 0; border: 0; outline: 0; background: none; resize: none; padding: .42rem 0;
-  line-height: 1.5; max-height: 12.9rem; overflow: auto;
+  line-height: 1.5; max-height: 12.9rem;
 }
-textarea::placeholder, input::placeholder { color: var(--soft); opacity: 1; }
 #send { border-radius: 50%; background: var(--accent); color: var(--on-accent); }
-#send:hover:enabled { background: color-mix(in srgb, var(--accent) 85%, var(--ink)); }
+#send:hover { background: color-mix(in srgb, var(--accent) 85%, var(--ink)); }
 #send:disabled { background: var(--bubble); color: var(--soft); opacity: 1; }
 .below {
   display: flex; justify-content: space-between; gap: .2rem 1rem; flex-wrap: wrap; min-height: 1.4rem;
-  padding: .35rem .6rem 0; font-size: .78rem; color: var(--soft);
+  padding: .35rem .6rem 0;
 }
 .meter { display: flex; align-items: center; gap: .5rem; margin-left: auto; }
-#meter { width: 4.5rem; height: .3rem; border-radius: .3rem; background: var(--line); overflow: hidden; }
-#meter i { display: block; height: 100%; background: var(--accent); }
+#meter { width: 4.5rem; height: .4rem; }
 #newest {
   position: absolute; left: 50%; bottom: calc(100% + .6rem); transform: translateX(-50%);
-  display: flex; align-items: center; gap: .3rem; padding: .35rem .9rem .35rem .6rem; border-radius: 2rem;
-  background: var(--raised); border: 1px solid var(--line); box-shadow: 0 2px 12px var(--shade);
-  font-size: .875rem; min-height: 2.5rem;
+  display: flex; align-items: center; gap: .3rem; padding: .35rem .9rem .35rem .6rem;
+  border-radius: 2rem; box-shadow: 0 2px 12px var(--shade); font-size: .875rem; min-height: 2.5rem;
 }
 
 /* ---- model and settings */
@@ -8529,57 +8509,41 @@ textarea::placeholder, input::placeholder { color: var(--soft); opacity: 1; }
 [role="tab"] { padding: .3rem .7rem; font-size: .9375rem; color: var(--soft); }
 [role="tab"][aria-selected="true"] { background: var(--raised); color: var(--ink); font-weight: 560; box-shadow: 0 1px 3px var(--shade); }
 [role="tabpanel"] { display: flex; flex-direction: column; gap: .8rem; outline-offset: .4rem; }
-#about h2 { margin-bottom: .15rem; }
-.loss { margin: .9rem 0; padding: .9rem 1rem; border: 1px solid var(--line); border-radius: .9rem; background: var(--raised); }
+.loss { margin: .9rem 0; padding: .9rem 1rem; }
 .loss b { font-size: 1.6rem; font-weight: 620; letter-spacing: -.02em; line-height: 1.2; font-variant-numeric: tabular-nums; }
-.loss p { font-size: .8125rem; color: var(--soft); line-height: 1.5; margin-top: .35rem; }
-.control { display: flex; flex-direction: column; gap: .35rem; padding-bottom: .3rem; }
-.row { display: flex; align-items: center; gap: .4rem; }
+.control { display: flex; flex-direction: column; gap: .35rem; padding-bottom: 1.1rem; }
 .row label { font-weight: 560; font-size: .9375rem; }
-.row .hint {
+.hint {
   width: 1.5rem; height: 1.5rem; padding: 0; border-radius: 50%; color: var(--soft); font-size: .8125rem;
   border: 1px solid var(--line); line-height: 1; margin-right: auto;
 }
-.row .hint[aria-expanded="true"] { background: var(--tint); color: var(--accent); }
-.control p { font-size: .8125rem; color: var(--soft); line-height: 1.5; }
-#top_k-off { font-size: .8125rem; color: var(--soft); }
-input[type="number"], input[type="password"], .control textarea, .editing textarea {
-  border: 1px solid var(--edge); border-radius: .55rem; background: var(--raised); padding: .35rem .6rem;
-}
-input[type="number"] { width: 6.5rem; text-align: right; font-variant-numeric: tabular-nums; }
-.control textarea { width: 100%; resize: vertical; }
-input[type="range"] { width: 100%; margin: .2rem 0; accent-color: var(--accent); }
-:user-invalid { border-color: var(--warn) !important; }
-
+.hint[aria-expanded="true"] { background: var(--tint); color: var(--accent); }
 #walk-out p { font-size: .875rem; line-height: 1.5; margin-bottom: 1rem; }
 #walk-out button { padding: 0; width: 100%; margin-bottom: 1rem; }
-img { display: block; max-width: 100%; height: auto; border: 1px solid var(--line); border-radius: .6rem; }
 
 /* ---- dialogs and the line that comes up at the bottom */
 dialog {
-  border: 1px solid var(--line); border-radius: 1.1rem; padding: 1.25rem 1.5rem 1.5rem; color: var(--ink);
-  background: var(--paper); width: min(36rem, calc(100vw - 1.5rem)); max-height: calc(100dvh - 2rem);
+  border: 1px solid var(--line); border-radius: 1.1rem; padding: .85rem 1.5rem 1.5rem; color: var(--ink);
+  background: var(--paper); max-width: min(60rem, calc(100vw - 1.5rem)); max-height: calc(100dvh - 2rem);
 }
-#picture { width: fit-content; max-width: calc(100vw - 1.5rem); }
-#all { width: min(60rem, calc(100vw - 1.5rem)); }
-.dialog-head { display: flex; align-items: center; justify-content: space-between; margin: -.4rem -.6rem .5rem 0; }
+dialog::backdrop { background: #0007; }
+dialog .side-head { margin: 0 -.6rem .5rem 0; }
+#dialog-body > p { max-width: 33rem; }
 dialog h3 { margin: 1.25rem 0 .5rem; }
 .keys { display: grid; grid-template-columns: auto 1fr; gap: .4rem 1.2rem; font-size: .9375rem; }
-.keys dd { margin: 0; }
-.table { overflow: auto; margin-top: 1rem; border-radius: .5rem; }
-#all table { border-collapse: collapse; width: 100%; font-size: .875rem; }
-#all th, #all td { text-align: left; padding: .45rem .8rem .45rem 0; border-bottom: 1px solid var(--line); white-space: nowrap; font-variant-numeric: tabular-nums; }
-#all th { color: var(--soft); font-weight: 560; }
-#all td.reason { white-space: normal; min-width: 10rem; color: var(--soft); }
-#all td button { padding: .1rem .4rem; margin-left: -.4rem; color: var(--accent); font-weight: 600; text-decoration: underline; text-underline-offset: .2em; }
-#all tr.current { background: var(--tint); }
+.table { overflow: auto; margin-top: 1rem; border-radius: .5rem; font-size: .875rem; }
+.table :is(th, td) { padding: .45rem .8rem .45rem 0; border-bottom: 1px solid var(--line); white-space: nowrap; }
+.table th, .table td:last-child { color: var(--soft); }
+.table td:last-child { white-space: normal; min-width: 10rem; }
+.table button { padding: .1rem .4rem; margin-left: -.4rem; color: var(--accent); }
+.table .current { background: var(--tint); }
 #toast {
   inset: auto auto 7.5rem 50%; margin: 0; transform: translateX(-50%); width: max-content;
   max-width: calc(100vw - 2rem); padding: .55rem 1.1rem; border: 0; border-radius: .8rem;
   background: var(--ink); color: var(--paper);
   font-size: .9375rem; box-shadow: 0 6px 24px var(--shade);
 }
-#toast button { font-weight: 650; text-decoration: underline; padding: .1rem .4rem; }
+#toast button { padding: .1rem .4rem; }
 
 /* ---- small windows, fingers, and people who want less movement */
 @media (max-width: 700px) {
@@ -8594,7 +8558,7 @@ dialog h3 { margin: 1.25rem 0 .5rem; }
   #hint, .acts button span { display: none; }
   .why th { max-width: 9rem; overflow: hidden; text-overflow: ellipsis; }
   .why .chosen th span { display: none; }
-  #panel[popover] {
+  #panel.over {
     inset: auto 0 0 0; width: 100%; max-width: none; max-height: 85dvh; border-width: 1px 0 0;
     border-radius: 1.2rem 1.2rem 0 0;
   }
@@ -8611,41 +8575,15 @@ dialog h3 { margin: 1.25rem 0 .5rem; }
 }
 @media (hover: hover) {
   .user { position: relative; }
-  .user .acts { position: absolute; top: 100%; right: 0; opacity: 0; transition: opacity .12s; }
+  .user .acts { position: absolute; top: 100%; right: 0; opacity: 0; }
   .user:hover .acts, .user .acts:focus-within { opacity: 1; }
 }
-@media (prefers-reduced-motion: no-preference) {
-  aside[popover]:popover-open { animation: slide .18s ease-out; }
-  @keyframes slide { from { opacity: 0; translate: 0 .8rem; } }
-}
 @media (prefers-reduced-motion: reduce) {
-  *, *::before, *::after { animation: none !important; transition: none !important; }
+  progress:not([value]) { display: none; }
 }
 )page";
 
 const std::string_view kPageBody = R"page(
-<svg hidden>
-  <symbol id="i-logo" viewBox="0 0 24 24"><path d="M4 5.5h16M4 10h11M4 14.5h7M4 19h3.5"/></symbol>
-  <symbol id="i-side" viewBox="0 0 24 24"><path d="M4 5h16v14H4zM9.5 5v14"/></symbol>
-  <symbol id="i-new" viewBox="0 0 24 24"><path d="M12 5v14M5 12h14"/></symbol>
-  <symbol id="i-down" viewBox="0 0 24 24"><path d="m6 9.5 6 6 6-6"/></symbol>
-  <symbol id="i-tune" viewBox="0 0 24 24">
-    <path d="M4 8h8m6 0h2M4 16h2m6 0h8"/><circle cx="15" cy="8" r="2.6"/><circle cx="9" cy="16" r="2.6"/>
-  </symbol>
-  <symbol id="i-copy" viewBox="0 0 24 24">
-    <path d="M9 9h10.5v10.5H9zM5.5 15H4.5V4.5H15v1"/>
-  </symbol>
-  <symbol id="i-done" viewBox="0 0 24 24"><path d="m5 12.5 5 5 9.5-11"/></symbol>
-  <symbol id="i-again" viewBox="0 0 24 24"><path d="M19.5 12A7.5 7.5 0 1 1 17 6.4L19.5 9M19.5 4v5h-5"/></symbol>
-  <symbol id="i-edit" viewBox="0 0 24 24"><path d="M5 19v-3.5L15.5 5 19 8.5 8.5 19zM13 7.5l3.5 3.5"/></symbol>
-  <symbol id="i-why" viewBox="0 0 24 24"><path d="M5 6h14M5 12h8.5M5 18h4.5"/></symbol>
-  <symbol id="i-send" viewBox="0 0 24 24"><path d="M12 19V5.5M6 11l6-6 6 6"/></symbol>
-  <symbol id="i-stop" viewBox="0 0 24 24"><path fill="currentColor" d="M7.5 7.5h9v9h-9z"/></symbol>
-  <symbol id="i-close" viewBox="0 0 24 24"><path d="m6 6 12 12M18 6 6 18"/></symbol>
-  <symbol id="i-bin" viewBox="0 0 24 24"><path d="M5 7h14M9.5 7V4.5h5V7M7 7l.8 12.5h8.4L17 7"/></symbol>
-  <symbol id="i-more" viewBox="0 0 24 24"><path d="M6 12h.01M12 12h.01M18 12h.01"/></symbol>
-</svg>
-
 <noscript>
   <p class="noscript">This page needs JavaScript. Without it, chat in a terminal:
   <code>nanogpt chat</code></p>
@@ -8655,16 +8593,15 @@ const std::string_view kPageBody = R"page(
 
 <aside id="chats" aria-label="Conversations" tabindex="-1">
   <div class="side-head">
-    <span class="brand"><svg><use href="#i-logo"/></svg>nanogpt</span>
-    <button class="icon" id="chats-close" aria-label="Close conversations">
-      <svg><use href="#i-close"/></svg></button>
+    <span class="brand" data-icon="logo">nanogpt</span>
+    <button class="icon" id="chats-close" data-icon="close" aria-label="Close conversations"></button>
   </div>
-  <button class="wide" id="new"><svg><use href="#i-new"/></svg>New chat <kbd>Alt N</kbd></button>
-  <h2 class="small">Conversations</h2>
+  <button class="wide" id="new" data-icon="new">New chat <kbd>Alt N</kbd></button>
+  <h2 class="note">Conversations</h2>
   <p id="list-none" class="note">None yet.</p>
   <ul id="list"></ul>
   <p id="list-note" class="note">Kept in this browser only. Nobody else sees them here.</p>
-  <details id="keep" class="menu">
+  <details class="menu">
     <summary>Save, load, delete</summary>
     <button id="save-md">Save this chat as Markdown</button>
     <button id="save-json">Save all chats as JSON</button>
@@ -8673,7 +8610,7 @@ const std::string_view kPageBody = R"page(
     <input type="file" id="file" accept=".json,application/json" hidden aria-label="JSON file">
   </details>
   <div class="side-foot">
-    <button id="theme">Theme: automatic</button>
+    <button id="theme"></button>
     <button id="help-open">Help</button>
   </div>
 </aside>
@@ -8681,18 +8618,18 @@ const std::string_view kPageBody = R"page(
 <main id="main">
   <h1 class="sr">nanogpt: chat with nanochat models</h1>
   <header>
-    <button class="icon" id="chats-open" aria-label="Conversations" aria-controls="chats">
-      <svg><use href="#i-side"/></svg></button>
+    <button class="icon" id="chats-open" data-icon="side" aria-label="Conversations"
+      aria-controls="chats"></button>
     <div class="picker">
       <span class="picked" aria-hidden="true">
-        <b id="picked-name">Looking for models</b><small id="picked-loss"></small>
+        <b id="picked-name">Looking for models</b><small id="picked-loss" class="note"></small>
       </span>
-      <svg><use href="#i-down"/></svg>
+      <span data-icon="down"></span>
       <select id="model" aria-label="Model"></select>
     </div>
-    <button id="device" hidden aria-haspopup="dialog"></button>
-    <button class="icon" id="panel-open" aria-label="Model and settings" aria-controls="panel">
-      <svg><use href="#i-tune"/></svg></button>
+    <button id="device" class="note" hidden aria-haspopup="dialog"></button>
+    <button class="icon" id="panel-open" data-icon="tune" aria-label="Model and settings"
+      aria-controls="panel"></button>
   </header>
 
   <div id="banner" role="alert" hidden>
@@ -8700,31 +8637,35 @@ const std::string_view kPageBody = R"page(
     <form id="key-form" hidden>
       <label for="key">Access key</label>
       <input id="key" type="password" autocomplete="off" required>
-      <button>Use it</button>
+      <button class="solid">Use it</button>
     </form>
   </div>
 
   <div id="scroll" tabindex="-1">
     <section id="empty" aria-labelledby="empty-title" hidden>
-      <svg class="mark"><use href="#i-logo"/></svg>
+      <div data-icon="logo"></div>
       <h2 id="empty-title"></h2>
       <p id="empty-facts" class="facts"></p>
       <p id="empty-text"></p>
+      <p id="empty-none">The server looks in the folder given with <code>--base-dir</code>, else in
+        <code>$NANOCHAT_BASE_DIR</code>, else in <code>~/.cache/nanochat</code>, for
+        <code>chatsft_checkpoints/&lt;tag&gt;/model_&lt;step&gt;.pt</code> with
+        <code>meta_&lt;step&gt;.json</code> beside it (also base_, mid_ and chatrl_checkpoints) and
+        for <code>tokenizer/tokenizer.pkl</code>. A new checkpoint appears here by itself.</p>
       <div id="examples" role="group" aria-label="Examples to start with"></div>
     </section>
     <div id="log" role="log" aria-live="off" aria-label="Conversation"></div>
   </div>
 
   <footer>
-    <button id="newest" hidden><svg><use href="#i-down"/></svg>Newest</button>
+    <button id="newest" class="card" data-icon="down" hidden>Newest</button>
     <div class="composer">
-      <label class="sr" for="text" id="text-label">Message</label>
-      <textarea id="text" rows="1" enterkeyhint="send" autocomplete="off"></textarea>
-      <button id="send" class="icon" aria-label="Send" disabled>
-        <svg><use href="#i-send"/></svg></button>
+      <textarea id="text" rows="1" enterkeyhint="send" autocomplete="off"
+        aria-label="Message"></textarea>
+      <button id="send" class="icon" data-icon="send" aria-label="Send" disabled></button>
     </div>
-    <p class="below"><span id="hint"></span>
-      <span class="meter"><i id="meter" aria-hidden="true" hidden><i></i></i>
+    <p class="below note"><span id="hint"></span>
+      <span class="meter"><progress id="meter" aria-hidden="true" hidden></progress>
       <span id="meter-text"></span></span></p>
   </footer>
 </main>
@@ -8732,14 +8673,12 @@ const std::string_view kPageBody = R"page(
 <aside id="panel" aria-label="Model and settings" tabindex="-1">
   <div class="side-head">
     <div role="tablist" aria-label="What to show">
-      <button role="tab" id="tab-model" aria-controls="pane-model" aria-selected="true">Model</button>
-      <button role="tab" id="tab-settings" aria-controls="pane-settings" aria-selected="false"
-        tabindex="-1">Settings</button>
-      <button role="tab" id="tab-walk" aria-controls="pane-walk" aria-selected="false"
-        tabindex="-1">Walkthrough</button>
+      <button role="tab" id="tab-model" aria-controls="pane-model">Model</button>
+      <button role="tab" id="tab-settings" aria-controls="pane-settings">Settings</button>
+      <button role="tab" id="tab-walk" aria-controls="pane-walk">Walkthrough</button>
     </div>
-    <button class="icon" id="panel-close" aria-label="Close model and settings">
-      <svg><use href="#i-close"/></svg></button>
+    <button class="icon" id="panel-close" data-icon="close"
+      aria-label="Close model and settings"></button>
   </div>
 
   <div role="tabpanel" id="pane-model" aria-labelledby="tab-model" tabindex="0">
@@ -8751,49 +8690,17 @@ const std::string_view kPageBody = R"page(
     <div class="code"><pre id="curl" tabindex="0"></pre></div>
   </div>
 
-  <div role="tabpanel" id="pane-settings" aria-labelledby="tab-settings" tabindex="0" hidden>
-    <div class="control">
-      <div class="row"><label for="temperature">Temperature</label>
-        <input type="number" id="temperature" min="0" max="2" step="0.05"></div>
-      <input type="range" id="temperature-slider" min="0" max="2" step="0.05"
-        aria-label="Temperature, slider">
-      <p data-for="temperature">How daring the choice of words is. At 0 the model always takes the
-        likeliest token; the higher, the more often an unlikely one.</p>
-    </div>
-    <div class="control">
-      <div class="row"><label for="top_k">Top-k</label>
-        <span id="top_k-off">off</span>
-        <input type="number" id="top_k" min="0" max="200" step="1"></div>
-      <input type="range" id="top_k-slider" min="0" max="200" step="1" aria-label="Top-k, slider">
-      <p data-for="top_k">Only the k likeliest tokens can be chosen at each step. 0 is off: every
-        token can.</p>
-    </div>
-    <div class="control">
-      <div class="row"><label for="max_tokens">Max tokens</label>
-        <input type="number" id="max_tokens" min="1" max="4096" step="1"></div>
-      <p data-for="max_tokens">The answer is cut after this many tokens. A token is a piece of a
-        word, about four letters of English.</p>
-    </div>
-    <div class="control">
-      <div class="row"><label for="seed">Seed</label>
-        <input type="number" id="seed" min="0" step="1" placeholder="random"></div>
-      <p data-for="seed">Where the dice start. The same seed, question and settings give the same
-        answer again; empty means new dice each time.</p>
-    </div>
-    <div class="control">
-      <div class="row"><label for="system">System text</label></div>
-      <textarea id="system" rows="3" placeholder="None"></textarea>
-      <p data-for="system">Put in front of your first message. Small models follow it only
-        loosely.</p>
-    </div>
+  <div role="tabpanel" id="pane-settings" aria-labelledby="tab-settings" tabindex="0">
+    <div id="settings"></div>
     <button class="wide" id="reset">Reset to defaults</button>
   </div>
 
-  <div role="tabpanel" id="pane-walk" aria-labelledby="tab-walk" tabindex="0" hidden>
+  <div role="tabpanel" id="pane-walk" aria-labelledby="tab-walk" tabindex="0">
     <form id="walk-form" class="control">
       <label for="walk-text">A text, and the model's every step through it</label>
       <textarea id="walk-text" rows="3" required>The sky is blue because</textarea>
-      <p>At most 63 tokens. It is read as it stands, without the words of a chat around it.</p>
+      <p class="note">At most 63 tokens. It is read as it stands, without the words of a chat around
+        it.</p>
       <div class="row"><label for="walk-layer">Layer looked at closely</label>
         <input type="number" id="walk-layer" min="0" step="1" placeholder="middle"></div>
       <button class="wide">Walk through it</button>
@@ -8802,38 +8709,14 @@ const std::string_view kPageBody = R"page(
   </div>
 </aside>
 
-<dialog id="all" aria-labelledby="all-title">
-  <div class="dialog-head"><h2 id="all-title">All checkpoints</h2>
-    <button class="icon" data-close aria-label="Close"><svg><use href="#i-close"/></svg></button>
+<dialog id="dialog" aria-labelledby="dialog-title">
+  <div class="side-head"><h2 id="dialog-title"></h2>
+    <button class="icon" id="dialog-close" data-icon="close" aria-label="Close"></button>
   </div>
-  <p class="note">★ marks the lowest loss among checkpoints of the same type whose loss has the same
-    unit. Losses with different units cannot be compared: nats per token depend on the tokenizer,
-    bits per byte do not.</p>
-  <div class="table" tabindex="0" role="region" aria-labelledby="all-title">
-    <table><thead><tr><th>Type</th><th>Model</th><th>Step</th><th>Validation loss</th>
-      <th>Architecture</th><th>Parameters</th><th>Status</th></tr></thead>
-      <tbody id="all-rows"></tbody></table>
-  </div>
+  <div id="dialog-body"></div>
 </dialog>
 
-<dialog id="why-device" aria-labelledby="why-device-title">
-  <div class="dialog-head"><h2 id="why-device-title">What computes here</h2>
-    <button class="icon" data-close aria-label="Close"><svg><use href="#i-close"/></svg></button>
-  </div>
-  <div id="why-device-text"></div>
-</dialog>
-
-<dialog id="picture" aria-labelledby="picture-title">
-  <div class="dialog-head"><h2 id="picture-title"></h2>
-    <button class="icon" data-close aria-label="Close"><svg><use href="#i-close"/></svg></button>
-  </div>
-  <img id="picture-img" alt="">
-</dialog>
-
-<dialog id="help" aria-labelledby="help-title">
-  <div class="dialog-head"><h2 id="help-title">Help</h2>
-    <button class="icon" data-close aria-label="Close"><svg><use href="#i-close"/></svg></button>
-  </div>
+<template id="help">
   <p>You are talking to a small language model trained with nanochat. It runs on the computer this
     page comes from; nothing is sent anywhere else. It writes what sounds likely, and that is often
     wrong.</p>
@@ -8862,10 +8745,10 @@ const std::string_view kPageBody = R"page(
   <h3>Why these words?</h3>
   <p>Below each answer is a button with this name. It cuts the answer into tokens; choose one to see
     the ten tokens the model thought likeliest there.</p>
-</dialog>
+</template>
 
 <div id="toast" role="status" popover="manual"><span id="toast-text"></span>
-  <button id="toast-do"></button></div>
+  <button id="toast-undo">Undo</button></div>
 <p id="status" class="sr" role="status"></p>
 )page";
 
@@ -8891,14 +8774,34 @@ function make(tag, attributes, ...children) {
   return node;
 }
 
+const kIcons = {
+  logo: 'M4 5.5h16M4 10h11M4 14.5h7M4 19h3.5',
+  side: 'M4 5h16v14H4zM9.5 5v14',
+  new: 'M12 5v14M5 12h14',
+  down: 'm6 9.5 6 6 6-6',
+  tune: 'M4 8h8.4m5.2 0H20M4 16h2.4m5.2 0H20M12.4 8a2.6 2.6 0 1 0 5.2 0a2.6 2.6 0 1 0-5.2 0' +
+    'M6.4 16a2.6 2.6 0 1 0 5.2 0a2.6 2.6 0 1 0-5.2 0',
+  copy: 'M9 9h10.5v10.5H9zM5.5 15H4.5V4.5H15v1',
+  done: 'm5 12.5 5 5 9.5-11',
+  again: 'M19.5 12A7.5 7.5 0 1 1 17 6.4L19.5 9M19.5 4v5h-5',
+  edit: 'M5 19v-3.5L15.5 5 19 8.5 8.5 19zM13 7.5l3.5 3.5',
+  why: 'M5 6h14M5 12h8.5M5 18h4.5',
+  send: 'M12 19V5.5M6 11l6-6 6 6',
+  stop: 'M8 8h8v8H8zM9.5 9.5h5v5h-5zM11 11h2v2h-2z',
+  close: 'm6 6 12 12M18 6 6 18',
+  bin: 'M5 7h14M9.5 7V4.5h5V7M7 7l.8 12.5h8.4L17 7',
+};
+
 function icon(name) {
-  const svg = document.createElementNS('http://www.w3.org/2000/svg', 'svg');
-  const use = document.createElementNS('http://www.w3.org/2000/svg', 'use');
-  use.setAttribute('href', '#i-' + name);
-  svg.append(use);
+  const [svg, path] = ['svg', 'path'].map((tag) =>
+    document.createElementNS('http://www.w3.org/2000/svg', tag));
+  path.setAttribute('d', kIcons[name]);
+  svg.append(path);
+  svg.setAttribute('viewBox', '0 0 24 24');
   svg.setAttribute('aria-hidden', 'true');
   return svg;
 }
+const setIcon = (node, name) => node.querySelector('path').setAttribute('d', kIcons[name]);
 
 function iconButton(name, label, onclick, kind = 'icon') {
   return make('button', {class: kind, 'aria-label': label, title: label, onclick}, icon(name));
@@ -8911,160 +8814,129 @@ function say(text) {
 }
 
 let toastTimer = 0;
-function toast(text, label, action) {
+function toast(text, undo) {
   $('toast-text').textContent = text;
-  $('toast-do').hidden = !action;
-  $('toast-do').textContent = label || '';
-  $('toast-do').onclick = () => { $('toast').hidePopover(); action(); };
+  $('toast-undo').hidden = !undo;
+  $('toast-undo').onclick = () => { $('toast').hidePopover(); undo(); };
   $('toast').hidePopover();  // so that it comes up above whatever was opened since
   $('toast').showPopover();
   clearTimeout(toastTimer);
-  toastTimer = setTimeout(() => $('toast').hidePopover(), action ? 10000 : 5000);
+  toastTimer = setTimeout(() => $('toast').hidePopover(), undo ? 10000 : 5000);
 }
 
-// navigator.clipboard is missing where the page comes over plain http from another computer.
-async function copy(text, button) {
-  try {
-    await navigator.clipboard.writeText(text);
-  } catch {
-    const area = make('textarea', {class: 'sr', 'aria-hidden': 'true'});
-    area.value = text;
-    document.body.append(area);
-    area.select();
-    document.execCommand('copy');
-    area.remove();
-    button.focus();
-  }
-  say('Copied');
-  const old = button.querySelector('use');
-  old.setAttribute('href', '#i-done');
-  setTimeout(() => old.setAttribute('href', '#i-copy'), 1500);
+function openDialog(title, ...nodes) {
+  $('dialog-title').textContent = title;
+  $('dialog-body').replaceChildren(...nodes);
+  $('dialog').showModal();
+}
+const openHelp = () => openDialog('Help', $('help').content.cloneNode(true));
+
+// A button that copies what `text` gives then.
+function copyButton(label, text, kind) {
+  const button = iconButton('copy', label, async () => {
+    try {
+      await navigator.clipboard.writeText(text());
+    } catch {  // it is missing where the page comes over plain http from another computer
+      const area = make('textarea', {class: 'sr', 'aria-hidden': 'true'});
+      area.value = text();
+      document.body.append(area);
+      area.select();
+      document.execCommand('copy');
+      area.remove();
+      button.focus();
+    }
+    say('Copied');
+    setIcon(button, 'done');
+    setTimeout(() => setIcon(button, 'copy'), 1500);
+  }, kind);
+  return button;
 }
 
 // ---- what the browser keeps: settings, and conversations, each under a name of its own
 const kMaxChats = 50;
-function read(name) {
-  try { return JSON.parse(localStorage.getItem('nanogpt.' + name)); } catch { return null; }
-}
+let local = Object.freeze({});
+try { local = localStorage; } catch { /* it is off: nothing is kept, and writing tells */ }
 
+const read = (name) => JSON.parse(local['nanogpt.' + name] ?? null);
 function write(name, value) {
   try {
-    localStorage.setItem('nanogpt.' + name, JSON.stringify(value));
+    local.setItem('nanogpt.' + name, JSON.stringify(value));
     return true;
   } catch {
     return false;
   }
 }
 
-function forget(name) {
-  try { localStorage.removeItem('nanogpt.' + name); } catch { /* then nothing is kept anyway */ }
-}
-
 function storedChats() {
-  let names = [];
-  try { names = Object.keys(localStorage); } catch { /* as above */ }
-  return names.filter((name) => name.startsWith('nanogpt.chat.')).map((name) => read(name.slice(8)))
-    .filter((one) => Array.isArray(one?.messages) && one.messages.length)
+  return Object.keys(local).filter((name) => name.startsWith('nanogpt.chat.'))
+    .map((name) => read(name.slice(8))).filter((one) => one.turns?.length)
     .sort((a, b) => b.updated - a.updated);
 }
+const titleOf = (one) => one.turns[0]?.question.trim().replace(/\s+/g, ' ').slice(0, 60) || 'Chat';
+const forget = (one) => delete local['nanogpt.chat.' + one.id];
 
-// Keeps a conversation; if there is no room, up to ten of the oldest ones make it.
+// Keeps a conversation, and as many of the others as there may be.
 function keep(one) {
-  if (!one.messages.length) return;
-  const first = one.messages[0].content.trim().replace(/\s+/g, ' ');
-  one.title = first.length > 60 ? first.slice(0, 59) + '…' : first;
+  if (!one.turns.length) return;
   one.updated = Date.now();
-  const others = storedChats().filter((other) => other.id !== one.id);
-  while (others.length >= kMaxChats) forget('chat.' + others.pop().id);
-  let kept = write('chat.' + one.id, one);
-  for (let tries = 0; !kept && tries < 10 && others.length; ++tries) {
-    forget('chat.' + others.pop().id);
-    kept = write('chat.' + one.id, one);
-  }
+  const kept = write('chat.' + one.id, one);
+  storedChats().slice(kMaxChats).forEach(forget);
   $('list-note').textContent = kept ? 'Kept in this browser only. Nobody else sees them here.'
     : 'The browser keeps nothing more: this chat ends with the page. Save it to keep it.';
   drawList();
 }
 
 // ---- the server
-let key = '';
-try {
-  key = sessionStorage.getItem('nanogpt.key') || '';
-} catch { /* then it has to be given again after a reload */ }
-
+// Its access key stays with this tab, also when the page is loaded again, and out of the address.
+let key = history.state?.key || '';
 function useKey(value) {
   key = value.replace(/[^\x21-\x7e]/g, '');  // a header can hold nothing else
-  try { sessionStorage.setItem('nanogpt.key', key); } catch { /* as above */ }
+  history.replaceState({key}, '', location.pathname + location.search);
 }
 if (location.hash.startsWith('#key=')) {
   try { useKey(decodeURIComponent(location.hash.slice(5))); } catch { /* not a key */ }
-  history.replaceState(null, '', location.pathname + location.search);
 }
 
-// An answer of the server that is not what was asked for, with the server's own sentence.
-class Refusal extends Error {
-  constructor(message, status, wait) {
-    super(message);
-    Object.assign(this, {status, wait});
-  }
-}
+// An answer of the server that is not what was asked for, with the server's own sentence; an error
+// without a status means that there was no answer.
+const refusal = (message, status, wait) => Object.assign(new Error(message), {status, wait});
 
 async function api(path, body, signal) {
-  const options = {cache: 'no-store', headers: {}, signal};
-  if (key) options.headers.Authorization = 'Bearer ' + key;
-  if (body) {
-    options.method = 'POST';
-    options.headers['Content-Type'] = 'application/json';
-    options.body = JSON.stringify(body);
-  }
-  const response = await fetch(path, options);
+  const headers = {'Content-Type': 'application/json'};
+  if (key) headers.Authorization = 'Bearer ' + key;
+  const response = await fetch(path, {cache: 'no-store', headers, signal,
+    ...(body && {method: 'POST', body: JSON.stringify(body)})});
   if (response.ok) return response;
-  let error = {};
-  try {
-    const reply = await response.json();
-    error = reply.error || {message: reply.detail};
-  } catch { /* not JSON: a proxy's page, perhaps */ }
-  if (response.status === 401) askForKey();
-  const message = typeof error.message === 'string' ? error.message
-    : `the server answered ${response.status} ${response.statusText}`;
-  throw new Refusal(message, response.status, Number(response.headers.get('Retry-After')) || 0);
+  const reply = await response.json().catch(() => null);  // not JSON: a proxy's page, perhaps
+  if (response.status === 401) {
+    banner('This server asks for its access key, printed where the server was started.', true);
+  }
+  throw refusal(reply?.error?.message || reply?.detail ||
+    `the server answered ${response.status} ${response.statusText}`,
+    response.status, Number(response.headers.get('Retry-After')));
 }
+const askFor = async (path, body) => (await api(path, body)).json();
 
-// Reads a stream of events. One decoder for the whole of it, and only whole lines are looked at:
-// the network cuts wherever it likes, also within a letter.
+// Reads a stream of events, each a line. One decoder for the whole of it, and only whole lines are
+// looked at: the network cuts wherever it likes, also within a letter.
 async function readEvents(response, onData, onComment) {
-  const reader = response.body.getReader();
-  const decoder = new TextDecoder();
-  let rest = '', data = '';
-  for (;;) {
-    const {value, done} = await reader.read();
-    rest += done ? decoder.decode() : decoder.decode(value, {stream: true});
-    let start = 0;
-    for (let end; (end = rest.indexOf('\n', start)) >= 0; start = end + 1) {
-      const line = rest.slice(start, rest[end - 1] === '\r' ? end - 1 : end);
+  const reader = response.body.pipeThrough(new TextDecoderStream()).getReader();
+  let rest = '';
+  for (let part; !(part = await reader.read()).done;) {
+    const lines = (rest + part.value).split('\n');
+    rest = lines.pop();
+    for (const line of lines) {
       if (line.startsWith(':')) onComment(line.slice(1).trim());
-      else if (line.startsWith('data:')) data += (data && '\n') + line.slice(5).trim();
-      else if (line === '' && data) {
-        const event = data;
-        data = '';
-        onData(event);
-      }
+      else if (line.startsWith('data:')) onData(line.slice(5).trim());
     }
-    rest = rest.slice(start);
-    if (done) return;
   }
 }
 
-function banner(text, good) {
+function banner(text, asksForKey = false) {
   $('banner').hidden = !text;
-  $('banner').className = good ? 'good' : '';
+  $('key-form').hidden = !asksForKey;
+  // Written again, the same text would be read out again.
   if ($('banner-text').textContent !== text) $('banner-text').textContent = text;
-  if (!text) $('key-form').hidden = true;
-}
-
-function askForKey() {
-  banner('This server asks for its access key. It is printed where the server was started.');
-  $('key-form').hidden = false;
 }
 
 // Asks for the checkpoints every ten seconds, for they appear while a model is being trained. It
@@ -9073,19 +8945,15 @@ let pause = 0, pollTimer = 0, seen = '';
 async function poll() {
   clearTimeout(pollTimer);
   try {
-    const list = await (await api('api/v1/inference/models')).json();
-    if (pause) {
-      banner('The server is back.', true);
-      setTimeout(() => { if ($('banner').className === 'good') banner(''); }, 4000);
-    } else if ($('banner').className !== 'good') {
-      banner('');
-    }
+    const list = await askFor('api/v1/inference/models');
+    if (pause) toast('The server is back.');
+    banner('');
     pause = 0;
     const text = JSON.stringify([list.models, list.device]), before = seen;
     seen = text;
     if (text !== before) takeModels(list);
   } catch (error) {
-    if (!(error instanceof Refusal)) {
+    if (error.status === undefined) {
       banner('The server cannot be reached. What you wrote is still here; the page keeps trying.');
     } else if (error.status !== 401) {
       banner(error.message);
@@ -9099,49 +8967,47 @@ async function poll() {
 const kTypes = [['SFT', 'chats'], ['RL', 'chats, trained on with rewards'],
   ['MID', 'between base and chat'], ['BASE', 'continues text']];
 let models = [], model = null, device = null;
+const usable = (m) => m.status === 'ready';
 const continues = (m) => !!m && (m.type === 'BASE' || m.can_chat === false);
 const nameOf = (m) => `${m.tag} · step ${count(m.step)}`;
 const lossOf = (m) => m.loss ? `${m.loss.value.toFixed(3)} ${m.loss.unit}` : 'loss not known';
 const shapeOf = (m) => m.architecture
   ? `${m.architecture.n_layer} layers × ${count(m.architecture.n_embd)}` : '';
-const bestOf = (m) => `★ best ${m.type} in ${m.loss.unit}`;
+const listed = (parts) => parts.filter(Boolean).join(' · ');
+const badge = (m) => make('span', {class: 'badge'}, m.type);
+const best = (m, text = '★ best') => m.best ? make('span', {class: 'best'}, ' ' + text) : null;
 
-function big(n) {
-  if (n >= 1e9) return (n / 1e9).toFixed(2) + ' billion';
-  return n >= 1e6 ? (n / 1e6).toFixed(n < 1e7 ? 1 : 0) + ' million' : count(n);
-}
+const big = (n) => n.toLocaleString('en', {notation: 'compact', compactDisplay: 'long'});
 const bytes = (n) => n >= 1e9 ? (n / 1e9).toFixed(2) + ' GB' : (n / 1e6).toFixed(0) + ' MB';
 
 function takeModels(list) {
   models = list.models;
   device = list.device;
+  const option = (m) => make('option', {value: m.id, disabled: !usable(m)}, listed(usable(m)
+    ? [nameOf(m), lossOf(m), shapeOf(m), m.best && '★ best']
+    : [nameOf(m), `cannot be used: ${m.reason || m.status}`]));
   const groups = kTypes.map(([type, what]) => make('optgroup', {label: `${type} · ${what}`},
-    ...models.filter((m) => m.type === type).map((m) => {
-      const usable = m.status === 'ready';
-      const parts = usable ? [nameOf(m), lossOf(m), shapeOf(m)]
-        : [nameOf(m), `cannot be used: ${m.reason || m.status}`];
-      const label = parts.filter(Boolean).join(' · ') + (m.best && usable ? ' · ★ best' : '');
-      return make('option', {value: m.id, disabled: !usable}, label);
-    })));
+    ...models.filter((m) => m.type === type).map(option)));
   $('model').replaceChildren(...groups.filter((group) => group.children.length));
-  const wanted = (id) => models.find((m) => m.id === id && m.status === 'ready');
-  choose(wanted(model && model.id) || wanted(read('model')) || wanted(list.default) ||
-    models.find((m) => m.status === 'ready') || null);
-  drawDevice();
-  drawAll();
+  const wanted = (id) => models.find((m) => m.id === id && usable(m));
+  choose(wanted(model?.id) || wanted(read('model')) || wanted(list.default) ||
+    models.find(usable) || null);
+  const name = deviceName();
+  $('device').hidden = false;
+  $('device').classList.toggle('fallback', device.type !== 'cuda');
+  $('device').textContent = name + (device.fallback_reason ? ' — why?' : '');
 }
 
 function choose(m) {
   model = m;
   $('model').disabled = !m;
   if (m) $('model').value = m.id;
-  $('picked-name').replaceChildren(
-    ...(m ? [make('span', {class: 'badge'}, m.type), ' ' + nameOf(m)] : ['No model']));
-  $('picked-loss').textContent = m ? lossOf(m) + (m.best ? ' · ★ best' : '') : '';
+  $('picked-name').replaceChildren(...(m ? [badge(m), ' ' + nameOf(m)] : ['No model']));
+  $('picked-loss').textContent = m ? listed([lossOf(m), m.best && '★ best']) : '';
   const label = !m ? 'No model to write to'
     : continues(m) ? 'Write the beginning of a text' : `Message ${m.tag}`;
   $('text').placeholder = label;
-  $('text-label').textContent = label;
+  $('text').ariaLabel = label;
   drawAbout();
   drawEmpty();
   drawMeter();
@@ -9151,38 +9017,33 @@ function choose(m) {
 function pick(m) {
   choose(m);
   write('model', m.id);
-  drawAll();
 }
 
-function drawDevice() {
-  const d = device || {};
-  const gpu = d.type === 'cuda';
-  const parts = gpu
-    ? [d.name, d.compute_capability && 'sm_' + d.compute_capability.replace('.', ''), d.dtype]
-    : [d.name || 'CPU', d.dtype];
-  const text = parts.filter(Boolean).join(' · ');
-  $('device').hidden = false;
-  $('device').className = gpu ? '' : 'fallback';
-  $('device').textContent = text + (d.fallback_reason ? ' — why?' : '');
-  $('why-device-text').replaceChildren(make('p', {}, gpu
-    ? `The models run on the graphics card: ${text}.` : `The models run on the processor: ${text}.`),
-    make('p', {class: 'note'}, d.fallback_reason
-      ? `The graphics card is not used: ${d.fallback_reason}`
+function deviceName() {
+  const chip = device.compute_capability && 'sm_' + device.compute_capability.replace('.', '');
+  return listed([device.name || 'CPU', device.type === 'cuda' && chip, device.dtype]);
+}
+
+function openDevice() {
+  const what = device.type === 'cuda' ? 'graphics card' : 'processor';
+  openDialog('What computes here', make('p', {}, `The models run on the ${what}: ${deviceName()}.`),
+    make('p', {class: 'note'}, device.fallback_reason
+      ? `The graphics card is not used: ${device.fallback_reason}`
       : 'Answers come from the computer this page comes from, and from no other.'));
 }
 
 function lossSentence({value, unit}) {
-  if (unit.startsWith('nats')) {
-    return `On text it was not trained on, the model is as unsure about the next token as if it had
-      to guess among ${Math.exp(value).toFixed(1)} equally likely ones. Lower is better.`;
-  }
-  return `On text it was not trained on, the model needs ${value.toFixed(3)} bits for each byte, and
-    a letter of English is one byte. Lower is better.`;
+  return unit.startsWith('nats')
+    ? `On text it was not trained on, the model is as unsure about the next token as if it had
+      to guess among ${Math.exp(value).toFixed(1)} equally likely ones. Lower is better.`
+    : `On text it was not trained on, the model needs ${value.toFixed(3)} bits for each byte, and
+      a letter of English is one byte. Lower is better.`;
 }
 
 function factsList(pairs) {
-  return make('dl', {class: 'facts-list'}, ...pairs.filter(([, value]) => value != null &&
-    value !== '').flatMap(([name, value]) => [make('dt', {}, name), make('dd', {}, String(value))]));
+  const known = pairs.filter(([, value]) => value != null && value !== '');
+  return make('dl', {class: 'facts-list'}, ...known.flatMap(([name, value]) =>
+    [make('dt', {}, name), make('dd', {}, String(value))]));
 }
 
 function drawAbout() {
@@ -9192,16 +9053,15 @@ function drawAbout() {
     return;
   }
   const a = m.architecture || {};
-  const saved = Date.parse(m.modified) ? new Date(m.modified) : null;
   const metrics = Object.entries(m.metrics || {}).filter(([, value]) => typeof value === 'number');
   $('about').replaceChildren(
-    make('h2', {}, make('span', {class: 'badge'}, m.type), ' ' + nameOf(m)),
+    make('h2', {}, badge(m), ' ' + nameOf(m)),
     make('p', {class: 'note'}, continues(m)
       ? 'This model continues text; it was not trained to chat.' : 'This model was trained to chat.'),
-    make('div', {class: 'loss'},
+    make('div', {class: 'card loss'},
       make('b', {}, m.loss ? m.loss.value.toFixed(3) : '—'), ' ' + (m.loss ? m.loss.unit : ''),
-      m.best ? make('div', {class: 'best note'}, bestOf(m)) : null,
-      make('p', {}, m.loss ? lossSentence(m.loss)
+      make('div', {class: 'note'}, best(m, `★ best ${m.type} in ${m.loss?.unit}`)),
+      make('p', {class: 'note'}, m.loss ? lossSentence(m.loss)
         : 'No validation loss was saved with this checkpoint.')),
     factsList([
       ['Parameters', m.parameters && big(m.parameters)],
@@ -9211,343 +9071,277 @@ function drawAbout() {
       ['Context', a.sequence_len && plural(a.sequence_len, 'token')],
       ['Vocabulary', a.vocab_size && plural(a.vocab_size, 'token')],
       ['Window pattern', a.window_pattern],
-      ['Format', [a.generation, a.saved_by && `(${a.saved_by})`].filter(Boolean).join(' ')],
+      ['Format', a.generation && a.generation + (a.saved_by ? ` (${a.saved_by})` : '')],
       ...metrics.map(([name, value]) => [name.replaceAll('_', ' '), +value.toFixed(4)]),
-      ['Saved', saved ? saved.toLocaleString('en-GB', {dateStyle: 'medium', timeStyle: 'short'}) : ''],
+      ['Saved', m.modified && new Date(m.modified).toLocaleString('en-GB',
+        {dateStyle: 'medium', timeStyle: 'short'})],
       ['File size', bytes(m.size_bytes)],
       ['In memory', m.memory_bytes && bytes(m.memory_bytes)],
       ['Status', m.status + (m.loaded ? ', loaded' : '')],
-      // A line of a long path may end after a slash.
-      ['File', m.file.replaceAll('/', '/\u200b')],
+      ['File', m.file.replaceAll('/', '/\u200b')],  // a line may end after a slash
     ]));
   const flags = `-i ${m.source} -g ${m.tag} -s ${m.step}`;
-  $('cli').textContent = continues(m) ? `nanogpt sample ${flags} -p "Once upon a time"`
-    : `nanogpt chat ${flags}`;
-  const example = continues(m) ? {model: m.id, prompt: 'Once upon a time'}
-    : {model: m.id, messages: [{role: 'user', content: 'Why is the sky blue?'}]};
-  const where = location.origin + (continues(m) ? '/v1/completions' : '/v1/chat/completions');
-  $('curl').textContent = `curl ${where} ${key ? '-H "Authorization: Bearer $KEY" ' : ''}` +
-    `-H 'Content-Type: application/json' -d '${JSON.stringify(example)}'`;
+  const [command, path, example] = continues(m)
+    ? [`sample ${flags} -p "Once upon a time"`, 'completions', {prompt: 'Once upon a time'}]
+    : [`chat ${flags}`, 'chat/completions',
+      {messages: [{role: 'user', content: 'Why is the sky blue?'}]}];
+  $('cli').textContent = `nanogpt ${command}`;
+  $('curl').textContent = `curl ${location.origin}/v1/${path} ` +
+    (key ? '-H "Authorization: Bearer $KEY" ' : '') +
+    `-H 'Content-Type: application/json' -d '${JSON.stringify({model: m.id, ...example})}'`;
 }
 
-function drawAll() {
-  $('all-rows').replaceChildren(...models.map((m) => make('tr', {class: m === model && 'current'},
-    make('td', {}, make('span', {class: 'badge'}, m.type)),
-    make('td', {}, m.status !== 'ready' ? m.tag : make('button', {
-      'aria-label': `Use ${m.type} ${nameOf(m)}`,
-      onclick: () => { pick(m); $('all').close(); },
-    }, m.tag)),
-    make('td', {}, count(m.step)),
-    make('td', {}, lossOf(m), m.best ? make('span', {class: 'best'}, ' ★ best') : null),
-    make('td', {}, shapeOf(m)),
-    make('td', {}, m.parameters ? big(m.parameters) : ''),
-    make('td', {class: 'reason'}, m.status === 'ready' ? (m.loaded ? 'ready, loaded' : 'ready')
-      : `${m.status}: ${m.reason || ''}`))));
+function openAll() {
+  const cells = (tag, values) => values.map((value) => make(tag, {}, ...[value].flat()));
+  const rows = models.map((m) => make('tr', {class: m === model && 'current'}, ...cells('td', [
+    badge(m),
+    !usable(m) ? m.tag : make('button', {'aria-label': `Use ${m.type} ${nameOf(m)}`,
+      onclick: () => { pick(m); $('dialog').close(); }}, m.tag),
+    count(m.step), [lossOf(m), best(m)], shapeOf(m), m.parameters && big(m.parameters),
+    usable(m) ? m.status + (m.loaded ? ', loaded' : '') : `${m.status}: ${m.reason || ''}`])));
+  openDialog('All checkpoints',
+    make('p', {class: 'note'}, `★ marks the lowest loss among checkpoints of the same type whose loss
+      has the same unit. Losses with different units cannot be compared: nats per token depend on the
+      tokenizer, bits per byte do not.`),
+    make('div', {class: 'table', tabindex: '0', role: 'region', 'aria-label': 'All checkpoints'},
+      make('table', {}, make('tr', {}, ...cells('th', ['Type', 'Model', 'Step', 'Validation loss',
+        'Architecture', 'Parameters', 'Status'])), ...rows)));
 }
 
 // ---- settings
-const kDefaults = {temperature: 0.8, top_k: 50, max_tokens: 512, seed: null, system: ''};
-const settings = {...kDefaults, ...read('settings')};
+const kSettings = {
+  temperature: {label: 'Temperature', usual: 0.8, min: 0, max: 2, step: 0.05, slider: true,
+    what: `How daring the choice of words is. At 0 the model always takes the likeliest token; the
+      higher, the more often an unlikely one.`},
+  top_k: {label: 'Top-k', usual: 50, min: 0, max: 200, step: 1, slider: true,
+    what: 'Only the k likeliest tokens can be chosen at each step. 0 is off: every token can.'},
+  max_tokens: {label: 'Max tokens', usual: 512, min: 1, max: 4096, step: 1,
+    what: `The answer is cut after this many tokens. A token is a piece of a word, about four
+      letters of English.`},
+  seed: {label: 'Seed', usual: null, min: 0, max: Number.MAX_SAFE_INTEGER, step: 1,
+    what: `Where the dice start. The same seed, question and settings give the same answer again;
+      empty means new dice each time.`},
+  system: {label: 'System text', usual: '',
+    what: 'Put in front of your first message. Small models follow it only loosely.'},
+};
+const settings = {};
 
-// The value of a number field as it may be used: within its limits; the seed may be empty.
-function clean(name, value) {
-  const field = $(name);
-  if (name === 'system') return String(value);
-  if (value === '' || value == null || !Number.isFinite(Number(value))) return kDefaults[name];
-  const most = name === 'seed' ? Number.MAX_SAFE_INTEGER : Number(field.max);
-  const number = Math.min(Math.max(Number(value), Number(field.min)), most);
-  return name === 'temperature' ? Math.round(number * 100) / 100 : Math.round(number);
-}
-
+// Within its limits, if it is a number; nothing is the usual value, and for the seed no value.
 function set(name, value, from) {
-  settings[name] = clean(name, value);
+  const {usual, min, max} = kSettings[name], number = Number(value);
+  settings[name] = name === 'system' ? value
+    : value === '' || value == null || !Number.isFinite(number) ? usual
+    : Number(Math.min(Math.max(number, min), max).toFixed(name === 'temperature' ? 2 : 0));
   write('settings', settings);
-  const slider = $(name + '-slider');
-  if (slider && from !== slider) slider.value = settings[name];
-  if (from !== $(name)) $(name).value = settings[name] ?? '';
+  for (const field of [$(name), $(name + '-slider')]) {
+    if (field && field !== from) field.value = settings[name] ?? '';
+  }
   $('top_k-off').hidden = settings.top_k !== 0;
 }
 
+function makeSetting([name, {label, min, max, step, slider, what}]) {
+  const rules = {min, max, step, oninput: (event) => set(name, event.target.value, event.target),
+    onchange: (event) => set(name, event.target.value)};
+  // The sentence of explanation comes on demand.
+  const text = make('p', {id: name + '-hint', class: 'note', hidden: true}, what);
+  const hint = make('button', {class: 'hint', 'aria-expanded': 'false', 'aria-controls': text.id,
+    'aria-label': `What is ${label.toLowerCase()}?`, onclick: () => {
+      text.hidden = !text.hidden;
+      hint.setAttribute('aria-expanded', String(!text.hidden));
+    }}, '?');
+  const field = {id: name, 'aria-describedby': text.id, ...rules};
+  const number = min !== undefined;
+  return make('div', {class: 'control'},
+    make('div', {class: 'row'}, make('label', {for: name}, label), hint,
+      name === 'top_k' ? make('span', {id: 'top_k-off', class: 'note'}, 'off') : null,
+      number ? make('input', {type: 'number', placeholder: 'random', ...field}) : null),
+    number ? null : make('textarea', {rows: 3, placeholder: 'None', ...field}),
+    slider ? make('input', {type: 'range', id: name + '-slider', 'aria-label': `${label}, slider`,
+      ...rules}) : null,
+    text);
+}
+
 function openSettings() {
-  for (const name of Object.keys(kDefaults)) {
-    set(name, settings[name]);
-    for (const field of [$(name), $(name + '-slider')].filter(Boolean)) {
-      field.addEventListener('input', () => set(name, field.value, field));
-      field.addEventListener('change', () => set(name, field.value));
-    }
-    // The sentence of explanation comes on demand, next to the label.
-    const text = document.querySelector(`[data-for="${name}"]`);
-    text.id = name + '-hint';
-    text.hidden = true;
-    const label = document.querySelector(`label[for="${name}"]`);
-    label.after(make('button', {class: 'hint', 'aria-expanded': 'false',
-      'aria-label': `What is ${label.textContent.toLowerCase()}?`, 'aria-controls': text.id,
-      onclick: (event) => {
-        text.hidden = !text.hidden;
-        event.target.setAttribute('aria-expanded', String(!text.hidden));
-      }}, '?'));
-    $(name).setAttribute('aria-describedby', text.id);
-  }
+  $('settings').append(...Object.entries(kSettings).map(makeSetting));
+  const kept = read('settings') || {};
+  for (const name of Object.keys(kSettings)) set(name, kept[name] ?? kSettings[name].usual);
   $('reset').onclick = () => {
-    for (const name of Object.keys(kDefaults)) set(name, kDefaults[name]);
+    for (const name of Object.keys(kSettings)) set(name, kSettings[name].usual);
     say('Settings are the defaults again');
   };
 }
 
 // ---- a small part of Markdown, made node by node
-const kCall =
-  /<\|python_start\|>([^<]{0,400})(<\|python_end\|>)?(?:<\|output_start\|>([^<]{0,200})(?:<\|output_end\|>)?)?/g;
+const kCall = new RegExp(
+  /<\|python_start\|>(?<sum>[^<]{0,400})(?<end><\|python_end\|>)?/.source +
+  /(?:<\|output_start\|>(?<result>[^<]{0,200})(?:<\|output_end\|>)?)?/.source, 'g');
+
+// A call, `code`, **bold**, *italics*; not snake_case, not 3*4. A mark without its partner within
+// 500 letters, and before the next call, is an ordinary letter: so the time stays linear.
+const kWithin = String.raw`(?:(?!<\|).){1,500}?`;
+const kInline = new RegExp([kCall.source,
+  String.raw`(?<!\x60)(?<ticks>\x60+)(?!\x60)(?<code>${kWithin})(?<!\x60)\k<ticks>(?!\x60)`,
+  String.raw`(?<![\w*])(?<mark>\*\*|__|\*(?!\*)|_(?!_))(?=\S)(?<inner>${kWithin})(?<!\s)` +
+    String.raw`\k<mark>(?![\w*])`,
+].join('|'), 'gs');
 
 // Calculator calls as a person reads them; whole and unfinished ones.
-const callText = (sum, end, result) =>
+const callText = ({sum, end, result}) =>
   result !== undefined ? `${sum} = ${result}` : `${sum} ${end ? '= ?' : '…'}`;
-const readable = (text) => text.replace(kCall,
-  (all, sum, end, result) => `[${callText(sum, end, result)}]`);
+const readable = (text) => text.replace(kCall, (...found) => `[${callText(found.at(-1))}]`);
 
 function inline(text, into) {
   let at = 0;
-  for (const call of text.matchAll(kCall)) {
-    emphasis(text.slice(at, call.index), into, 0);
-    into.append(make('span', {class: 'calc'}, make('b', {}, 'calculator:'), ' ' +
-      callText(call[1], call[2], call[3])));
-    at = call.index + call[0].length;
+  for (const {0: all, index, groups} of text.matchAll(kInline)) {
+    const {sum, code, mark, inner} = groups;
+    into.append(text.slice(at, index),
+      sum !== undefined
+        ? make('span', {class: 'calc'}, make('b', {}, 'calculator:'), ' ' + callText(groups))
+        : mark ? inline(inner, make(mark.length === 2 ? 'strong' : 'em')) : make('code', {}, code));
+    at = index + all.length;
   }
-  emphasis(text.slice(at), into, 0);
+  into.append(text.slice(at));
   return into;
 }
 
-// `code`, **bold**, *italics*. A mark without its partner is an ordinary letter. Looking for a
-// partner that is not there happens once for each mark, so the time stays linear.
-function emphasis(text, into, depth) {
-  const mark = /(`+)|(\*\*|__)(?=\S)|([*_])(?=\S)/g;
-  const missing = new Set();
-  let at = 0;
-  for (let found; (found = mark.exec(text));) {
-    const [open, code] = found, begin = found.index + open.length;
-    if (missing.has(open) || (!code && depth > 3)) continue;
-    if (!code && /\w/.test(text[found.index - 1] || '')) continue;  // snake_case, 3*4
-    let end = text.indexOf(open, begin);
-    if (code) {
-      while (end >= 0 && (text[end + open.length] === '`' || text[end - 1] === '`')) {
-        end = text.indexOf(open, end + 1);
-      }
-    } else {
-      while (end >= 0 && (end === begin || /\s/.test(text[end - 1]) ||
-          /[\w*]/.test(text[end + open.length] || ''))) {
-        end = text.indexOf(open, end + 1);
-      }
-    }
-    if (end < 0) {
-      missing.add(open);
-      continue;
-    }
-    into.append(text.slice(at, found.index));
-    const inner = text.slice(begin, end);
-    const node = make(code ? 'code' : open.length === 2 ? 'strong' : 'em');
-    if (code) node.append(inner);
-    else emphasis(inner, node, depth + 1);
-    into.append(node);
-    at = mark.lastIndex = end + open.length;
-  }
-  into.append(text.slice(at));
+// The blocks of a text: fenced code, a heading, a list, a paragraph.
+const kItem = / {0,12}(?:[-*+]|\d{1,9}[.)]) /.source;
+const kBlock = new RegExp([  // \x60 is `
+  String.raw`^ {0,3}(?<fence>\x60{3,}|~{3,}) *(?<language>[\w+#.-]*)[^\x60\n]*$` +
+    String.raw`(?<code>(?:\n(?! *\k<fence>).*)*)(?:\n.*)?`,
+  '^(?<level>#{1,6}) +(?<title>.+)',
+  String.raw`^(?<list>${kItem}.*(?:\n(?:${kItem}|[ \t]+\S).*)*)`,
+  String.raw`^.*\S.*(?:\n(?!${kItem}| {0,3}(?:\x60{3}|~{3})|#{1,6} )(?=.*\S).*)*`,
+].join('|'), 'gm');
+const kMostDrawn = 100000;  // longer texts are shown as they stand
+
+function blockNode(source, {code, language, level, title, list}) {
+  if (source.length > kMostDrawn) return make('p', {}, source);
+  if (code !== undefined) return codeNode(code.slice(1), language);
+  if (title) return inline(title, make(level.length < 3 ? 'h3' : 'h4'));
+  return list ? listNode(list) : inline(source, make('p'));
 }
 
-// The text cut into blocks: [kind, source, more]. The source tells whether a block has changed.
-function blocks(text) {
-  if (text.length > 100000) return [['text', text]];
-  const out = [], lines = text.split('\n');
-  const item = /^( {0,12})(?:[-*+]|(\d{1,9})[.)]) +(.*)$/;
-  for (let i = 0; i < lines.length;) {
-    const line = lines[i], begin = i;
-    const fence = /^ {0,3}(`{3,}|~{3,}) *([\w+#.-]*)[^`]*$/.exec(line);
-    const heading = /^(#{1,6}) +(.+)$/.exec(line);
-    if (line.trim() === '') {
-      ++i;
-    } else if (fence) {
-      do ++i; while (i < lines.length && !lines[i].trim().startsWith(fence[1]));
-      const inside = lines.slice(begin + 1, i).join('\n');
-      ++i;
-      out.push(['code', inside, fence[2]]);
-    } else if (heading) {
-      ++i;
-      out.push([heading[1].length < 3 ? 'h3' : 'h4', heading[2]]);
-    } else if (item.test(line)) {
-      const items = [];
-      for (; i < lines.length && lines[i].trim() !== ''; ++i) {
-        const found = item.exec(lines[i]);
-        if (found) items.push({depth: found[1].length, number: found[2], text: found[3]});
-        else if (/^\s/.test(lines[i])) items.at(-1).text += '\n' + lines[i].trim();
-        else break;
-      }
-      out.push(['list', lines.slice(begin, i).join('\n'), items]);
-    } else {
-      do ++i; while (i < lines.length && lines[i].trim() !== '' && !item.test(lines[i]) &&
-        !/^ {0,3}(```|~~~)|^#{1,6} /.test(lines[i]));
-      out.push(['p', lines.slice(begin, i).join('\n')]);
-    }
-  }
-  return out;
-}
-
-function listNode(items) {
+function listNode(source) {
   const open = [];  // the lists an item of this depth is in, outermost first
-  for (const {depth, number, text} of items) {
+  for (const item of source.split(new RegExp(`\n(?=${kItem})`))) {
+    const [, {length: depth}, number, text] = /^( *)(?:[-*+]|(\d+)[.)]) +(.*)$/s.exec(item);
     while (open.length > 1 && open.at(-1).depth > depth) open.pop();
     if (!open.length || open.at(-1).depth + 1 < depth) {
       const node = make(number ? 'ol' : 'ul', {start: number !== '1' && number});
-      const last = open.length && open.at(-1).node.lastChild;
-      if (last) last.append(node);
+      open.at(-1)?.node.lastChild.append(node);
       open.push({depth, node});
     }
-    open.at(-1).node.append(make('li', {}, inline(text, make('span'))));
+    open.at(-1).node.append(make('li', {}, inline(text.replace(/\n\s+/g, '\n'), make('span'))));
   }
   return open[0].node;
 }
 
 function codeNode(text, language) {
-  const box = make('div', {class: 'code'}, make('pre', {tabindex: '0',
-    'aria-label': `Code ${language || ''}`}, make('code', {}, text)));
-  const button = iconButton('copy', 'Copy this code', () => copy(text, button));
-  box.append(button);
-  return box;
+  return make('div', {class: 'code'}, make('pre', {tabindex: '0', 'aria-label': `Code ${language}`},
+    make('code', {}, text)), copyButton('Copy this code', () => text));
 }
 
 // Shows text in a node, and leaves the blocks alone that have not changed: a selection stays.
 function showMarkdown(text, into) {
-  const wanted = blocks(text);
-  wanted.forEach((block, i) => {
-    const [kind, source, more] = block, old = into.children[i];
-    const same = kind + ' ' + source + (kind === 'code' ? more : '');
-    if (old && old.source === same) return;
-    const node = kind === 'code' ? codeNode(source, more) : kind === 'list' ? listNode(more)
-      : kind === 'text' ? make('p', {}, source) : inline(source, make(kind));
-    node.source = same;
+  const found = text.length > kMostDrawn ? [{0: text, groups: {}}] : [...text.matchAll(kBlock)];
+  found.forEach(({0: source, groups}, i) => {
+    const old = into.children[i];
+    if (old?.source === source) return;
+    const node = Object.assign(blockNode(source, groups), {source});
     if (old) old.replaceWith(node);
     else into.append(node);
   });
-  while (into.children.length > wanted.length) into.lastChild.remove();
+  while (into.children.length > found.length) into.lastChild.remove();
 }
 
 // ---- the conversation
-// chat.messages: {role, content}, and at an answer `about`: model, seed, usage and so on. `text` is
-// set where a base model continued a text.
-let chat = {id: fresh(), messages: []};
-let run = null;              // the answer being written: {message, controller, ...}
-const views = new Map();     // message -> its nodes
-const whys = new WeakMap();  // message -> its tokens, once they were asked for
+// chat.turns: {question, answer, about}, about: model, seed, usage and so on. `text` is set where a
+// base model continued the question.
+let chat = {id: fresh(), turns: []};
+let run = null;           // the answer being written: {turn, controller, ...}
+const views = new Map();  // turn -> its nodes
 
-function answerButtons(message) {
-  const about = message.about || {};
-  const copyButton = iconButton('copy', 'Copy', () => copy(
-    (message.text ? promptOf(message) : '') + readable(message.content), copyButton), '');
-  const whyButton = make('button', {'aria-pressed': String(whys.has(message)),
-    'aria-label': 'Why these words?',
-    onclick: () => toggleWhy(message)}, icon('why'), 'Why', make('span', {}, 'these words?'));
-  const usage = about.usage || {};
-  const speed = about.speed ? ` · ${about.speed.toFixed(about.speed < 10 ? 1 : 0)} tok/s` : '';
-  const seed = about.seed == null ? null : make('button', {onclick: () => {
-    set('seed', about.seed);
-    toast(`The next answers use the seed ${about.seed}.`);
-  }}, 'Use this seed again');
+function answerButtons(turn) {
+  const {text, answer, about} = turn, usage = about.usage || {};
+  const speed = about.speed && `${about.speed.toFixed(about.speed < 10 ? 1 : 0)} tok/s`;
+  const whyButton = make('button', {'aria-pressed': 'false', 'aria-label': 'Why these words?',
+    onclick: () => toggleWhy(turn, whyButton)}, icon('why'), 'Why', make('span', {}, 'these words?'));
   return [
-    copyButton,
-    iconButton('again', 'Regenerate', () => regenerate(message), ''),
-    message.text ? iconButton('edit', 'Edit the beginning', () => edit(message), '') : null,
-    message.text || !message.content ? null : whyButton,
-    about.tokens ? make('details', {class: 'stats'},
-      make('summary', {}, plural(about.tokens, 'token') + speed),
+    copyButton('Copy', () => (text ? turn.question : '') + readable(answer), ''),
+    iconButton('again', 'Regenerate', () => regenerate(turn), ''),
+    text && iconButton('edit', 'Edit the beginning', () => edit(turn), ''),
+    !text && answer && whyButton,
+    about.tokens && make('details', {class: 'stats'},
+      make('summary', {}, listed([plural(about.tokens, 'token'), speed])),
       factsList([
-        ['Model', about.model], ['Seed', about.seed], ['Ended', ending(about)],
+        ['Model', about.model], ['Seed', about.seed],
+        ['Ended', about.error ? 'by an error' : {stop: 'by the model', length: 'at the limit',
+          stopped: 'by you'}[about.finish] || about.finish],
         ['Prompt', usage.prompt_tokens && plural(usage.prompt_tokens, 'token')],
         ['Answer', plural(about.tokens, 'token')],
         ['First token after', about.first && count(Math.round(about.first)) + ' ms'],
         ['Speed', about.speed && about.speed.toFixed(1) + ' tokens/s'],
-      ]), seed) : null,
+      ]),
+      make('button', {onclick: () => {
+        set('seed', about.seed);
+        toast(`The next answers use the seed ${about.seed}.`);
+      }}, 'Use this seed again')),
   ].filter(Boolean);
 }
 
-function ending({finish, error}) {
-  if (error) return 'by an error';
-  return {stop: 'by the model', length: 'at the limit', stopped: 'by you'}[finish] || finish;
-}
-
-function promptOf(message) {
-  return chat.messages[chat.messages.indexOf(message) - 1]?.content || '';
-}
-
-function drawTurn(message) {
-  if (message.role === 'user') {
-    if (message.text && chat.messages[chat.messages.indexOf(message) + 1]) return;
-    const copyButton = iconButton('copy', 'Copy', () => copy(message.content, copyButton), '');
-    const node = make('article', {class: 'turn user', 'aria-label': 'You'},
-      make('div', {class: 'bubble', dir: 'auto'}, message.content),
-      make('div', {class: 'acts'},
-        iconButton('edit', 'Edit this message', () => edit(message), ''), copyButton));
-    views.set(message, {node});
-    $('log').append(node);
-    return;
-  }
-  const found = models.find((m) => m.id === message.about?.model);
+function drawTurn(turn) {
+  const found = models.find((m) => m.id === turn.about.model);
   const view = {
-    name: make('span', {}, found ? `${found.type} ${nameOf(found)}` : message.about?.model || ''),
     body: make('div', {class: 'body', dir: 'auto'}),
-    wait: make('div', {class: 'waiting', hidden: true}),
-    trouble: make('div', {hidden: true}),
-    why: make('div', {hidden: true}),
+    why: make('div'),
+    wait: make('div', {class: 'waiting'}),
+    trouble: make('div'),
     acts: make('div', {class: 'acts'}),
   };
-  view.node = make('article', {class: 'turn', 'aria-label': 'Answer'},
-    make('div', {class: 'who'}, icon('logo'), view.name),
-    view.body, view.why, view.wait, view.trouble, view.acts);
-  views.set(message, view);
-  $('log').append(view.node);
-  drawBody(message);
-  drawFoot(message);
-}
-
-function drawBody(message) {
-  const view = views.get(message);
-  if (!view) return;
-  const live = run?.message === message;
-  // Half of a mark such as <|python_start|> is not shown while the other half may still come.
-  const text = live ? message.content.replace(/<(\|\w{0,14}\|?)?$/, '') : message.content;
-  if (message.text) {
-    if (!view.body.firstChild) {
-      view.body.append(make('p', {class: 'plain'}, make('span', {class: 'prompt'}), make('span')));
-    }
-    const [prompt, rest] = view.body.firstChild.children;
-    prompt.textContent = promptOf(message);
-    rest.textContent = text;
+  if (turn.text) {
+    view.rest = make('span');
+    view.body.append(make('p', {}, make('span', {class: 'prompt'}, turn.question), view.rest));
   } else {
-    showMarkdown(text, view.body);
+    view.question = make('article', {class: 'turn user', 'aria-label': 'You'},
+      make('div', {class: 'bubble', dir: 'auto'}, turn.question),
+      make('div', {class: 'acts'}, iconButton('edit', 'Edit this message', () => edit(turn), ''),
+        copyButton('Copy', () => turn.question, '')));
+    $('log').append(view.question);
   }
-  view.body.classList.toggle('live', live && text !== '');
-  view.wait.hidden = !live || !!run.shown;
+  view.node = make('article', {class: 'turn', 'aria-label': 'Answer'},
+    make('div', {class: 'who'}, icon('logo'),
+      found ? `${found.type} ${nameOf(found)}` : turn.about.model),
+    view.body, view.why, view.wait, view.trouble, view.acts);
+  $('log').append(view.node);
+  views.set(turn, view);
+  draw(turn);
 }
 
-function drawFoot(message) {
-  const view = views.get(message);
-  if (!view) return;
-  const live = run?.message === message, about = message.about || {};
+function draw(turn) {
+  const {answer, about} = turn, view = views.get(turn), live = run?.turn === turn;
+  // Half of a mark such as <|python_start|> is not shown while the other half may still come.
+  const text = live ? answer.replace(/<(\|\w{0,14}\|?)?$/, '') : answer;
+  if (turn.text) view.rest.textContent = text;
+  else showMarkdown(text, view.body);
+  view.body.classList.toggle('live', live && text !== '');
+  view.wait.hidden = !live || run.tokens > 0;
   view.acts.hidden = live;
-  view.acts.replaceChildren(...(live ? [] : answerButtons(message)));
-  const part = message.content !== '';
+  view.acts.replaceChildren(...(live ? [] : answerButtons(turn)));
   const note = live ? '' : about.error || (about.finish === 'stopped' ? 'Stopped.'
-    : about.finish === 'length' ? `Cut off after ${plural(about.tokens || 0, 'token')}.`
-    : part ? '' : 'The model had nothing to say.');
+    : about.finish === 'length' ? `Cut off after ${plural(about.tokens, 'token')}.`
+    : answer ? '' : 'The model had nothing to say.');
   view.trouble.hidden = !note;
   view.trouble.className = about.error ? 'trouble' : 'trouble calm';
-  view.trouble.replaceChildren(note, ...(note && part
-    ? [make('button', {onclick: () => proceed(message)}, 'Continue')] : []),
-    ...(note && (about.error || !part)
-      ? [make('button', {onclick: () => regenerate(message)}, 'Try again')] : []));
-  drawWhy(message);
+  view.trouble.replaceChildren(note,
+    answer ? make('button', {onclick: () => proceed(turn)}, 'Continue') : '',
+    about.error || !answer ? make('button', {onclick: () => regenerate(turn)}, 'Try again') : '');
 }
 
 function drawChat() {
   views.clear();
   $('log').replaceChildren();
-  chat.messages.forEach(drawTurn);
+  chat.turns.forEach(drawTurn);
   drawDropped();
   drawEmpty();
   drawMeter();
@@ -9557,58 +9351,56 @@ function drawChat() {
 // The server leaves out the oldest messages if the context is full, and says how many.
 function drawDropped() {
   $('log').querySelector('.notice')?.remove();
-  const dropped = chat.messages.at(-1)?.about?.dropped;
-  if (!dropped) return;
-  views.get(seenBy(chat.messages)[dropped])?.node.before(make('p', {class: 'notice'},
-    'What stands above no longer fits into the context: the model does not see it.'));
+  const last = chat.turns.at(-1);
+  if (!last?.about.dropped) return;
+  views.get(seenBy(last)[Math.ceil(last.about.dropped / 2)])?.question.before(
+    make('p', {class: 'notice'},
+      'What stands above no longer fits into the context: the model does not see it.'));
 }
+
+const kExamples = {
+  chat: [['Why is the sky blue?', 'Something it should know'],
+    ['How many r are in strawberry?', 'It may use its calculator'],
+    ['Tell me a short story about a robot.', 'Another one each time']],
+  text: [['The capital of France is', 'A fact to complete'],
+    ['Once upon a time, there was a small robot who', 'A story to go on with'],
+    ['Ingredients:\n- 2 eggs\n- 200 g flour\n-', 'A list to fill']],
+};
 
 function drawEmpty() {
   const m = model;
-  $('log').hidden = chat.messages.length === 0;
+  $('log').hidden = chat.turns.length === 0;
   $('empty').hidden = !$('log').hidden || !seen;  // nothing is said before the list is known
+  $('empty-none').hidden = !!m;
   if (!m) {
     $('empty-title').textContent = models.length ? 'No checkpoint can be used yet'
       : 'There is no checkpoint yet';
-    $('empty-facts').textContent = models.map((one) => `${one.id}: ${one.reason || one.status}`)
-      .join(' · ');
-    $('empty-text').replaceChildren('The server looks in the folder given with ',
-      make('code', {}, '--base-dir'), ', else in ', make('code', {}, '$NANOCHAT_BASE_DIR'),
-      ', else in ', make('code', {}, '~/.cache/nanochat'), ', for ',
-      make('code', {}, 'chatsft_checkpoints/<tag>/model_<step>.pt'), ' with ',
-      make('code', {}, 'meta_<step>.json'), ' beside it (also base_, mid_ and chatrl_checkpoints)',
-      ' and for ', make('code', {}, 'tokenizer/tokenizer.pkl'),
-      '. A new checkpoint appears here by itself.');
+    const why = (one) => `${one.id}: ${one.reason || one.status}`;
+    $('empty-facts').textContent = listed(models.map(why));
+    $('empty-text').textContent = '';
     $('examples').replaceChildren();
     return;
   }
-  const chats = !continues(m);
-  $('empty-title').textContent = chats ? `Ask ${m.tag} something` : `Let ${m.tag} continue a text`;
-  $('empty-facts').replaceChildren(make('span', {class: 'badge'}, m.type),
-    ' ' + ['step ' + count(m.step), m.parameters && big(m.parameters) + ' parameters', lossOf(m)]
-      .filter(Boolean).join(' · '), ...(m.best ? [' ', make('span', {class: 'best'}, '★ best')] : []));
-  $('empty-text').textContent = chats
-    ? `A small language model, trained with nanochat. It writes what sounds likely, which is often
-      wrong. Ask twice, and look at why it chose its words.`
-    : `This model continues text; it was not trained to chat. Give it a beginning, not a question.`;
-  const examples = chats
-    ? [['Why is the sky blue?', 'Something it should know'],
-      ['How many r are in strawberry?', 'It may use its calculator'],
-      ['Tell me a short story about a robot.', 'Another one each time']]
-    : [['The capital of France is', 'A fact to complete'],
-      ['Once upon a time, there was a small robot who', 'A story to go on with'],
-      ['Ingredients:\n- 2 eggs\n- 200 g flour\n-', 'A list to fill']];
-  $('examples').replaceChildren(...examples.map(([text, why]) => make('button', {
-    onclick: () => send(text)}, text, make('small', {}, why))));
+  $('empty-title').textContent = continues(m) ? `Let ${m.tag} continue a text`
+    : `Ask ${m.tag} something`;
+  $('empty-facts').replaceChildren(badge(m), ' ' + listed(['step ' + count(m.step),
+    m.parameters && big(m.parameters) + ' parameters', lossOf(m)]), best(m) || '');
+  $('empty-text').textContent = continues(m)
+    ? 'This model continues text; it was not trained to chat. Give it a beginning, not a question.'
+    : `A small language model, trained with nanochat. It writes what sounds likely, which is often
+      wrong. Ask twice, and look at why it chose its words.`;
+  $('examples').replaceChildren(...kExamples[continues(m) ? 'text' : 'chat'].map(([text, why]) =>
+    make('button', {class: 'card', onclick: () => send(text)}, text,
+      make('small', {class: 'note'}, why))));
 }
 
 // Tokens of the context in use: as the last answer's count says, and those coming in now.
 function drawMeter() {
   const size = model?.architecture?.sequence_len;
-  const last = chat.messages.findLast((m) => m.about?.usage);
+  const last = chat.turns.findLast((turn) => turn.about.usage);
   const used = (last?.about.usage.total_tokens || 0) + (run?.tokens || 0);
   $('meter').hidden = !size || !used;
-  $('meter').firstChild.style.width = `${size ? Math.min(used / size, 1) * 100 : 0}%`;
+  $('meter').value = size ? Math.min(used / size, 1) : 0;
   $('meter-text').textContent = !size ? '' : used
     ? `${run ? 'about ' : ''}${count(used)} of ${plural(size, 'token')}`
     : `context: ${plural(size, 'token')}`;
@@ -9617,13 +9409,11 @@ function drawMeter() {
 }
 
 function drawSend() {
-  const busy = !!run;
-  const use = $('send').querySelector('use');
-  use.setAttribute('href', busy ? '#i-stop' : '#i-send');
-  $('send').setAttribute('aria-label', busy ? 'Stop' : 'Send');
-  $('send').title = busy ? 'Stop (Esc)' : 'Send';
-  $('send').disabled = !busy && (!model || $('text').value.trim() === '');
-  $('log').setAttribute('aria-busy', String(busy));
+  setIcon($('send'), run ? 'stop' : 'send');
+  $('send').ariaLabel = run ? 'Stop' : 'Send';
+  $('send').title = run ? 'Stop (Esc)' : 'Send';
+  $('send').disabled = !run && (!model || $('text').value.trim() === '');
+  $('log').setAttribute('aria-busy', String(!!run));
 }
 
 // ---- scrolling: along with the answer, unless the reader went elsewhere
@@ -9631,8 +9421,7 @@ let following = true;
 const atEnd = () => $('scroll').scrollHeight - $('scroll').scrollTop - $('scroll').clientHeight < 40;
 function toEnd() {
   following = true;
-  $('scroll').scrollTop = $('scroll').scrollHeight;
-  $('newest').hidden = true;
+  stay();
 }
 function stay() {
   if (following) $('scroll').scrollTop = $('scroll').scrollHeight;
@@ -9640,54 +9429,43 @@ function stay() {
 }
 
 // ---- asking
-// What the model is to see: no continued texts, no question without an answer but the last.
-function seenBy(messages) {
-  return messages.filter((m, i) => {
-    const answer = m.role === 'user' ? messages[i + 1] : m;
-    return !m.text && (!answer || answer.content !== '');
-  });
-}
+// What the model is to see with this turn: no continued texts, no question without an answer.
+const seenBy = (turn) => chat.turns.slice(0, chat.turns.indexOf(turn) + 1)
+  .filter((one) => one === turn || (!one.text && one.answer));
 
-const kMost = {messages: 500, characters: 32000, each: 8000};  // the server takes no more
-function wordsOf(messages, system) {
-  const words = messages.map((m) => ({role: m.role, content: m.content}));
+function wordsOf(turns, system) {
+  const words = turns.flatMap(({question, answer}) => [{role: 'user', content: question},
+    {role: 'assistant', content: answer}]).filter((message) => message.content);
   return system ? [{role: 'system', content: system}, ...words] : words;
 }
 
-function requestFor(message) {
-  const at = chat.messages.indexOf(message), {about} = message;
-  const {temperature, top_k, max_tokens, seed} = settings;
-  const body = {model: about.model, temperature, top_k, max_tokens};
-  if (seed !== null) body.seed = seed;
-  if (message.text) {
-    // The answer to this request does not tell the seed, so that the page throws the dice.
-    about.seed = body.seed = body.seed ?? Math.floor(Math.random() * 2 ** 32);
-    Object.assign(body, {prompt: promptOf(message) + message.content, stream: true,
-      stream_options: {include_usage: true}});
-    return ['v1/completions', body];
+// The server takes no more than this, and says so of a question that is too long.
+const fits = (messages) => messages.length <= 500 &&
+  messages.slice(0, -1).every((message) => message.content.length <= 8000) &&
+  messages.reduce((sum, message) => sum + message.content.length, 0) <= 32000;
+
+function requestFor(turn) {
+  const {about} = turn, {temperature, top_k, max_tokens} = settings;
+  about.seed = settings.seed ?? Math.floor(Math.random() * 2 ** 32);
+  about.dropped = 0;
+  const body = {model: about.model, temperature, top_k, max_tokens, seed: about.seed};
+  if (turn.text) {
+    return ['v1/completions', {...body, prompt: turn.question + turn.answer, stream: true,
+      stream_options: {include_usage: true}}];
   }
   // A long conversation loses its beginning; the server leaves out more if the context is full.
-  const told = seenBy(chat.messages.slice(0, message.content ? at + 1 : at));
-  const tooMuch = () => told.length >= kMost.messages ||
-    told.slice(0, -1).some((m) => m.content.length > kMost.each) ||
-    told.reduce((sum, m) => sum + m.content.length, about.system?.length || 0) > kMost.characters;
-  about.dropped = 0;
-  while (told.length > 2 && tooMuch()) {
-    told.splice(0, 2);
+  const turns = seenBy(turn);
+  while (turns.length > 1 && !fits(wordsOf(turns, about.system))) {
+    turns.shift();
     about.dropped += 2;
   }
-  body.messages = wordsOf(told, about.system);
-  return ['chat/completions', body];
+  return ['chat/completions', {...body, messages: wordsOf(turns, about.system)}];
 }
 
 function waitLine(text, percent) {
-  const view = views.get(run.message);
-  if (!view) return;
-  view.wait.hidden = false;
-  view.wait.replaceChildren(
-    percent === undefined ? make('span', {class: 'dots'}, make('i'), make('i'), make('i'))
-      : make('progress', {max: '100', value: String(percent), 'aria-label': 'Loading the model'}),
-    text);
+  const {wait} = views.get(run.turn);
+  wait.hidden = false;
+  wait.replaceChildren(make('progress', {max: 100, value: percent, 'aria-label': text}), text);
   stay();
 }
 
@@ -9695,84 +9473,68 @@ function onComment(text) {
   const [word, n] = text.split(' ');
   if (word === 'queued') waitLine(Number(n) > 0 ? `waiting, ${n} before you` : 'next in the queue');
   else if (word === 'loading') waitLine(`loading the model… ${n}%`, n);
-  else if (word === 'ping' || run.shown) return;
-  else waitLine('reading your prompt');
+  else if (word !== 'ping' && !run.tokens) waitLine('reading your prompt');
 }
 
-// Draws at most once per frame, and in long answers less often than drawing takes.
-function drawSoon() {
-  if (run.frame) return;
-  const job = run;
-  job.frame = setTimeout(() => requestAnimationFrame(() => {
-    job.frame = 0;
-    if (run !== job) return;
+// Draws at most sixty times a second, and in long answers less often than drawing takes.
+function drawSoon(job) {
+  job.timer ||= setTimeout(() => {
     const begin = performance.now();
-    drawBody(job.message);
+    draw(job.turn);
     drawMeter();
     stay();
     job.rest = Math.min((performance.now() - begin) * 4, 1000);
-  }), job.rest || 0);
+    job.timer = 0;
+  }, Math.max(job.rest, 16));
 }
 
 // One request, read to its end. Throws if it was refused or broke off.
 async function stream(job) {
-  const {message, controller} = job;
-  const about = message.about;
-  const begin = performance.now();
-  let last = begin, ended = false, events = 0;
-  const response = await api(...requestFor(message), controller.signal);
+  const {turn} = job, {about} = turn, begin = performance.now();
+  let ended = false;
+  const response = await api(...requestFor(turn), job.controller.signal);
   job.begun = true;
   onComment('reading');
-  await readEvents(response, (text) => {
+  await readEvents(response, (data) => {
     if (run !== job) throw new Error('stopped');
-    if (text === '[DONE]') {
-      ended = true;
-      return;
-    }
-    const event = JSON.parse(text);
-    if (event.error) throw new Refusal(event.error.message || 'the server gave up', 0);
+    const event = data === '[DONE]' ? {done: true} : JSON.parse(data);
+    if (event.error) throw refusal(event.error.message, 0);
     const choice = event.choices?.[0];
-    const piece = event.token ?? choice?.text ?? '';
-    if (piece !== '') {
-      last = performance.now();
-      if (!events++) about.first = last - begin;
-      if (!job.shown) say('Answer started');
-      job.shown = true;
-      message.content += piece;
-      about.tokens = (job.before || 0) + events;
-      job.tokens = events;
+    const piece = event.token ?? choice?.text;
+    if (piece) {
+      const now = performance.now() - begin;
+      if (!job.tokens++) {
+        about.first = now;
+        say('Answer started');
+      }
+      turn.answer += piece;
+      about.tokens = job.before + job.tokens;
       // Tokens may come in one packet: too short a time says nothing about the speed.
-      const took = last - begin - about.first;
-      about.speed = events > 9 && took > 150 ? (events - 1) / took * 1000 : 0;
-      drawSoon();
+      const took = now - about.first;
+      about.speed = job.tokens > 9 && took > 150 ? (job.tokens - 1) / took * 1000 : 0;
+      drawSoon(job);
     }
-    if (choice?.finish_reason) about.finish = event.choices[0].finish_reason;
-    if (event.done) {
-      ended = true;
-      about.finish = event.finish_reason || 'stop';
-      about.dropped += event.dropped_messages || 0;
-    }
-    if (event.seed != null) about.seed = event.seed;
-    if (event.model) about.model = event.model;
+    ended ||= event.done;
+    about.finish = event.finish_reason || choice?.finish_reason || about.finish;
+    about.dropped += event.dropped_messages || 0;
     if (event.usage) {
       about.usage = event.usage;
-      about.tokens = (job.before || 0) + event.usage.completion_tokens;
+      about.tokens = job.before + event.usage.completion_tokens;
     }
-    if (event.timings?.tokens_per_second) about.speed = event.timings.tokens_per_second;
   }, onComment);
   if (!ended) throw new TypeError('closed too early');
 }
 
-// Gets an answer into `message`, the last of the chat. A server that is busy is asked again when it
+// Gets an answer into `turn`, the last of the chat. A server that is busy is asked again when it
 // says, up to five times.
-async function answer(message) {
-  const job = run = {message, controller: new AbortController(), tokens: 0,
-    before: message.about.tokens || 0};
-  const about = message.about;
+async function answer(turn) {
+  const {about} = turn;
+  const job = run = {turn, controller: new AbortController(), tokens: 0, rest: 0,
+    before: about.tokens || 0};
   delete about.error;
   delete about.finish;
   drawSend();
-  drawFoot(message);
+  draw(turn);
   waitLine('waiting for the server');
   toEnd();
   for (let tries = 1; run === job; ++tries) {
@@ -9781,120 +9543,101 @@ async function answer(message) {
       break;
     } catch (error) {
       if (run !== job) return;  // stopped
-      if ((error.status === 503 || error.status === 429) && error.wait && tries <= 5) {
+      if ([429, 503].includes(error.status) && error.wait && tries <= 5) {
         for (let left = Math.min(error.wait, 60); left > 0 && run === job; --left) {
           waitLine(`${error.message}. Trying again in ${left} s (${tries} of 5)`);
           await new Promise((resolve) => setTimeout(resolve, 1000));
         }
         continue;
       }
-      about.error = error instanceof Refusal ? error.message
-        : job.tokens || job.begun ? `Connection lost after ${plural(job.tokens, 'token')}.`
+      about.error = error.status !== undefined ? error.message
+        : job.begun ? `Connection lost after ${plural(job.tokens, 'token')}.`
         : 'The server cannot be reached.';
-      if (!(error instanceof Refusal)) poll();
+      if (error.status === undefined) poll();
       break;
     }
   }
-  if (run === job) finish(job);
+  if (run === job) finish();
 }
 
-function finish(job) {
-  clearTimeout(job.frame);
+function finish() {
+  const {turn, timer} = run;
+  clearTimeout(timer);
   run = null;
-  const {message} = job, {about} = message;
-  drawBody(message);
-  drawFoot(message);
+  draw(turn);
   drawDropped();
   drawMeter();
   drawSend();
   stay();
   keep(chat);
-  const words = message.content.split(/\s+/).filter(Boolean).length;
-  say(about.error ? `Error: ${about.error}` : about.finish === 'stopped' ? 'Stopped'
+  const words = turn.answer.split(/\s+/).filter(Boolean).length;
+  say(turn.about.error ? `Error: ${turn.about.error}` : turn.about.finish === 'stopped' ? 'Stopped'
     : `Answer complete, ${plural(words, 'word')}`);
 }
 
 function stop() {
   if (!run) return;
-  run.message.about.finish = 'stopped';
+  run.turn.about.finish = 'stopped';
   run.controller.abort();
-  finish(run);
+  finish();
 }
 
 // Puts a question and an empty answer at the end, and asks.
-function ask(content) {
-  stop();
-  focusBox();
-  const text = continues(model) || undefined;
-  const message = {role: 'assistant', content: '', text, about: {model: model.id}};
-  if (settings.system.trim() && !text) message.about.system = settings.system.trim();
-  chat.messages.push({role: 'user', content, text}, message);
+function ask(question) {
+  const turn = {question, answer: '', text: continues(model), about: {model: model.id}};
+  if (!turn.text) turn.about.system = settings.system.trim();
+  chat.turns.push(turn);
   keep(chat);
-  drawChat();
-  answer(message);
+  drawTurn(turn);
+  drawEmpty();
+  focusBox();
+  answer(turn);
 }
 
-function send(content) {
-  if (!model || content.trim() === '') return;
-  if (run) {
-    toast('The model is still writing. Esc stops it.');
-    return;
-  }
-  if ($('text').value.trim() === content.trim()) {
-    $('text').value = '';
-    grow();
-  }
-  ask(content.trimEnd());
+function send(question) {
+  if (run) throw new Error('The model is still writing. Esc stops it.');
+  if (!model) throw new Error('There is no model to write to.');
+  if (question.trim() !== '') ask(question.trimEnd());
 }
 
-// Everything from `at` on goes; what else is lost than the answer itself can be brought back.
-function cut(at, lost) {
+// What comes after this turn goes, and can be brought back.
+function cutAfter(turn) {
   stop();
-  const before = [...chat.messages], id = chat.id;
-  chat.messages.length = at;
-  if (before.length - at > lost) {
-    toast('The messages after it were removed.', 'Undo', () => {
-      if (chat.id !== id) return;
-      stop();
-      chat.messages = before;
-      keep(chat);
-      drawChat();
-    });
-  }
+  const before = chat.turns, left = chat.turns.indexOf(turn) + 1;
+  chat.turns = before.slice(0, left);
+  if (left === before.length) return;
+  toast('The messages after it were removed.', () => {
+    openChat({...chat, turns: before});
+    keep(chat);
+  });
 }
 
-function regenerate(message) {
+function regenerate(turn, question = turn.question) {
   if (!model) return;
-  const at = chat.messages.indexOf(message);
-  const question = chat.messages[at - 1].content;
-  cut(at - 1, 2);
+  cutAfter(turn);
+  chat.turns.pop();
+  drawChat();
   ask(question);
 }
 
-function proceed(message) {
-  const at = chat.messages.indexOf(message);
-  cut(at + 1, 0);
-  whys.delete(message);
+function proceed(turn) {
+  cutAfter(turn);
   drawChat();
   focusBox();
-  answer(message);
+  answer(turn);
 }
 
-// A user message becomes a box to write in; sending it asks anew from there.
-function edit(message) {
-  const at = chat.messages.indexOf(message) - (message.role === 'user' ? 0 : 1);
-  const question = chat.messages[at];
-  const view = views.get(message);
-  const area = make('textarea', {'aria-label': 'Your message', rows: '3', dir: 'auto'});
-  area.value = question.content;
-  const back = () => { box.replaceWith(...old); view.node.querySelector('.acts button')?.focus(); };
-  const again = () => {
-    if (area.value.trim() === '' || !model) return;
-    const content = area.value.trimEnd();
-    cut(at, 2);
-    ask(content);
+// A question becomes a box to write in; sending it asks anew from there.
+function edit(turn) {
+  const node = views.get(turn).question || views.get(turn).node, old = [...node.children];
+  const area = make('textarea', {'aria-label': 'Your message', rows: 3, dir: 'auto'});
+  area.value = turn.question;
+  const back = () => {
+    node.replaceChildren(...old);
+    node.querySelector('.acts button')?.focus();
   };
-  const box = make('div', {class: 'editing', onkeydown: (event) => {
+  const again = () => { if (area.value.trim()) regenerate(turn, area.value.trimEnd()); };
+  node.replaceChildren(make('div', {class: 'editing', onkeydown: (event) => {
     if (event.key === 'Escape') {
       event.stopPropagation();
       back();
@@ -9903,10 +9646,7 @@ function edit(message) {
       again();
     }
   }}, area, make('div', {class: 'row'}, make('button', {onclick: back}, 'Cancel'),
-    make('button', {class: 'solid', onclick: again}, 'Send')));
-  const old = [...view.node.children];
-  old[0].before(box);
-  for (const node of old) node.remove();
+    make('button', {class: 'solid', onclick: again}, 'Send'))));
   area.style.height = Math.min(area.scrollHeight + 4, 400) + 'px';
   area.focus();
   area.setSelectionRange(area.value.length, area.value.length);
@@ -9923,90 +9663,82 @@ function visible(token) {
 }
 const percent = (p) => p >= 0.9995 ? '> 99.9%' : p < 0.001 ? '< 0.1%' : (p * 100).toFixed(1) + '%';
 
-async function askWhy(message, position) {
-  const at = chat.messages.indexOf(message);
-  const {model, system, dropped = 0} = message.about;
-  const messages = wordsOf(seenBy(chat.messages.slice(0, at + 1)).slice(dropped), system);
-  const body = {model, messages, position};
-  return (await api('api/v1/inference/why', body)).json();
+function askWhy(turn, position) {
+  const {model, system, dropped} = turn.about;
+  const messages = wordsOf(seenBy(turn).slice(Math.ceil(dropped / 2)), system);
+  return askFor('api/v1/inference/why', {model, messages, position});
 }
 
-async function toggleWhy(message) {
-  if (!whys.delete(message)) try {
-    const {tokens} = await askWhy(message, null);
-    if (message.about.finish !== 'stop') tokens.pop();  // it was cut off: nobody chose the end
-    whys.set(message, {tokens, position: null});
-    say('Choose a token to see what else was likely');
-  } catch (error) {
-    toast(error.message);
+// The answer, cut into tokens to choose from, takes the place of the answer; or goes again.
+async function toggleWhy(turn, button) {
+  const {body, why} = views.get(turn);
+  if (why.firstChild) {
+    why.replaceChildren();
+  } else {
+    try {
+      const {tokens} = await askWhy(turn, null);
+      if (turn.about.finish !== 'stop') tokens.pop();  // it was cut off: nobody chose the end
+      const card = make('div', {class: 'note'},
+        'Each box is a token. Choose one to see the ten likeliest there.');
+      why.replaceChildren(tokenStrip(tokens, (i) => showToken(turn, i, tokens.length, card)), card);
+      say('Choose a token to see what else was likely');
+    } catch (error) {
+      toast(error.message);
+    }
   }
-  drawFoot(message);
-  views.get(message)?.acts.querySelector('[aria-pressed]').focus();  // it was drawn anew
+  body.hidden = !!why.firstChild;
+  button.setAttribute('aria-pressed', String(body.hidden));
 }
 
-async function showToken(message, position) {
-  const why = whys.get(message);
-  why.wanted = position;
-  try {
-    const reply = await askWhy(message, position);
-    if (why.wanted !== position || !views.has(message)) return;  // something else was chosen
-    Object.assign(why, {position, chosen: reply.chosen, candidates: reply.candidates});
-    drawWhy(message);
-    say(`${visible(reply.chosen)} had ${percent(reply.chosen.probability)}`);
-  } catch (error) {
-    toast(error.message);
-  }
-}
-
-function drawWhy(message) {
-  const view = views.get(message), why = whys.get(message);
-  view.body.hidden = !!why;
-  view.why.hidden = !why;
-  if (!why) {
-    view.why.replaceChildren();
-    return;
-  }
-  const focused = view.why.contains(document.activeElement);
-  const buttons = why.tokens.map((token, i) => make('button', {
-    'aria-pressed': String(i === why.position), tabindex: i === (why.position || 0) ? '0' : '-1',
-    onclick: () => showToken(message, i)},
-    token.text == null ? make('span', {class: 'mark'}, visible(token))
-      : token.text.replaceAll('\n', '↵\n')));
-  const strip = make('div', {class: 'tokens', dir: 'auto', role: 'group',
+// One stop of the Tab key; arrows lead from token to token.
+function tokenStrip(tokens, onchoose) {
+  const buttons = tokens.map((token, i) => make('button', {'aria-pressed': 'false',
+    tabindex: i ? '-1' : '0', onclick: () => {
+      for (const one of buttons) one.setAttribute('aria-pressed', String(one === buttons[i]));
+      onchoose(i);
+    }, onfocus: () => { for (const one of buttons) one.tabIndex = one === buttons[i] ? 0 : -1; }},
+  token.text == null ? make('span', {class: 'mark'}, visible(token))
+    : token.text.replaceAll('\n', '↵\n')));
+  return make('div', {class: 'tokens', dir: 'auto', role: 'group',
     'aria-label': 'Tokens of the answer', onkeydown: (event) => {
       const now = buttons.indexOf(document.activeElement);
-      const to = {ArrowRight: now + 1, ArrowLeft: now - 1, Home: 0, End: buttons.length - 1}[event.key];
-      if (to === undefined || !buttons[to]) return;
+      const to = {ArrowRight: now + 1, ArrowLeft: now - 1, Home: 0, End: -1}[event.key];
+      if (to === undefined) return;
       event.preventDefault();
-      buttons[now].tabIndex = -1;
-      buttons[to].tabIndex = 0;
-      buttons[to].focus();
+      buttons.at(to % buttons.length).focus();
     }}, ...buttons);
-  view.why.replaceChildren(strip, why.position == null
-    ? make('p', {class: 'note'}, 'Each box is a token. Choose one to see the ten likeliest there.')
-    : whyCard(why));
-  if (focused) buttons[why.position || 0]?.focus();
 }
 
-function whyCard({tokens, position, chosen, candidates}) {
+async function showToken(turn, position, size, card) {
+  card.wanted = position;
+  try {
+    const {chosen, candidates} = await askWhy(turn, position);
+    if (card.wanted !== position) return;  // something else was chosen
+    card.className = 'why card';
+    card.replaceChildren(
+      make('h3', {}, `Token ${position + 1} of ${size}: `, make('code', {}, visible(chosen))),
+      candidateTable(chosen, candidates));
+    say(`${visible(chosen)} had ${percent(chosen.probability)}`);
+  } catch (error) {
+    toast(error.message);
+  }
+}
+
+function candidateTable(chosen, candidates) {
   const most = Math.max(...candidates.map((c) => c.probability));
-  const row = (c) => {
-    const bar = make('div', {class: 'bar'});
+  const all = candidates.some((c) => c.id === chosen.id) ? candidates : [...candidates, chosen];
+  const rows = all.map((c) => {
+    const bar = make('div', {class: 'bar'}), mine = c.id === chosen.id;
     bar.style.width = `${c.probability / most * 100}%`;
-    const mine = c.id === chosen.id;
     return make('tr', {class: mine && 'chosen'},
       make('th', {scope: 'row'}, make('code', {}, visible(c)), mine ? ' ✓' : null,
         mine ? make('span', {}, ' chosen') : null),
       make('td', {}, bar), make('td', {}, percent(c.probability)));
-  };
-  const rows = candidates.map(row);
-  if (!candidates.some((c) => c.id === chosen.id)) rows.push(row(chosen));
+  });
   const others = 1 - candidates.reduce((sum, c) => sum + c.probability, 0);
-  return make('div', {class: 'why'},
-    make('h3', {}, `Token ${position + 1} of ${tokens.length}: `, make('code', {}, visible(chosen))),
-    make('table', {}, make('tbody', {}, ...rows)),
-    make('p', {class: 'note'}, `All other tokens together: ${percent(Math.max(others, 0))}. These are
-      the model's own probabilities, before temperature and top-k. ␣ is a space, ↵ a new line.`));
+  return make('table', {}, make('caption', {class: 'note'}, `All other tokens together:
+    ${percent(Math.max(others, 0))}. These are the model's own probabilities, before temperature and
+    top-k. ␣ is a space, ↵ a new line.`), ...rows);
 }
 
 // ---- the walkthrough
@@ -10019,7 +9751,7 @@ async function walk(event) {
   try {
     const body = {model: model.id, prompt: $('walk-text').value};
     if ($('walk-layer').value) body.layers = [Number($('walk-layer').value)];
-    const {tokens, prefill, decode, pictures} = await (await api('api/v1/inference/walk', body)).json();
+    const {tokens, prefill, decode, pictures} = await askFor('api/v1/inference/walk', body);
     const cost = ({us, bound}) => `${(us / 1000).toFixed(2)} ms, set by ${bound === 'memory'
       ? 'how fast memory is read' : 'how fast it multiplies'}`;
     out(make('p', {}, `${plural(tokens.length, 'token')} read at once: ${cost(prefill)}. One more:
@@ -10033,174 +9765,144 @@ async function walk(event) {
 
 function shot({title, alt, url, width, height}) {
   const src = url.slice(1);  // below wherever this page stands
-  return make('button', {'aria-label': 'Larger: ' + title, onclick: () => {
-    $('picture-title').textContent = title;
-    $('picture-img').src = src;
-    $('picture-img').alt = alt;
-    $('picture').showModal();
-  }}, make('img', {src, alt, width, height}));
+  return make('button', {'aria-label': 'Larger: ' + title,
+    onclick: () => openDialog(title, make('img', {src, alt}))}, make('img', {src, alt, width, height}));
 }
 
 // ---- the list of conversations
 function drawList() {
   const all = storedChats();
-  $('list').replaceChildren(...all.map((one) => make('li',
-    {class: one.id === chat.id && 'current'},
+  $('list').replaceChildren(...all.map((one) => make('li', {class: one.id === chat.id && 'current'},
     make('button', {class: 'open', 'aria-current': one.id === chat.id && 'true',
-      onclick: () => openChat(one)}, one.title || 'Untitled'),
-    iconButton('bin', `Delete ${one.title}`, () => {
-      forget('chat.' + one.id);
-      if (one.id === chat.id) newChat();
-      drawList();
-      $('new').focus();
-      toast('Chat deleted.', 'Undo', () => { write('chat.' + one.id, one); drawList(); });
-    }))));
+      onclick: () => openChat(one)}, titleOf(one)),
+    iconButton('bin', `Delete ${titleOf(one)}`, () => discard([one])))));
   $('delete-all').textContent = `Delete all chats (${all.length})`;
   $('list-none').hidden = all.length > 0;
 }
 
+// Takes conversations away; for a while they can be brought back.
+function discard(chats) {
+  chats.forEach(forget);
+  if (chats.some((one) => one.id === chat.id)) newChat();
+  drawList();
+  $('new').focus();
+  toast(`${plural(chats.length, 'chat')} deleted.`, () => {
+    for (const one of chats) write('chat.' + one.id, one);
+    drawList();
+  });
+}
+
 function openChat(one) {
   stop();
+  $('toast').hidePopover();  // what it would undo belongs to another chat
   chat = one;
   drawChat();
   drawList();
-  show($('chats'), false, true);
+  closeOver();
 }
 
 function newChat() {
-  stop();
-  chat = {id: fresh(), messages: []};
-  drawChat();
-  drawList();
-  show($('chats'), false, true);
+  openChat({id: fresh(), turns: []});
   focusBox();
 }
 
 function saveFile(name, type, text) {
-  const link = make('a', {href: URL.createObjectURL(new Blob([text], {type})), download: name});
+  const day = new Date().toISOString().slice(0, 10);
+  const link = make('a', {href: URL.createObjectURL(new Blob([text], {type})),
+    download: name.replace('.', `-${day}.`)});
   link.click();
   setTimeout(() => URL.revokeObjectURL(link.href), 10000);
 }
 
 function asMarkdown(one) {
-  const turns = one.messages.map((m) => `**${m.role === 'user' ? 'You'
-    : m.about?.model || 'Model'}:**\n\n${readable(m.content)}\n`);
-  return `# ${one.title || 'Chat'}\n\n${turns.join('\n')}`;
+  const turns = one.turns.map(({question, answer, about}) =>
+    `**You:**\n\n${question}\n\n**${about.model}:**\n\n${readable(answer)}\n`);
+  return `# ${titleOf(one)}\n\n${turns.join('\n')}`;
 }
 
-// Takes only what it knows from a file: roles, texts, and numbers or names about an answer.
 function fromFile(text) {
-  const list = JSON.parse(text).chats;
-  if (!Array.isArray(list)) throw new Error('it has no list named chats');
-  const taken = [];
-  for (const one of list.slice(0, kMaxChats)) {
-    const good = (Array.isArray(one?.messages) ? one.messages : []).filter((m) =>
-      (m?.role === 'user' || m?.role === 'assistant') && typeof m.content === 'string');
-    // Question and answer take turns everywhere else, so they must here.
-    if (!good.length || good.some((m, i) => (m.role === 'user') !== (i % 2 === 0))) continue;
-    const messages = good.map((m) => {
-      const about = {};
-      for (const [name, value] of Object.entries(m.about || {})) {
-        if (typeof value === 'number' || typeof value === 'string') about[name] = value;
-      }
-      return {role: m.role, content: m.content, text: m.text === true || undefined,
-        ...(m.role === 'assistant' ? {about} : {})};
-    });
-    taken.push({id: fresh(), messages});
-  }
+  const good = (turn) => typeof turn?.question === 'string' && typeof turn.answer === 'string' &&
+    typeof turn.about?.model === 'string';
+  const {chats} = JSON.parse(text);
+  const taken = Array.isArray(chats) ? chats.filter((one) => Array.isArray(one?.turns) &&
+    one.turns.length && one.turns.every(good)) : [];
   if (!taken.length) throw new Error('there is no conversation in it');
-  return taken;
+  return taken.slice(0, kMaxChats).map(({turns}) => ({id: fresh(), turns}));
 }
 
 function openKeeping() {
-  const day = () => new Date().toISOString().slice(0, 10);
-  $('save-md').onclick = () => saveFile(`chat-${day()}.md`, 'text/markdown', asMarkdown(chat));
-  $('save-json').onclick = () => saveFile(`chats-${day()}.json`, 'application/json',
-    JSON.stringify({format: 'nanogpt chats', version: 1, chats: storedChats()}, null, 1));
+  $('save-md').onclick = () => saveFile('chat.md', 'text/markdown', asMarkdown(chat));
+  $('save-json').onclick = () => saveFile('chats.json', 'application/json',
+    JSON.stringify({format: 'nanogpt chats', version: 2, chats: storedChats()}, null, 1));
   $('load-json').onclick = () => $('file').click();
   $('file').onchange = async () => {
-    const [file] = $('file').files;
-    if (!file) return;
     try {
-      const taken = fromFile(await file.text());
-      for (const one of taken) keep(one);
+      const taken = fromFile(await $('file').files[0].text());
+      taken.forEach(keep);
       toast(`${plural(taken.length, 'chat')} loaded.`);
     } catch (error) {
       toast(`This file cannot be loaded: ${error.message}`);
     }
     $('file').value = '';
   };
-  let sure = false;
-  $('delete-all').onclick = () => {
-    if (!sure) {
-      sure = true;
-      $('delete-all').textContent = `Really delete all ${storedChats().length}?`;
-      setTimeout(() => { sure = false; drawList(); }, 5000);
-      return;
-    }
-    sure = false;
-    for (const one of storedChats()) forget('chat.' + one.id);
-    newChat();
-    toast('All chats are deleted.');
-  };
+  $('delete-all').onclick = () => discard(storedChats());
 }
 
 // ---- the two sides: beside the conversation where there is room, else over it
-const kSides = [['chats', '(min-width: 900px)'], ['panel', '(min-width: 1200px)']];
-const docked = (side) => !side.hasAttribute('popover');
+const kSides = {chats: matchMedia('(min-width: 900px)'), panel: matchMedia('(min-width: 1200px)')};
+const sideOver = () => document.querySelector('aside.over:not([hidden])');
 
-function show(side, open, onlyOver) {
-  if (docked(side)) {
-    if (onlyOver) return;
-    side.hidden = !open;
-    write('side.' + side.id, open);
-  } else {
-    side.togglePopover(open);
-  }
-  markSide(side);
+function show(id, open) {
+  const docked = kSides[id].matches;
+  $(id).classList.toggle('over', !docked);
+  $(id).hidden = !open;
+  $(id + '-open').hidden = open && docked;
+  $(id + '-open').setAttribute('aria-expanded', String(open));
+  $('main').inert = !!sideOver();  // while one is over the page, nothing else can be reached
 }
 
-function isOpen(side) {
-  return docked(side) ? !side.hidden : side.matches(':popover-open');
-}
-
-function markSide(side) {
-  const open = isOpen(side);
-  $(side.id + '-open').setAttribute('aria-expanded', String(open));
-  $(side.id + '-open').hidden = open && docked(side);
-  // While one is over the page, nothing else can be reached.
-  $('main').inert = kSides.some(([id]) => !docked($(id)) && isOpen($(id)));
+function closeOver() {
+  const side = sideOver();
+  if (side) $(side.id + '-close').click();
 }
 
 function openSides() {
-  for (const [id, room] of kSides) {
-    const side = $(id), media = matchMedia(room);
-    const settle = () => {
-      if (media.matches) side.removeAttribute('popover');
-      else side.setAttribute('popover', 'auto');
-      side.hidden = media.matches && read('side.' + id) === false;
-      markSide(side);
+  for (const [id, room] of Object.entries(kSides)) {
+    const settle = () => show(id, room.matches && read('side.' + id) !== false);
+    const byHand = (open) => {
+      show(id, open);
+      if (room.matches) write('side.' + id, open);
+      $(open ? id : id + '-open').focus();
     };
-    media.addEventListener('change', settle);
+    room.addEventListener('change', settle);
     settle();
-    side.addEventListener('toggle', () => {
-      markSide(side);
-      if (isOpen(side) && !side.contains(document.activeElement)) side.focus();
-      else if (!isOpen(side) && document.activeElement === document.body) $(id + '-open').focus();
-    });
-    $(id + '-open').onclick = () => { show(side, true); if (docked(side)) side.focus(); };
-    $(id + '-close').onclick = () => { show(side, false); $(id + '-open').focus(); };
+    $(id + '-open').onclick = () => byHand(true);
+    $(id + '-close').onclick = () => byHand(false);
   }
+  document.addEventListener('click', (event) => {
+    if (event.target.contains($('main'))) closeOver();
+  });
 }
 
 const kTabs = ['model', 'settings', 'walk'];
-function showTab(name, focus) {
+function showTab(name) {
   for (const one of kTabs) {
     $('tab-' + one).setAttribute('aria-selected', String(one === name));
     $('tab-' + one).tabIndex = one === name ? 0 : -1;
     $('pane-' + one).hidden = one !== name;
   }
-  if (focus) $('tab-' + name).focus();
+}
+
+function openTabs() {
+  kTabs.forEach((name, i) => {
+    $('tab-' + name).onclick = () => showTab(name);
+    $('tab-' + name).onkeydown = (event) => {
+      const to = $('tab-' + kTabs[(i + {ArrowLeft: 2, ArrowRight: 1}[event.key]) % 3]);
+      to?.click();
+      to?.focus();
+    };
+  });
+  showTab('model');
 }
 
 // ---- keys and commands
@@ -10212,57 +9914,50 @@ function entersText(event) {
     !touch.matches;
 }
 
-const kNumbers = {temperature: 'temperature', topk: 'top_k', max: 'max_tokens', seed: 'seed'};
-
-// Each says whether it is done: then the box is emptied.
-const kCommands = {
-  clear: () => { newChat(); return true; },
-  help: () => { $('help').showModal(); return true; },
-  stats: () => {
-    api('stats').then((reply) => reply.json()).then((s) => toast(`${s.busy_workers} of
-      ${s.total_workers} places are busy on the server.`)).catch((error) => toast(error.message));
-    return true;
-  },
-  model: (text) => {
-    const found = models.find((m) => m.status === 'ready' && [m.id, m.name, m.tag,
-      `${m.source}/${m.tag}`, m.source].includes(text.toLowerCase()));
-    if (!found) {
-      toast(text ? `No model that can be used is named ${text}.` : `The model is ${model?.id}.`);
-      return !text;
-    }
-    pick(found);
-    toast(`The model is now ${found.type} ${nameOf(found)}.`);
-    return true;
-  },
-};
-
 // /temperature, /temperature 0.6 and so on: tells the value, or sets it if it is one.
-function numberCommand(name, text) {
-  const field = $(name), value = Number(text);
-  const good = value >= Number(field.min) && value <= Number(field.max || Number.MAX_SAFE_INTEGER);
-  if (text && !good) {
-    toast(`${name} is a number from ${field.min}${field.max ? ` to ${field.max}` : ' up'}.`);
-    return false;
+const tune = (name) => (text) => {
+  const {min, max} = kSettings[name];
+  if (text && !(Number(text) >= min && Number(text) <= max)) {
+    throw new Error(`${name} is a number from ${min} to ${max}.`);
   }
   if (text || name === 'seed') set(name, text);
   toast(`${name} is ${settings[name] ?? 'random'}.`);
-  return true;
-}
+};
 
-// Whether the text was a command. One that is wrong stays in the box.
-function command(text) {
-  const found = /^\/([a-z]+)(?: +(.*))?$/.exec(text.trim());
-  if (!found) return false;
-  const [, name, rest = ''] = found;
-  let done = false;
-  if (Object.hasOwn(kNumbers, name)) done = numberCommand(kNumbers[name], rest.trim());
-  else if (Object.hasOwn(kCommands, name)) done = kCommands[name](rest.trim());
-  else toast(`There is no command /${name}. /help shows them.`);
-  if (done) {
+const kCommands = {
+  temperature: tune('temperature'),
+  topk: tune('top_k'),
+  max: tune('max_tokens'),
+  seed: tune('seed'),
+  clear: newChat,
+  help: openHelp,
+  stats: async () => {
+    const {busy_workers, total_workers} = await askFor('stats');
+    toast(`${busy_workers} of ${total_workers} places are busy on the server.`);
+  },
+  model: (text) => {
+    if (!text) return toast(`The model is ${model?.id}.`);
+    const found = models.find((m) => usable(m) && [m.id, m.name, m.tag, `${m.source}/${m.tag}`,
+      m.source].includes(text.toLowerCase()));
+    if (!found) throw new Error(`No model that can be used is named ${text}.`);
+    pick(found);
+    toast(`The model is now ${found.type} ${nameOf(found)}.`);
+  },
+};
+
+// What is in the box is a message, or a command. What is wrong stays in it.
+async function submit() {
+  const text = $('text').value;
+  const [, name, rest = ''] = /^\/([a-z]+)(?: +(.*))?$/.exec(text.trim()) || [];
+  try {
+    if (!name) send(text);
+    else if (Object.hasOwn(kCommands, name)) await kCommands[name](rest.trim());
+    else throw new Error(`There is no command /${name}. /help shows them.`);
     $('text').value = '';
     grow();
+  } catch (error) {
+    toast(error.message);
   }
-  return true;
 }
 
 function focusBox() {
@@ -10270,104 +9965,90 @@ function focusBox() {
 }
 
 function grow() {
-  const area = $('text');
-  area.style.height = 'auto';
-  area.style.height = area.scrollHeight + 'px';
+  $('text').style.height = 'auto';
+  $('text').style.height = $('text').scrollHeight + 'px';
   drawSend();
 }
 
-function submit() {
-  if (!command($('text').value)) send($('text').value);
-}
+const kAltKeys = {
+  KeyN: newChat,
+  KeyM: () => {
+    $('model').focus();
+    try { $('model').showPicker(); } catch { /* then it is only focused */ }
+  },
+  KeyS: () => {
+    showTab('settings');
+    $('panel-open').click();
+    $('temperature').focus();
+  },
+};
 
 function onKey(event) {
-  const nothing = event.target === $('text') && $('text').value === '' && !chat.messages.length;
+  if ($('dialog').open) return;
+  const nothing = event.target === $('text') && $('text').value === '' && !chat.turns.length;
   const writing = /^(INPUT|TEXTAREA|SELECT)$/.test(event.target.tagName) && !nothing;
-  const dialog = document.querySelector('dialog[open]');
-  if (event.altKey && !event.ctrlKey && !event.metaKey && !dialog) {
-    const act = {
-      KeyN: newChat,
-      KeyM: () => {
-        $('model').focus();
-        try { $('model').showPicker(); } catch { /* then it is only focused */ }
-      },
-      KeyS: () => { showTab('settings'); show($('panel'), true); $('temperature').focus(); },
-    }[event.code];
-    if (act) {
-      event.preventDefault();
-      act();
-    }
-  } else if (event.key === 'Escape' && run && !dialog && !$('main').inert && !event.isComposing) {
-    stop();
-  } else if (event.key === '?' && !writing && !dialog) {
+  const act = event.altKey && !event.ctrlKey && !event.metaKey ? kAltKeys[event.code]
+    : event.key === '?' && !writing ? openHelp : null;
+  if (act) {
     event.preventDefault();
-    $('help').showModal();
+    closeOver();
+    act();
+  } else if (event.key === 'Escape' && !event.isComposing) {
+    if (sideOver()) closeOver();
+    else stop();
   }
 }
 
-function openKeys() {
-  document.addEventListener('keydown', onKey);
+function openBox() {
   $('text').addEventListener('input', grow);
   $('text').addEventListener('keydown', (event) => {
     if (entersText(event)) {
       event.preventDefault();
       submit();
-    } else if (event.key === 'ArrowUp' && $('text').value === '' && !run) {
-      const last = chat.messages.findLast((m) => m.role === (m.text ? 'assistant' : 'user'));
-      if (last) {
-        event.preventDefault();
-        edit(last);
-      }
+    } else if (event.key === 'ArrowUp' && $('text').value === '' && !run && chat.turns.length) {
+      event.preventDefault();
+      edit(chat.turns.at(-1));
     }
   });
-  $('send').onclick = () => { if (run) stop(); else submit(); focusBox(); };
+  $('send').onclick = () => {
+    if (run) stop();
+    else submit();
+    focusBox();
+  };
   if (touch.matches) $('text').enterKeyHint = 'enter';
 }
 
 // ---- start
 const kThemes = ['automatic', 'light', 'dark'];
-function theme(name) {
-  if (name === 'automatic') delete document.documentElement.dataset.theme;
-  else document.documentElement.dataset.theme = name;
+const root = document.documentElement;
+function setTheme(name) {
+  root.dataset.theme = name;
   $('theme').textContent = `Theme: ${name}`;
   write('theme', name);
 }
 
 function start() {
-  theme(kThemes.includes(read('theme')) ? read('theme') : 'automatic');
-  $('theme').onclick = () => theme(kThemes[(kThemes.indexOf(read('theme')) + 1) % 3]);
+  for (const node of document.querySelectorAll('[data-icon]')) node.prepend(icon(node.dataset.icon));
+  for (const id of ['cli', 'curl']) $(id).after(copyButton('Copy', () => $(id).textContent));
+  setTheme(read('theme') || 'automatic');
   openSettings();
   openKeeping();
   openSides();
-  openKeys();
-  kTabs.forEach((name, i) => {
-    $('tab-' + name).onclick = () => showTab(name);
-    $('tab-' + name).onkeydown = (event) => {
-      const to = {ArrowLeft: i + 2, ArrowRight: i + 1}[event.key];
-      if (to) showTab(kTabs[to % 3], true);
-    };
-  });
+  openTabs();
+  openBox();
+  const clicks = {
+    'theme': () => setTheme(kThemes[(kThemes.indexOf(root.dataset.theme) + 1) % 3]),
+    'all-open': openAll, 'device': openDevice, 'help-open': openHelp, 'new': newChat,
+    'newest': toEnd, 'dialog-close': () => $('dialog').close(),
+    'dialog': (event) => { if (event.target === $('dialog')) $('dialog').close(); },
+  };
+  for (const [id, onclick] of Object.entries(clicks)) $(id).onclick = onclick;
   $('walk-form').onsubmit = walk;
-  for (const id of ['cli', 'curl']) {
-    const button = iconButton('copy', 'Copy', () => copy($(id).textContent, button));
-    $(id).after(button);
-  }
-  for (const button of document.querySelectorAll('[data-close]')) {
-    button.onclick = () => button.closest('dialog').close();
-  }
-  for (const dialog of document.querySelectorAll('dialog')) {
-    dialog.addEventListener('click', (event) => { if (event.target === dialog) dialog.close(); });
-  }
   $('model').onchange = () => pick(models.find((m) => m.id === $('model').value));
-  $('all-open').onclick = () => $('all').showModal();
-  $('device').onclick = () => $('why-device').showModal();
-  $('help-open').onclick = () => $('help').showModal();
-  $('new').onclick = newChat;
-  $('newest').onclick = toEnd;
-  $('scroll').addEventListener('scroll', () => {
+  $('scroll').onscroll = () => {
     following = atEnd();
     $('newest').hidden = following;
-  });
+  };
   $('key-form').onsubmit = (event) => {
     event.preventDefault();
     useKey($('key').value);
@@ -10376,10 +10057,11 @@ function start() {
   };
   // On iOS the keyboard covers the page instead of making it smaller.
   const viewport = window.visualViewport;
-  viewport?.addEventListener('resize', () => {
+  viewport.addEventListener('resize', () => {
     const covered = viewport.scale === 1 ? Math.max(innerHeight - viewport.height, 0) : 0;
-    document.documentElement.style.setProperty('--keyboard', `${covered}px`);
+    root.style.setProperty('--keyboard', `${covered}px`);
   });
+  document.addEventListener('keydown', onKey);
   document.addEventListener('visibilitychange', () => { if (!document.hidden) poll(); });
   addEventListener('storage', drawList);
   addEventListener('pagehide', stop);

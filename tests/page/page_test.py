@@ -223,11 +223,11 @@ def models(page, put):
           "/v1/chat/completions" in page.js("$('curl').textContent"))
     page.click("#all-open")
     check("models: a table of all, with the reason of the one that cannot be used", page.js(
-        "$('all').open && $('all-rows').rows.length === 7 && "
-        "$('all-rows').textContent.includes('incomplete')"))
-    page.js("[...$('all-rows').querySelectorAll('button')][0].click()")
+        "$('dialog').open && $('dialog').querySelectorAll('td:first-child').length === 7 && "
+        "$('dialog').textContent.includes('incomplete')"))
+    page.js("$('dialog').querySelector('td button').click()")
     check("models: chosen from the table", page.js("$('model').value === 'sft/d4/2600' && "
-                                                   "!$('all').open"))
+                                                   "!$('dialog').open"))
     put("chatsft", 3000, {"val_bpb": 1.1})
     check("models: a new checkpoint appears by itself, and is the best now", page.wait(
         "[...$('model').options].some((o) => /3,000.*★/.test(o.textContent)) && "
@@ -281,14 +281,14 @@ def chatting(page):
     check("edit: the conversation goes on from there", page.wait(
         "!run && document.querySelectorAll('.turn').length === 2 && "
         "document.querySelector('.bubble').textContent === 'Hello'"))
-    page.click("#toast-do")
+    page.click("#toast-undo")
     check("edit: what was removed can be brought back", page.wait(
         "document.querySelectorAll('.turn').length === 4"))
 
 
 def why(page):
     page.js("document.querySelectorAll('.turn:not(.user)')[0].querySelector("
-            "'[aria-pressed]').click()")
+            "'[aria-pressed]').focus(); document.activeElement.click()")
     tokens = page.wait("[...document.querySelectorAll('.tokens button')].map((b) => b.textContent)")
     check("why: the button keeps the focus", page.wait(
         "document.activeElement.ariaLabel === 'Why these words?'"))
@@ -334,10 +334,10 @@ def walk(page):
         page.js("$('walk-out').textContent"))
     page.click("#walk-out button")
     check("walk: a picture opens large", page.wait(
-        "$('picture').open && $('picture-img').complete && $('picture-img').naturalWidth > 300 && "
-        "$('picture-title').textContent.length > 5"))
+        "$('dialog').open && $('dialog').querySelector('img').naturalWidth > 300 && "
+        "$('dialog-title').textContent.length > 5"))
     page.key("Escape")
-    check("walk: Esc closes it", page.js("!$('picture').open"))
+    check("walk: Esc closes it", page.js("!$('dialog').open"))
     page.js("$('walk-text').value = 'word '.repeat(200)")
     page.click("#walk-form button")
     check("walk: a text that is too long is refused in words", page.wait(
@@ -372,7 +372,7 @@ def settings(page):
     act(page, "Continue")
     check("settings: and goes on where it stopped", page.wait(
         f"!run && {TEXT}.startsWith({json.dumps(before)}) && "
-        f"{TEXT}.length > {len(before)} && chat.messages.length === 2"), page.js(TEXT))
+        f"{TEXT}.length > {len(before)} && chat.turns.length === 1"), page.js(TEXT))
     page.open(page.js("location.href"))
     check("reload: settings, model and conversations are still there", page.wait(
         "settings.temperature === 1.25 && $('list').children.length === 2 && !!model"))
@@ -390,7 +390,7 @@ def commands(page):
                        ("/seed 9", "settings.seed === 9"), ("/seed", "settings.seed === null"),
                        ("/model base/d4/5000", "model.id === 'base/d4/5000'"),
                        ("/stats", "/places are busy/.test($('toast-text').textContent)"),
-                       ("/clear", "chat.messages.length === 0")):
+                       ("/clear", "chat.turns.length === 0")):
         say(page, text)
         check(f"command: {text}", page.wait(f"{good} && $('text').value === ''"),
               page.js("$('toast-text').textContent"))
@@ -439,7 +439,7 @@ def keeping(page, folder):
     with open(good, "w", encoding="utf-8") as file:
         file.write(text)
     with open(bad, "w", encoding="utf-8") as file:
-        json.dump({"chats": [{"messages": [{"role": "assistant", "content": {"x": 1}}]}]}, file)
+        json.dump({"chats": [{"turns": [{"question": "x", "answer": {"x": 1}}]}]}, file)
     page.call("DOM.setFileInputFiles", {"nodeId": field, "files": [good]})
     check("keep: loaded from JSON", page.wait(f"storedChats().length === {2 * count}"))
     page.call("DOM.setFileInputFiles", {"nodeId": field, "files": [bad]})
@@ -447,19 +447,20 @@ def keeping(page, folder):
         "$('toast-text').textContent.startsWith('This file cannot be loaded')"))
     page.js("document.querySelector('#list [aria-label^=Delete]').click()")
     gone = page.js("storedChats().length")
-    page.click("#toast-do")
+    page.click("#toast-undo")
     check("keep: deleted, and brought back",
           gone == 2 * count - 1 and page.js("storedChats().length") == 2 * count)
     page.js("$('delete-all').click()")
-    asked = page.js("storedChats().length")
+    gone = page.js("storedChats().length")
+    page.click("#toast-undo")
+    check("keep: all deleted, and brought back",
+          gone == 0 and page.js("storedChats().length") == 2 * count)
     page.js("$('delete-all').click()")
-    check("keep: all are deleted only when asked twice",
-          asked == 2 * count and page.js("storedChats().length") == 0)
-    page.js("for (let i = 0; i < 55; ++i) keep({id: 'x' + i, messages: [{role: 'user', "
-            "content: 'n' + i}]})")
+    page.js("for (let i = 0; i < 55; ++i) keep({id: 'x' + i, turns: [{question: "
+            "'n' + i}]})")
     check("keep: the last 50 stay", page.js("storedChats().length") == 50)
     page.js("Storage.prototype.setItem = () => { throw new Error('full'); }; "
-            "keep({id: 'full', messages: [{role: 'user', content: 'x'}]})")
+            "keep({id: 'full', turns: [{question: 'x'}]})")
     check("keep: a full storage is told, and the page goes on", page.js(
         "$('list-note').textContent.includes('Save it to keep it')"))
 
@@ -489,18 +490,18 @@ def keyboard(page):
           page.js("document.activeElement.id") == "temperature")
     page.js("document.activeElement.blur()")
     page.key("?", SHIFT)
-    check("keyboard: ? shows the help", page.js("$('help').open"))
+    check("keyboard: ? shows the help", page.js("$('dialog').open"))
     page.key("Escape")
-    check("keyboard: Esc closes it", page.js("!$('help').open"))
+    check("keyboard: Esc closes it", page.js("!$('dialog').open"))
     page.js("newChat()")
     page.key("?", SHIFT)
     check("keyboard: ? on an empty page too, and writes nothing",
-          page.js("$('help').open && $('text').value === ''"))
+          page.js("$('dialog').open && $('text').value === ''"))
     page.key("Escape")
     page.type("why")
     page.key("?", SHIFT)
     check("keyboard: but in a text it is a letter",
-          page.js("!$('help').open && $('text').value === 'why?'"))
+          page.js("!$('dialog').open && $('text').value === 'why?'"))
     page.js("$('text').value = ''; grow()")
     page.js("$('tab-model').focus()")
     page.key("ArrowRight")
@@ -594,7 +595,7 @@ def stopping(page, stub):
     while stub.gone == gone and time.monotonic() < end:
         time.sleep(0.02)
     check("stop: a new chat stops the answer too", stub.gone == gone + 1
-          and page.js("chat.messages.length === 0 && !run"))
+          and page.js("chat.turns.length === 0 && !run"))
 
 
 def trouble(page, stub):
@@ -660,7 +661,7 @@ def away(page, stub, again):
     check("away: the box can be used", page.js("$('text').value") == "still writing")
     page.js("$('text').value = ''; grow()")
     stub = again(port)
-    check("away: it comes back by itself", page.wait("/is back/.test($('banner').textContent)", 40))
+    check("away: it comes back by itself", page.wait("/is back/.test($('toast').textContent)", 40))
     act(page, "Try again")
     check("away: and answers", page.wait(f"!run && {TEXT} === 'You said: are you there?'"))
     return stub
@@ -731,11 +732,11 @@ def looks(browser, stub, shots):
             say(page, text)
         page.js("$('panel').hidden = false; showTab('settings'); banner('Something is wrong')")
         bad += page.js(CONTRAST)
-        page.js("$('help').showModal()")
+        page.js("openHelp()")
         bad += page.js(CONTRAST)
         check(f"{theme}: every text has a contrast of 4.5 or more", not bad, bad)
         if shots:
-            page.js("$('help').close(); banner('')")
+            page.js("$('dialog').close(); banner('')")
             page.screenshot(os.path.join(shots, f"desktop-{theme}.png"))
         done(page)
     page = Page(browser, stub.url, prefers_reduced_motion="reduce")
@@ -759,10 +760,10 @@ def small(browser, stub, shots):
         wide = page.js(SIDEWAYS)
         for text in ("markdown", "hostile"):
             page.js(f"send({json.dumps(text)})")
-            page.wait("chat.messages.length && !run")
+            page.wait("chat.turns.length && !run")
             wide += page.js(SIDEWAYS)
         page.click("#panel-open")
-        page.wait("isOpen($('panel'))")
+        page.wait("!$('panel').hidden")
         wide += page.js(SIDEWAYS)
         little = page.js(SMALL) if width < 700 else []
         page.js("showTab('settings')")
@@ -770,14 +771,14 @@ def small(browser, stub, shots):
         little += page.js(SMALL) if width < 700 else []
         check(f"{what}: behind the open sheet nothing can be reached", page.js("$('main').inert"))
         page.key("Escape")
-        check(f"{what}: Esc closes it", page.wait("!isOpen($('panel')) && !$('main').inert"))
+        check(f"{what}: Esc closes it", page.wait("$('panel').hidden && !$('main').inert"))
         page.click("#chats-open")
-        page.wait("isOpen($('chats'))")
+        page.wait("!$('chats').hidden")
         wide += page.js(SIDEWAYS)
         little += page.js(SMALL) if width < 700 else []
-        page.js("show($('chats'), false); $('help').showModal()")
+        page.js("show('chats', false); openHelp()")
         wide += page.js(SIDEWAYS)
-        page.js("$('help').close()")
+        page.js("$('dialog').close()")
         check(f"{what}: no sideways scrolling", not wide, wide)
         if width < 700:
             little += page.js(SMALL)
@@ -827,11 +828,11 @@ def odd_places(browser, program, base, stub):
     page = Page(browser, stub.url)
     page.wait("!!model")
     check("hostile: names of models are only text", page.js(
-        "document.querySelectorAll('main img, #all img, #about img, main b b').length === 0 && "
-        "$('why-device-text').textContent.includes('<b>no driver</b>')"))
+        "document.querySelectorAll('main img, #about img, main b b, #model script').length === 0"))
     page.click("#device")
     check("device: says why the GPU is not used", page.js(
-        "$('why-device').open && $('device').textContent.includes('why?')"))
+        "$('dialog').open && $('device').textContent.includes('why?') && "
+        "$('dialog').textContent.includes('<b>no driver</b>')"))
     done(page)
     stub.models = was
 
