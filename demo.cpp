@@ -9827,7 +9827,15 @@ function fromFile(text) {
   const taken = Array.isArray(chats) ? chats.filter((one) => Array.isArray(one?.turns) &&
     one.turns.length && one.turns.every(good)) : [];
   if (!taken.length) throw new Error('there is no conversation in it');
-  return taken.slice(0, kMaxChats).map(({turns}) => ({id: fresh(), turns}));
+  return taken.slice(0, kMaxChats).map(({turns}) => ({id: fresh(), turns: turns.map(checked)}));
+}
+
+// What a file says of a turn, where it is of the right kind.
+function checked({question, answer, text, about}) {
+  const numbers = ['seed', 'speed', 'first', 'tokens', 'dropped', 'prompt_tokens', 'total_tokens'];
+  const right = (facts) => Object.fromEntries(Object.entries(facts ?? {}).filter(
+    ([name, value]) => typeof value === (numbers.includes(name) ? 'number' : 'string')));
+  return {question, answer, text: text === true, about: {...right(about), usage: right(about.usage)}};
 }
 
 function openKeeping() {

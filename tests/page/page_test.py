@@ -445,6 +445,18 @@ def keeping(page, folder):
     page.call("DOM.setFileInputFiles", {"nodeId": field, "files": [bad]})
     check("keep: a file without a conversation is refused with a reason", page.wait(
         "$('toast-text').textContent.startsWith('This file cannot be loaded')"))
+    odd = os.path.join(folder, "odd.json")
+    with open(odd, "w", encoding="utf-8") as file:
+        json.dump({"chats": [{"turns": [{"question": "odd", "answer": "well", "text": [], "about": {
+            "model": "sft/d4", "speed": "fast", "tokens": [7], "first": {}, "error": [1],
+            "dropped": "2", "usage": {"total_tokens": "x", "prompt_tokens": {}}}}]}]}, file)
+    page.call("DOM.setFileInputFiles", {"nodeId": field, "files": [odd]})
+    page.wait(f"storedChats().length === {2 * count + 1}")
+    page.js("openChat(storedChats()[0])")
+    check("keep: what a file says in a wrong kind counts as not said", page.js(
+        "chat.turns[0].answer === 'well' && Object.keys(chat.turns[0].about).sort().join() === "
+        "'model,usage'") and page.js(TEXT) == "well", page.js("JSON.stringify(chat)"))
+    page.js("discard([chat])")
     page.js("document.querySelector('#list [aria-label^=Delete]').click()")
     gone = page.js("storedChats().length")
     page.click("#toast-undo")
