@@ -122,6 +122,7 @@ inline std::unique_ptr<Backend> open_cuda(const std::shared_ptr<const Model>&, c
 #include <cerrno>              // errno
 #include <charconv>            // from_chars, to_chars
 #include <chrono>              // steady_clock
+#include <clocale>             // setlocale
 #include <cmath>               // isfinite, round
 #include <concepts>            // integral, same_as
 #include <condition_variable>  // condition_variable_any
@@ -130,6 +131,7 @@ inline std::unique_ptr<Backend> open_cuda(const std::shared_ptr<const Model>&, c
 #include <cstdlib>             // getenv
 #include <cstring>             // strerror
 #include <ctime>               // strftime
+#include <cwchar>              // wcwidth
 #include <deque>               // deque
 #include <filesystem>          // path, directory_iterator
 #include <functional>          // function
@@ -193,6 +195,11 @@ std::string join(const Range& items, std::string_view separator, Each each = {})
     return text;
 }
 
+template <class Range, class Item>
+bool has(const Range& items, const Item& item) {
+    return std::find(std::begin(items), std::end(items), item) != std::end(items);
+}
+
 double seconds_since(Clock::time_point start) {
     return std::chrono::duration<double>(Clock::now() - start).count();
 }
@@ -239,20 +246,9 @@ struct Options {
     bool open = false, trust_proxy = false, log_content = false;
 };
 
-int run_chat(Options&);
-int run_sample(Options&);
-int run_serve(Options&);
-int run_models(Options&);
-int run_show(Options&);
-int run_tokenize(Options&);
-int run_detokenize(Options&);
-int run_logits(Options&);
-int run_walk(Options&);
-int run_bench(Options&);
-int run_check(Options&);
-int run_doctor(Options&);
-int run_help(Options&);
-int run_version(Options&);
+using Run = int(Options&);  // returns the exit code
+Run run_chat, run_sample, run_serve, run_models, run_show, run_tokenize, run_detokenize, run_logits,
+    run_walk, run_bench, run_check, run_doctor, run_help, run_version;
 
 // ---- commands
 
@@ -260,7 +256,7 @@ struct Command {
     unsigned bit;
     std::string_view name, aliases, arguments, summary;
     std::size_t most_arguments;
-    int (*run)(Options&);
+    Run* run;
 };
 enum : unsigned {
     kChat = 1,
@@ -331,9 +327,8 @@ int whole(const Given& given, int least, int most = std::numeric_limits<int>::ma
 }
 float positive(const Given& given) { return number<float>(given, 1e-6f, 1e9f, "a number above 0"); }
 std::string one_of(const Given& given, std::initializer_list<std::string_view> words) {
-    const auto at = std::find(words.begin(), words.end(), given.text);
-    if (at == words.end()) bad_value(given, cat("one of ", join(words, ", ")));
-    return std::string(*at);
+    if (!has(words, given.text)) bad_value(given, cat("one of ", join(words, ", ")));
+    return std::string(given.text);
 }
 std::string not_empty(const Given& given, std::size_t most = 4096) {
     if (given.text.empty() || given.text.size() > most)
@@ -350,14 +345,6 @@ std::vector<std::string> split(std::string_view text, std::string_view separator
     return parts;
 }
 
-void set_temperature(Options& o, const Given& g) {
-    o.sampling.temperature = number<float>(g, 0.0f, 100.0f, "a number from 0 (greedy) to 100");
-}
-void set_top_k(Options& o, const Given& g) { o.sampling.top_k = whole(g, 0); }
-void set_top_p(Options& o, const Given& g) {
-    o.sampling.top_p = number<float>(g, 1e-6f, 1.0f, "a number above 0, at most 1 (off)");
-}
-void set_max_tokens(Options& o, const Given& g) { o.max_tokens = whole(g, 1); }
 // -1 asks for a random seed; it is drawn here, once, so that the stats line can tell it.
 void set_seed(Options& o, const Given& g) {
     constexpr auto kMost = std::numeric_limits<std::int64_t>::max();
@@ -374,14 +361,11 @@ void set_stop(Options& o, const Given& g) {
         bad_usage(std::string(g.flag) + ": found a ninth stop text, 8 are the most");
     o.stop.push_back(not_empty(g, 64));
 }
-void set_device(Options& o, const Given& g) { o.device_type = one_of(g, {"cuda", "cpu", "mps"}); }
-void set_dtype(Options& o, const Given& g) {
-    o.dtype = one_of(g, {"bfloat16", "float32"}) == "float32" ? DType::f32 : DType::bf16;
-}
 void set_generation(Options& o, const Given& g) {
-    static constexpr std::string_view kNames[] = {"g0", "g1", "g2", "g2e", "g3", "g4"};
     const std::string name = one_of(g, {"g0", "g1", "g2", "g2e", "g3", "g4"});
-    o.overrides.generation = Generation(std::find(kNames, kNames + 6, name) - kNames);
+    for (const auto& facts : detail::kGenerations) {
+        if (facts.name == name) o.overrides.generation = facts.generation;
+    }
 }
 void set_window_pattern(Options& o, const Given& g) {
     const bool fits = !g.text.empty() && g.text.size() <= 256;
@@ -404,11 +388,11 @@ void set_types(Options& o, const Given& g) {
 void set_mem_reserve(Options& o, const Given& g) {
     constexpr std::string_view kUnits = "KMGT";
     const char last = g.text.empty() ? '\0' : detail::ascii_upper(g.text.back());
-    const std::size_t unit = last == '\0' ? kUnits.npos : kUnits.find(last);
-    const std::string_view digits = g.text.substr(0, g.text.size() - (unit != kUnits.npos ? 1 : 0));
-    const auto n =
-        number<std::uint64_t>({g.flag, digits}, 0, 1u << 30, "a size such as 8G or 512M");
-    o.mem_reserve = unit == kUnits.npos ? n : n << (10 * (unit + 1));
+    const std::size_t unit = kUnits.find(last) + 1;  // 0: none, bytes
+    const std::string_view digits = g.text.substr(0, g.text.size() - (unit > 0 ? 1 : 0));
+    const Given size = {g.flag, digits};
+    o.mem_reserve = number<std::uint64_t>(size, 0, 1u << 30, "a size such as 8G or 512M")
+                    << 10 * unit;
 }
 
 void set_allow_origin(Options& o, const Given& g) {
@@ -439,10 +423,10 @@ constexpr Flag kFlags[] = {
     {0, "tokenizer", "FILE", kNameModel & ~kShow, "tokenizer.pkl (default: found beside the model or in the base directory)", SET(o.tokenizer = not_empty(g))},
     {'p', "prompt", "TEXT", kGenerate | kWalk, "one answer, then exit; - reads the prompt from stdin", SET(o.prompt = std::string(g.text))},
     {0, "system", "TEXT", kChat, "put in front of the first message", SET(o.system = not_empty(g, 1 << 20))},
-    {'t', "temperature", "X", kGenerate | kBench | kServe | kWalk, "0 = greedy (default 0.6; for serve: 0.8, for bench and walk: 0)", set_temperature},
-    {'k', "top-k", "N", kGenerate | kServe | kWalk, "choose among the N likeliest; 0 = whole vocabulary (default 50)", set_top_k},
-    {0, "top-p", "X", kGenerate | kServe | kWalk, "choose among the likeliest that make up X; 1 = off (default 1)", set_top_p},
-    {'m', "max-tokens", "N", kGenerate | kServe, "most new tokens per answer (default 256; for serve: 512)", set_max_tokens},
+    {'t', "temperature", "X", kGenerate | kBench | kServe | kWalk, "0 = greedy (default 0.6; for serve: 0.8, for bench and walk: 0)", SET(o.sampling.temperature = number<float>(g, 0, 100, "a number from 0 (greedy) to 100"))},
+    {'k', "top-k", "N", kGenerate | kServe | kWalk, "choose among the N likeliest; 0 = whole vocabulary (default 50)", SET(o.sampling.top_k = whole(g, 0))},
+    {0, "top-p", "X", kGenerate | kServe | kWalk, "choose among the likeliest that make up X; 1 = off (default 1)", SET(o.sampling.top_p = number<float>(g, 1e-6f, 1, "a number above 0, at most 1 (off)"))},
+    {'m', "max-tokens", "N", kGenerate | kServe, "most new tokens per answer (default 256; for serve: 512)", SET(o.max_tokens = whole(g, 1))},
     {'n', "num-samples", "N", kSample, "independent samples from one reading of the prompt (default 1)", SET(o.num_samples = whole(g, 1, 10'000))},
     {0, "seed", "N", kGenerate | kWalk, "of the random generator; -1 = random (default 42)", set_seed},
     {'p', "port", "N", kServe, "to listen on; 0 = let the system choose (default 8000)", SET(o.port = whole(g, 0, 65535))},
@@ -485,8 +469,8 @@ constexpr Flag kFlags[] = {
     {0, "qk-scale", "X", kRun | kShow, "factor of Q and K after their norm", SET(o.overrides.qk_scale = positive(g))},
     {0, "seq-len", "N", kRun | kShow, "context the model was trained with", SET(o.overrides.sequence_len = whole(g, 1, 1 << 20))},
     {0, "rope-table", "bf16|fp32", kRun | kShow, "rounding of the rotary tables", SET(o.overrides.bf16_rope_tables = one_of(g, {"bf16", "fp32"}) == "bf16")},
-    {0, "device-type", "cuda|cpu", kAll, "where to compute (default: cuda if it can be used)", set_device},
-    {'d', "dtype", "bfloat16|float32", kAll, "type of the weights (default: bfloat16 on a GPU, float32 on the CPU)", set_dtype},
+    {0, "device-type", "cuda|cpu", kAll, "where to compute (default: cuda if it can be used)", SET(o.device_type = one_of(g, {"cuda", "cpu", "mps"}))},
+    {'d', "dtype", "bfloat16|float32", kAll, "type of the weights (default: bfloat16 on a GPU, float32 on the CPU)", SET(o.dtype = one_of(g, {"bfloat16", "float32"}) == "float32" ? DType::f32 : DType::bf16)},
     {0, "threads", "N", kAll, "CPU threads (default: physical cores)", SET(o.threads = whole(g, 1, 1024))},
     {0, "json", "", kAll, "one JSON object on stdout instead of text", SET(o.json = true)},
     {0, "stream-json", "", kGenerate, "one JSON object per line while generating", SET(o.stream_json = true)},
@@ -529,18 +513,20 @@ std::string did_you_mean(std::string_view typed, const std::vector<std::string>&
     return nearest.empty() ? "." : cat("; did you mean ", nearest, "?");
 }
 
-bool called(const Command& command, std::string_view word) {
-    const std::vector<std::string> aliases = split(command.aliases, " ");
-    return command.name == word || std::find(aliases.begin(), aliases.end(), word) != aliases.end();
+// The entry of a table that has this name or alias.
+template <class Table>
+auto& find_entry(const Table& table, std::string_view mark, std::string_view word,
+                 std::string_view help) {
+    std::vector<std::string> names;
+    for (const auto& entry : table) {
+        if (entry.name == word || has(split(entry.aliases, " "), word)) return entry;
+        names.push_back(cat(mark, entry.name));
+    }
+    const std::string typed = cat(mark, word);
+    bad_usage(cat("unknown command ", typed, did_you_mean(typed, names), " ", help));
 }
 const Command& find_command(std::string_view word) {
-    std::vector<std::string> names;
-    for (const Command& command : kCommands) {
-        if (called(command, word)) return command;
-        names.emplace_back(command.name);
-    }
-    bad_usage(cat("unknown command ", detail::quote(word), did_you_mean(word, names),
-                  " Try: nanogpt help"));
+    return find_entry(kCommands, "", word, "Try: nanogpt help");
 }
 
 const Flag& find_flag(const Command& command, std::string_view name) {
@@ -630,7 +616,7 @@ struct Stream {  // stdout or stderr; each decides for itself
 };
 struct Terminal {
     Stream out, err;
-    std::size_t width = 80;  // columns of a table
+    std::size_t width = 80;  // columns of a table, and of text that is wrapped
     bool quiet = false, verbose = false;
 } terminal;
 
@@ -649,17 +635,12 @@ void open_terminal(const Options& o) {
         if (o.color != "auto") color = o.color == "always";
         return Stream{is_terminal, color};
     };
-    terminal = {look(1), look(2), 80, o.quiet, o.verbose};
     winsize size{};
-    const std::string_view columns = environment("COLUMNS");
-    std::size_t typed = 0;
-    std::from_chars(columns.data(), columns.data() + columns.size(), typed);
-    if (typed > 0) {
-        terminal.width = typed;
-    } else if (::ioctl(1, TIOCGWINSZ, &size) == 0 && size.ws_col > 0) {
-        terminal.width = size.ws_col;
-    }
-    terminal.width = std::clamp<std::size_t>(terminal.width, 20, 1000);
+    ::ioctl(1, TIOCGWINSZ, &size);
+    long width = std::strtol(environment("COLUMNS").data(), nullptr, 10);
+    if (width <= 0) width = size.ws_col > 0 ? size.ws_col : 80;
+    terminal = {look(1), look(2), static_cast<std::size_t>(std::clamp(width, 20L, 1000L)), o.quiet,
+                o.verbose};
 }
 
 // ---- safe text and its width
@@ -668,13 +649,10 @@ void open_terminal(const Options& o) {
 template <class Each>
 void each_character(std::string_view text, Each&& each) {
     const std::string valid = to_utf8(text);
-    for (std::size_t i = 0; i < valid.size();) {
-        const auto byte = [&](std::size_t k) { return static_cast<unsigned char>(valid[i + k]); };
-        const std::size_t n = byte(0) < 0x80 ? 1 : byte(0) < 0xe0 ? 2 : byte(0) < 0xf0 ? 3 : 4;
-        char32_t code = n == 1 ? byte(0) : byte(0) & (0xffu >> (n + 1));
-        for (std::size_t k = 1; k < n; k++) code = code << 6 | (byte(k) & 63u);
-        each(code, std::string_view(valid).substr(i, n));
-        i += n;
+    for (std::string_view rest = valid; !rest.empty();) {
+        const auto c = detail::decode_utf8(rest);
+        each(c.code, rest.substr(0, c.length));
+        rest.remove_prefix(c.length);
     }
 }
 
@@ -703,28 +681,11 @@ std::string safe(std::string_view text, bool lines = false) {
     return out;
 }
 
-// Columns of a character (after Markus Kuhn's wcwidth): 0 combining, 2 East Asian wide and emoji.
+// Columns of a character, as the C library knows them: 0 combining, 2 East Asian wide and emoji.
 std::size_t columns(char32_t c) {
-    static constexpr char32_t kNone[][2] = {
-        {0x300, 0x36f},   {0x483, 0x489},   {0x591, 0x5bd},     {0x610, 0x61a},    {0x64b, 0x65f},
-        {0x6d6, 0x6dc},   {0x6df, 0x6e4},   {0x900, 0x902},     {0x93c, 0x93c},    {0x941, 0x948},
-        {0x94d, 0x94d},   {0xe31, 0xe31},   {0xe34, 0xe3a},     {0xe47, 0xe4e},    {0x1ab0, 0x1aff},
-        {0x1dc0, 0x1dff}, {0x200b, 0x200d}, {0x20d0, 0x20ff},   {0x302a, 0x302d},  {0x3099, 0x309a},
-        {0xfe00, 0xfe0f}, {0xfe20, 0xfe2f}, {0x1f3fb, 0x1f3ff}, {0xe0100, 0xe01ef}};
-    static constexpr char32_t kWide[][2] = {
-        {0x1100, 0x115f},   {0x231a, 0x231b},   {0x23e9, 0x23ec},   {0x25fd, 0x25fe},
-        {0x2614, 0x2615},   {0x2648, 0x2653},   {0x26aa, 0x26ab},   {0x26bd, 0x26be},
-        {0x26c4, 0x26c5},   {0x2705, 0x2705},   {0x270a, 0x270b},   {0x2728, 0x2728},
-        {0x274c, 0x274c},   {0x2753, 0x2755},   {0x2795, 0x2797},   {0x2b1b, 0x2b1c},
-        {0x2b50, 0x2b50},   {0x2e80, 0x303e},   {0x3041, 0x33ff},   {0x3400, 0x4dbf},
-        {0x4e00, 0xa4cf},   {0xa960, 0xa97f},   {0xac00, 0xd7a3},   {0xf900, 0xfaff},
-        {0xfe30, 0xfe6f},   {0xff00, 0xff60},   {0xffe0, 0xffe6},   {0x1f300, 0x1f64f},
-        {0x1f680, 0x1f6ff}, {0x1f900, 0x1f9ff}, {0x1fa70, 0x1faff}, {0x20000, 0x3fffd}};
-    const auto in = [c](const auto& ranges) {
-        return std::any_of(std::begin(ranges), std::end(ranges),
-                           [c](const auto& range) { return c >= range[0] && c <= range[1]; });
-    };
-    return c < 0x300 ? 1 : in(kNone) ? 0 : in(kWide) ? 2 : 1;
+    static const bool known = std::setlocale(LC_CTYPE, "C.UTF-8") != nullptr;
+    const int width = known ? ::wcwidth(static_cast<wchar_t>(c)) : 1;
+    return width < 0 ? 1 : static_cast<std::size_t>(width);
 }
 std::size_t width_of(std::string_view text) {
     std::size_t width = 0;
@@ -834,44 +795,44 @@ struct Column {
     std::string_view title;
     bool right = false;
     int leave = 0;           // 0: stays
-    std::size_t least = 12;  // columns it would rather keep than let others stay
+    std::size_t least = 12;  // it would rather keep so much than let others stay
+    std::size_t width = 0;   // as its cells need
 };
 std::string table(std::vector<Column> head, std::vector<std::vector<std::string>> rows) {
-    std::vector<std::size_t> widths;
     for (std::size_t c = 0; c < head.size(); c++) {
-        widths.push_back(width_of(head[c].title));
-        for (auto& row : rows) widths[c] = std::max(widths[c], width_of(row[c] = safe(row[c])));
+        Column& column = head[c];
+        column.width = width_of(column.title);
+        column.least = std::max(column.least, column.width);
+        for (auto& row : rows)
+            column.width = std::max(column.width, width_of(row[c] = safe(row[c])));
+        column.least = std::min(column.least, column.width);
     }
-    const auto total = [&](bool wish) {
-        std::size_t sum = 0;
-        for (std::size_t c = 0; c < widths.size(); c++) {
-            sum += 2 + (wish ? std::min(widths[c], std::max(head[c].least, head[c].title.size()))
-                             : widths[c]);
-        }
-        return sum - 2;
+    const auto total = [&](std::size_t Column::*columns) {
+        std::size_t sum = 2 * (head.size() - 1);
+        for (const Column& c : head) sum += c.*columns;
+        return sum;
     };
-    while (total(true) > terminal.width) {
+    while (total(&Column::least) > terminal.width) {
         const auto leaves = [](const Column& a, const Column& b) { return a.leave < b.leave; };
         const auto goes = std::max_element(head.begin(), head.end(), leaves);
         if (goes->leave == 0) break;
-        const auto c = goes - head.begin();
-        head.erase(goes), widths.erase(widths.begin() + c);
-        for (auto& row : rows) row.erase(row.begin() + c);
+        for (auto& row : rows) row.erase(row.begin() + (goes - head.begin()));
+        head.erase(goes);
     }
-    while (total(false) > terminal.width) {  // the one furthest above its wish gives way
-        std::size_t c = 0;
-        const auto excess = [&](std::size_t k) {
-            return std::pair(widths[k] - std::min(widths[k], head[k].least), widths[k]);
+    while (total(&Column::width) > terminal.width) {  // the one furthest above its wish gives way
+        const auto wider = [](const Column& a, const Column& b) {
+            return std::pair(std::max(a.width, a.least) - a.least, a.width) <
+                   std::pair(std::max(b.width, b.least) - b.least, b.width);
         };
-        for (std::size_t k = 1; k < widths.size(); k++) c = excess(k) > excess(c) ? k : c;
-        if (widths[c] <= 4) break;
-        widths[c]--;
+        const auto widest = std::max_element(head.begin(), head.end(), wider);
+        if (widest->width <= 4) break;
+        widest->width--;
     }
     std::string text;
     const auto add_row = [&](const auto& cell, const char* color) {
         std::string line;
-        for (std::size_t c = 0; c < widths.size(); c++)
-            line += (c ? "  " : "") + fit(cell(c), widths[c], head[c].right);
+        for (std::size_t c = 0; c < head.size(); c++)
+            line += (c ? "  " : "") + fit(cell(c), head[c].width, head[c].right);
         line.erase(line.find_last_not_of(' ') + 1);
         text += (color == nullptr ? line : paint(terminal.out, color, line)) + "\n";
     };
@@ -889,12 +850,12 @@ struct Value {
     Value(Bool value) : text(value ? "true" : "false") {}
     template <std::integral Int>
     requires(!std::same_as<Int, bool>) Value(Int value) : text(std::to_string(value)) {}
-    Value(double value) : text("null") {  // JSON has no NaN and no infinity
+    template <std::floating_point Real>
+    Value(Real value) : text("null") {  // JSON has no NaN and no infinity
         char digits[32];
         const auto end = std::to_chars(digits, digits + sizeof digits, value).ptr;
         if (std::isfinite(value)) text.assign(digits, end);
     }
-    Value(float value) : Value(std::strtod(shortest(value).c_str(), nullptr)) {}
     Value(std::string_view value) : text("\"") {
         each_character(value, [&](char32_t c, std::string_view bytes) {
             if (c == '"' || c == '\\') {
@@ -911,12 +872,6 @@ struct Value {
     }
     Value(const std::string& value) : Value(std::string_view(value)) {}
     Value(const char* value) : Value(std::string_view(value)) {}
-
-private:
-    static std::string shortest(float value) {  // 0.6f is 0.6, not 0.60000002384
-        char digits[32];
-        return {digits, std::to_chars(digits, digits + sizeof digits, value).ptr};
-    }
 };
 using Members = std::vector<std::pair<std::string_view, Value>>;
 Value raw(std::string text) {
@@ -953,15 +908,11 @@ void on_interrupt(int) {
         ::signal(SIGINT, SIG_DFL);
         ::raise(SIGINT);
     }
-    if (::write(wake_pipe[1], "!", 1) < 0) errno = error;  // full: it wakes anyway
+    [[maybe_unused]] const auto wrote = ::write(wake_pipe[1], "!", 1);  // full: it wakes anyway
     errno = error;
 }
 void catch_interrupts() {
-    if (wake_pipe[0] >= 0 || ::pipe(wake_pipe) != 0) return;
-    for (const int fd : wake_pipe) {
-        ::fcntl(fd, F_SETFL, O_NONBLOCK);
-        ::fcntl(fd, F_SETFD, FD_CLOEXEC);
-    }
+    if (::pipe2(wake_pipe, O_NONBLOCK | O_CLOEXEC) != 0) fail_errno("cannot wait for Ctrl-C");
     struct sigaction action {};
     action.sa_handler = on_interrupt;
     ::sigemptyset(&action.sa_mask);
@@ -989,17 +940,15 @@ class LineReader {
 public:
     enum class Result { line, end, interrupted };
     Result read(std::string& line) {
-        for (;;) {
-            const std::size_t end = buffer_.find('\n');
-            if (end != std::string::npos || (at_end_ && !buffer_.empty())) {
-                line = buffer_.substr(0, end);
-                buffer_.erase(0, end == std::string::npos ? end : end + 1);
-                if (line.ends_with('\r')) line.pop_back();
-                return Result::line;
-            }
-            if (at_end_) return Result::end;
+        std::size_t end;
+        while ((end = buffer_.find('\n')) == buffer_.npos && !at_end_) {
             if (!fill()) return Result::interrupted;
         }
+        if (buffer_.empty()) return Result::end;
+        line = buffer_.substr(0, end);
+        buffer_.erase(0, end == buffer_.npos ? end : end + 1);
+        if (line.ends_with('\r')) line.pop_back();
+        return Result::line;
     }
     std::string rest() {  // everything to the end
         while (!at_end_) {
@@ -1112,11 +1061,6 @@ struct Wanted {  // what was asked for; empty or -1: not said
     bool any_source = false;  // a bare tag means it wherever it is
 };
 constexpr std::string_view kSourceOrder[] = {"sft", "rl", "mid", "base"};
-bool is_source(std::string_view word) {
-    return std::find(std::begin(kSourceOrder), std::end(kSourceOrder), word) !=
-           std::end(kSourceOrder);
-}
-
 std::string words_of(const Wanted& w) {
     std::vector<std::string> parts;
     if (!w.source.empty()) parts.push_back(w.source);
@@ -1128,16 +1072,14 @@ std::string words_of(const Wanted& w) {
 // The ids of --model: sft, sft/d12, sft/d12/2000, d12, d12_step2000, default, and the names that some
 // API clients insist on.
 Wanted parse_id(std::string_view id) {
-    for (const std::string_view name : {"default", "nanochat", "gpt-3.5-turbo", "gpt-4o-mini"}) {
-        if (id == name) return {};
-    }
+    if (has(split("default nanochat gpt-3.5-turbo gpt-4o-mini", " "), id)) return {};
     const std::string_view wanted = "an id such as sft/d12/2000, or the path of a model_*.pt";
     const auto step = [&](const std::string& text) {
         return number<std::int64_t>({"--model", text}, 0, 999'999'999'999, wanted);
     };
     std::vector<std::string> parts = split(id, "/");
     if (parts.empty() || parts.size() > 3) bad_value({"--model", id}, wanted);
-    if (parts.size() == 1 && !is_source(parts[0])) {
+    if (parts.size() == 1 && !has(kSourceOrder, parts[0])) {
         const std::size_t at = parts[0].find("_step");
         if (at == std::string::npos) return {"", parts[0], -1, true};
         return {"", parts[0].substr(0, at), step(parts[0].substr(at + 5)), true};
@@ -1169,11 +1111,14 @@ std::string home_relative(const fs::path& path) {
     const std::string text = path.string(), home(environment("HOME"));
     return !home.empty() && text.starts_with(home + "/") ? "~" + text.substr(home.size()) : text;
 }
-[[noreturn]] void no_checkpoints(const fs::path& base) {
+std::string nothing_in(const fs::path& base) {
     std::error_code error;
-    const char* what = fs::is_directory(base, error) ? "no checkpoint in " : "no directory ";
+    return cat(fs::is_directory(base, error) ? "no checkpoint in " : "no directory ",
+               home_relative(base));
+}
+[[noreturn]] void no_checkpoints(const fs::path& base) {
     throw Error(ErrorKind::not_found,
-                cat(what, home_relative(base),
+                cat(nothing_in(base),
                     ": looked for model_<step>.pt in base_checkpoints, mid_checkpoints, "
                     "chatsft_checkpoints and chatrl_checkpoints. Point elsewhere with --base-dir "
                     "DIR or NANOCHAT_BASE_DIR"));
@@ -1197,56 +1142,50 @@ ErrorKind kind_of(Status status) {
 // The default among several: the largest d-number, else the tag changed last; of it the last step.
 const ModelInfo* best_of(const std::vector<const ModelInfo*>& models) {
     const auto less = [](const ModelInfo* a, const ModelInfo* b) {
-        const auto x = detail::depth_of(a->tag), y = detail::depth_of(b->tag);
-        if (x != y) return x < y;
-        return a->tag != b->tag ? a->modified < b->modified : a->step < b->step;
+        return std::pair(detail::depth_of(a->tag), a->modified) <
+               std::pair(detail::depth_of(b->tag), b->modified);
     };
-    const auto best = std::max_element(models.begin(), models.end(), less);
-    const ModelInfo* chosen = *best;
-    for (const ModelInfo* m : models) {  // the tag is settled, now its last step
-        if (m->source == chosen->source && m->tag == chosen->tag && m->step > chosen->step)
-            chosen = m;
+    const ModelInfo* best = *std::max_element(models.begin(), models.end(), less);
+    for (const ModelInfo* m : models) {
+        if (m->tag == best->tag && m->step > best->step) best = m;
     }
-    return chosen;
+    return best;
 }
 
 // The checkpoint that is wanted, out of all found. Only one that is ready can be chosen.
 const ModelInfo& choose(const std::vector<ModelInfo>& models, Wanted w,
                         const std::string& preferred) {
-    const auto matching = [&](bool exact, const std::string& source) {
-        std::vector<const ModelInfo*> found;
+    using Found = std::vector<const ModelInfo*>;
+    const bool named = !words_of(w).empty();
+    const auto fitting = [&](bool ready) {
+        Found found;
         for (const ModelInfo& m : models) {
-            const bool fits = (w.tag.empty() || m.tag == w.tag) && (w.step < 0 || m.step == w.step);
-            if ((m.status == Status::ready) == exact && fits &&
-                (source.empty() || m.source == source))
-                found.push_back(&m);
+            const bool fits = (w.source.empty() || m.source == w.source) &&
+                              (w.tag.empty() || m.tag == w.tag) && (w.step < 0 || m.step == w.step);
+            if (fits && (m.status == Status::ready) == ready) found.push_back(&m);
         }
         return found;
     };
-    const bool named = !w.source.empty() || !w.tag.empty() || w.step >= 0;
-    std::vector<const ModelInfo*> ready;
+    Found ready;
     for (const ModelInfo& m : models) {
         if (m.status == Status::ready) ready.push_back(&m);
     }
-    const auto has = [&](std::string_view source) {
-        return std::any_of(ready.begin(), ready.end(),
-                           [&](auto* m) { return m->source == source; });
-    };
-    if (w.any_source) {
-        const auto found = matching(true, "");
-        if (w.step >= 0 && found.size() > 1)
+    if (w.source.empty()) {  // the first that has one, for a bare tag one of this tag
+        const Found among = w.any_source ? fitting(true) : ready;
+        if (w.any_source && w.step >= 0 && among.size() > 1)
             bad_usage(
-                cat("--model: ", w.tag, "_step", w.step, " is ", found_ids(found), ". Name one"));
-        if (!found.empty())
-            w.source = matching(true, preferred).empty() ? found[0]->source : preferred;
-    } else if (w.source.empty()) {
-        w.source = preferred;
+                cat("--model: ", w.tag, "_step", w.step, " is ", found_ids(among), ". Name one"));
+        const auto there = [&](std::string_view source) {
+            return std::any_of(among.begin(), among.end(),
+                               [&](auto* m) { return m->source == source; });
+        };
+        if (there(preferred) || !w.any_source) w.source = preferred;
         for (const std::string_view source : kSourceOrder) {
-            if (!has(w.source) && has(source)) w.source = source;
+            if (!there(w.source) && there(source)) w.source = source;
         }
     }
-    if (const auto found = matching(true, w.source); !found.empty()) return *best_of(found);
-    const auto broken = matching(false, w.source);
+    if (const Found found = fitting(true); !found.empty()) return *best_of(found);
+    const Found broken = fitting(false);
     if (!broken.empty() && (named || ready.empty()))
         throw Error(kind_of(broken[0]->status), broken[0]->id + ": " + broken[0]->reason);
     no_such(w, ready);
@@ -1314,11 +1253,7 @@ std::vector<ModelInfo> models_in(const fs::path& base, const Options& o,
 }
 
 void tell_sample(const fs::path& base) {
-    std::error_code error;
-    const bool there = fs::is_directory(base, error);
-    say(cat(there ? "no checkpoint in " : "no nanochat directory ", home_relative(base),
-            ": using the sample model shipped with nanogpt"),
-        kDim);
+    say(nothing_in(base) + ": using the sample model shipped with nanogpt", kDim);
 }
 bool is_path(std::string_view model) {
     return model.starts_with('/') || model.starts_with('.') || model.ends_with(".pt");
@@ -1417,17 +1352,12 @@ void tell_warnings(const ModelInfo& info) {
 using Watch = std::function<bool(std::uint64_t done, std::uint64_t total)>;  // false stops
 std::shared_ptr<const Model> load(const ModelInfo& info, const Options& o, DType dtype,
                                   const Watch& watch = {}) {
+    Progress progress("loading " + info.id);
     LoadOptions options;
     options.dtype = dtype;
     options.threads = o.threads;
     options.overrides = o.overrides;
-    options.progress = watch;
-    const auto progress = std::make_shared<Progress>("loading " + info.id);
-    if (!watch) {
-        options.progress = [progress](std::uint64_t done, std::uint64_t total) {
-            return (*progress)(done, total);
-        };
-    }
+    options.progress = watch ? watch : Watch(std::ref(progress));
     return load_model(info, options);
 }
 // Refuses before anything is allocated: weights of this type, if they are still to come, and the keys
@@ -1495,8 +1425,7 @@ Tokenizer open_tokenizer(const fs::path& path) {
 struct Session {  // one model, ready to answer
     ModelInfo info;
     Tokenizer tokenizer;
-    std::unique_ptr<Backend> backend = {};
-    bool cuda = false;
+    Device device = {};
     double load_seconds = 0;
 };
 // All but the device.
@@ -1514,9 +1443,7 @@ Session pick_session(Options& o, const std::string& preferred) {
 }
 void open_device(Session& s, const Options& o, const CudaOptions& options = {}) {
     const auto start = Clock::now();
-    Device device = open_device(s.info, o, options);
-    s.backend = std::move(device.backend);
-    s.cuda = device.cuda;
+    s.device = open_device(s.info, o, options);
     s.load_seconds = seconds_since(start);
 }
 Session open_session(Options& o, const std::string& preferred) {
@@ -1533,11 +1460,9 @@ std::string loss_words(const ModelInfo& info) {
 // The two commands that write text. An answer goes out as text, as one JSON object, or as one JSON
 // object per piece; the stats line goes to stderr.
 
-struct Answer {
+struct Answer : ReplyStats {
     std::string text;
-    StopReason reason = StopReason::stop_token;
-    int prompt_tokens = 0, completion_tokens = 0;
-    double prefill_seconds = 0, decode_seconds = 0, first_seconds = 0;
+    double first_seconds = 0;  // until the first piece of the text
 };
 std::string_view finish_word(StopReason reason) {
     if (reason == StopReason::stop_token) return "stop";
@@ -1620,22 +1545,26 @@ void write_answers(const Options& o, const Session& s, std::string_view prompt,
     members.insert(members.end(), {{"seed", o.sampling.seed},
                                    {"usage", usage_json(first.prompt_tokens, completion)},
                                    {"timings", timings_json(s, first)},
-                                   {"device", s.backend->device()},
-                                   {"dtype", name_of(s.backend->dtype())}});
+                                   {"device", s.device.backend->device()},
+                                   {"dtype", name_of(s.device.backend->dtype())}});
     if (o.stream_json) members.insert(members.begin(), {"done", true});
     write_json(object(members));
 }
 
 // ---- sample
 
+std::string valid_text(std::string_view what, const std::string& text) {
+    const std::string valid = to_utf8(text);
+    if (valid != text)
+        note(cat("the ", what, " is not valid UTF-8, its broken bytes are read as U+FFFD"));
+    return valid;
+}
 // The prompt of -p, or all of stdin but its last newline for "-p -".
-std::string read_prompt(const Options& o, LineReader& input) {
-    std::string prompt = *o.prompt == "-" ? input.rest() : *o.prompt;
+std::string read_prompt(const Options& o) {
+    std::string prompt = *o.prompt == "-" ? LineReader().rest() : *o.prompt;
     if (*o.prompt == "-" && prompt.ends_with('\n')) prompt.pop_back();
     if (*o.prompt == "-" && prompt.ends_with('\r')) prompt.pop_back();
-    const std::string valid = to_utf8(prompt);
-    if (valid != prompt) note("the prompt is not valid UTF-8, its broken bytes are read as U+FFFD");
-    return valid;
+    return valid_text("prompt", prompt);
 }
 
 // One continuation of the prompt. What the sequence holds of it is not read again, so only the first
@@ -1655,7 +1584,7 @@ Answer complete(const Options& o, Session& s, Sequence& sequence, std::span<cons
         if (answer.completion_tokens++ == 0) answer.prefill_seconds = output.seconds();
         return output(stream.push(generated.token)) && !stream.stopped();
     };
-    answer.reason = generate(*s.backend, sequence, prompt, params, on_token, nullptr,
+    answer.reason = generate(*s.device.backend, sequence, prompt, params, on_token, nullptr,
                              static_cast<std::uint64_t>(index));
     if (answer.reason != StopReason::cancelled) output(stream.finish());
     if (stream.stopped()) answer.reason = StopReason::stop_token;
@@ -1670,51 +1599,33 @@ int run_sample(Options& o) {
         bad_usage(
             "sample: there is no prompt. Give one with -p TEXT, or -p - to read it from stdin");
     catch_interrupts();
-    LineReader input;
-    const std::string prompt = read_prompt(o, input);
+    const std::string prompt = read_prompt(o);
     Session s = open_session(o, "base");
-    std::vector<Token> ids = {s.tokenizer.special("<|bos|>")};
-    const std::vector<Token> text_ids = s.tokenizer.encode(prompt);
-    ids.insert(ids.end(), text_ids.begin(), text_ids.end());
-    const std::unique_ptr<Sequence> sequence = s.backend->new_sequence(s.info.config.sequence_len);
+    std::vector<Token> ids = s.tokenizer.encode(prompt);
+    ids.insert(ids.begin(), s.tokenizer.special("<|bos|>"));
+    const std::unique_ptr<Sequence> sequence =
+        s.device.backend->new_sequence(s.info.config.sequence_len);
+    const bool as_text = !o.json && !o.stream_json;
     std::vector<Answer> answers;
     for (int i = 0; i < o.num_samples && !interrupted(); i++) {
-        const bool as_text = !o.json && !o.stream_json;
         if (i > 0 && as_text) write_out("-----\n");
         answers.push_back(complete(o, s, *sequence, ids, i));
         if (as_text) write_out("\n"), flush_out();
         show_stats(o, s, answers.back());
     }
-    if ((o.json || o.stream_json) && !answers.empty()) write_answers(o, s, prompt, answers);
+    if (!as_text && !answers.empty()) write_answers(o, s, prompt, answers);
     if (interrupted()) leave_interrupted();
     return 0;
 }
 
 // ---- chat
 
-// Says one message and writes the answer out.
-void answer_chat(const Options& o, Session& s, Chat& chat, std::string_view message) {
-    Output output(o, 0);
-    chat.params().max_tokens = o.max_tokens;
-    chat.params().sampling = o.sampling;
-    const int dropped = chat.stats().dropped_messages;
-    chat.reply(message, std::ref(output));
-    const ReplyStats& stats = chat.stats();
-    const Answer answer = {output.text(),           stats.reason,          stats.prompt_tokens,
-                           stats.completion_tokens, stats.prefill_seconds, stats.decode_seconds,
-                           output.first_seconds()};
-    if (!o.json && !o.stream_json) write_out("\n"), flush_out();
-    if (stats.dropped_messages > dropped) {
-        note(cat("the model no longer sees the first ", stats.dropped_messages,
-                 " messages (context ", s.info.config.sequence_len, ")"));
-    }
-    show_stats(o, s, answer);
-    if (o.json || o.stream_json) write_answers(o, s, message, {&answer, 1});
-}
-
 int report(const Options& o, const std::exception& e);
 std::string list_models(const Options& o);
 std::string token_table(const Tokenizer& tokenizer, std::span<const Token> tokens);
+
+constexpr std::string_view kRoles[] = {"system", "user", "assistant"};
+std::string_view name_of(Role role) { return kRoles[static_cast<std::size_t>(role)]; }
 
 // The conversation: reads lines, `"""` blocks and slash commands until the end of stdin.
 class Repl {
@@ -1723,11 +1634,11 @@ public:
 
     int run() {
         banner();
-        std::string message;
         while (!done_) {
             try {
-                if (!next_message(message)) break;
-                if (!message.empty()) obey(message);
+                if (interactive_) write_err("\n");
+                std::string line;
+                if (next_line("User:", line)) obey(line);
             } catch (const StreamLost&) {
                 throw;
             } catch (const std::exception& e) {
@@ -1739,138 +1650,109 @@ public:
         return interactive_ ? 0 : failure_;
     }
 
-private:
-    struct Slash {
-        std::string_view word, also, argument, help;
-        void (Repl::*run)(const std::string& argument);
-    };
-    static const std::vector<Slash>& slashes();
+    // Says one message and writes the answer out.
+    void reply(const std::string& message) {
+        Output output(options_, 0);
+        chat_->params() = {options_.max_tokens, options_.sampling, {}};
+        const int dropped = chat_->stats().dropped_messages;
+        chat_->reply(message, std::ref(output));
+        const Answer answer = {chat_->stats(), output.text(), output.first_seconds()};
+        const bool as_text = !options_.json && !options_.stream_json;
+        if (as_text) write_out("\n"), flush_out();
+        if (answer.dropped_messages > dropped) {
+            note(cat("the model no longer sees the first ", answer.dropped_messages,
+                     " messages (context ", session_->info.config.sequence_len, ")"));
+        }
+        show_stats(options_, *session_, answer);
+        if (!as_text) write_answers(options_, *session_, message, {&answer, 1});
+    }
 
-    void open(Options& o) {
-        auto session = std::make_unique<Session>(open_session(o, "sft"));
-        GenerateParams params;
-        params.stop = chat_stop_tokens(session->tokenizer);
-        auto chat = std::make_unique<Chat>(*session->backend, session->tokenizer, params);
+private:
+    void open(const Options& o) {
+        Options changed = o;  // the bundled model, if there is no other
+        auto session = std::make_unique<Session>(open_session(changed, "sft"));
+        auto chat = std::make_unique<Chat>(*session->device.backend, session->tokenizer);
         chat->system() = o.system;
         chat->stop_texts() = o.stop;
         if (chat_) chat->load(chat_->messages());  // read again with the new model
         chat_ = std::move(chat);                   // before the session it points into
         session_ = std::move(session);
+        options_ = std::move(changed);
     }
 
     void banner() const {
         const ModelInfo& info = session_->info;
+        const Backend& backend = *session_->device.backend;
         if (terminal.quiet || !interactive_) return;
         const std::string loss = std::isfinite(info.loss) ? " · val loss " + loss_words(info) : "";
         say(cat("nanogpt chat · ", info.source, "/", info.tag, " step ", info.step, loss, " · ",
-                session_->backend->device(), ", ", name_of(session_->backend->dtype())));
+                backend.device(), ", ", name_of(backend.dtype())));
         if (info.source == "base")
             note("a base model was not trained to chat; nanogpt sample lets it continue a text");
         say("Type 'quit' or 'exit' to end, 'clear' to start over, /help for more.");
     }
 
-    void prompt(const char* words) const {
-        if (interactive_) write_err(paint(terminal.err, kGreen, words) + " ");
+    // False: there is no line, after Ctrl-C or at the end.
+    bool next_line(std::string_view prompt, std::string& line) {
+        if (interactive_) write_err(paint(terminal.err, kGreen, prompt) + " ");
+        const LineReader::Result result = input_.read(line);
+        if (result == LineReader::Result::line) return true;
+        done_ = result == LineReader::Result::end;
+        if (interactive_) write_err("\n");
+        if (done_) return false;
+        const bool again = seconds_since(std::exchange(last_interrupt_, Clock::now())) < 2;
+        if (again || !interactive_) leave_interrupted();
+        forget_interrupts();
+        say("Ctrl-C again, or Ctrl-D, to leave");
+        return false;
     }
 
-    // The next line, stripped as nanochat does, or block. False: leave.
-    bool next_message(std::string& message) {
-        if (interactive_) write_err("\n");
-        prompt("User:");
-        if (!next_line(message)) return false;
-        const std::size_t first = message.find_first_not_of(" \t\r\v\f");
-        message = first == message.npos
-                      ? ""
-                      : message.substr(first, message.find_last_not_of(" \t\r\v\f") + 1 - first);
-        if (!message.starts_with("\"\"\"")) return true;
-        std::string block = message.substr(3), line;
-        while (!block.ends_with("\"\"\"")) {
-            prompt("...");
-            if (!next_line(line)) return false;
-            if (interrupted_line_) return message.clear(), true;
+    void obey(std::string line) {
+        constexpr const char* kBlanks = " \t\r\v\f";  // stripped, as nanochat does
+        line.erase(0, std::min(line.find_first_not_of(kBlanks), line.size()));
+        line.erase(line.find_last_not_of(kBlanks) + 1);
+        if (line.starts_with("\"\"\"")) return answer_block(line.substr(3));
+        std::string lower = line;
+        for (char& c : lower) c = detail::ascii_lower(c);
+        if (has(split("quit exit clear", " "), lower)) line = "/" + lower;
+        if (line.starts_with("//")) return answer(line.substr(1));
+        if (!line.starts_with("/")) return answer(line);
+        const std::size_t end = std::min(line.find_first_of(" \t"), line.size());
+        const std::string word = line.substr(1, end - 1);
+        const std::string help = cat("/help lists them, //", word, " sends the text");
+        line.erase(0, std::min(line.find_first_not_of(" \t", end), line.size()));
+        (this->*find_entry(slashes(), "/", word, help).run)(line);
+    }
+    void answer_block(std::string block) {
+        for (std::string line; !block.ends_with("\"\"\"");) {
+            if (!next_line("...", line)) return;
             block += (block.empty() ? "" : "\n") + line;
         }
-        literal_ = true;
-        message = block.substr(0, block.size() - 3);
-        return true;
+        answer(block.substr(0, block.size() - 3));
     }
-    bool next_line(std::string& line) {
-        line.clear();
-        interrupted_line_ = false;
-        switch (input_.read(line)) {
-            case LineReader::Result::line:
-                return true;
-            case LineReader::Result::end:
-                if (interactive_) write_err("\n");
-                return false;
-            case LineReader::Result::interrupted:
-                break;
-        }
-        forget_interrupts();
-        const auto now = Clock::now();
-        const bool again = std::chrono::duration<double>(now - last_interrupt_).count() < 2;
-        last_interrupt_ = now;
-        write_err("\n");
-        if (again || !interactive_) leave_interrupted();
-        say("Ctrl-C again, or Ctrl-D, to leave");
-        return interrupted_line_ = true;
-    }
-
-    void obey(std::string message) {
-        std::string lower = message;
-        for (char& c : lower) c = c >= 'A' && c <= 'Z' ? static_cast<char>(c + 32) : c;
-        const bool literal = std::exchange(literal_, false);
-        if (!literal && (lower == "quit" || lower == "exit")) return quit("");
-        if (!literal && lower == "clear") return clear("");
-        if (literal || message[0] != '/') return answer(message);
-        if (message.starts_with("//")) return answer(message.substr(1));
-        const std::size_t end = std::min(message.find_first_of(" \t"), message.size());
-        const std::string word = message.substr(1, end - 1);
-        const std::string argument =
-            message.substr(std::min(message.find_first_not_of(" \t", end), message.size()));
-        std::vector<std::string> words;
-        for (const Slash& slash : slashes()) {
-            const std::vector<std::string> also = split(slash.also, " ");
-            if (slash.word == word || std::find(also.begin(), also.end(), word) != also.end()) {
-                return (this->*slash.run)(argument);
-            }
-            words.push_back("/" + std::string(slash.word));
-        }
-        bad_usage(cat("unknown command /", word, did_you_mean("/" + word, words),
-                      " /help lists them, //", word, " sends the text"));
-    }
-
     void answer(const std::string& message) {
-        const std::string valid = to_utf8(message);
-        if (valid != message)
-            note("the message is not valid UTF-8, its broken bytes are read as U+FFFD");
+        if (message.empty()) return;
         if (interactive_) write_err("\n" + paint(terminal.err, kGreen, "Assistant:") + " ");
-        answer_chat(options_, *session_, *chat_, valid);
+        reply(valid_text("message", message));
         if (interrupted()) note("stopped");
     }
-    // Sets one option from what was typed behind its command, or shows it.
-    void set(const char* name, const std::string& argument, void (*apply)(Options&, const Given&),
-             const std::string& now) {
-        if (argument.empty()) return say(std::string(name) + " " + now);
-        apply(options_, {name, argument});
-    }
-    std::string last_message() const {
-        const std::vector<Message> messages = chat_->messages();
-        if (messages.empty() || messages.back().role == Role::system)
-            bad_usage("the conversation is empty");
-        return messages[messages.size() - 2].content;
-    }
+
+    // ---- the slash commands
+
+    struct Slash {
+        std::string_view name, aliases, argument, help;
+        void (Repl::*run)(const std::string& argument);
+    };
+    static const std::vector<Slash>& slashes();
 
     void help(const std::string&) {
-        for (const Slash& s : slashes()) {
-            say("  " +
-                fit("/" + std::string(s.word) +
-                        (s.argument.empty() ? "" : " " + std::string(s.argument)),
-                    20) +
-                " " + std::string(s.help));
-        }
-        say("  " + fit("\"\"\" ... \"\"\"", 20) + " a message of many lines");
-        say("  " + fit("//text", 20) + " sends /text");
+        const auto line = [](const std::string& typed, std::string_view does) {
+            say(cat("  ", fit(typed, 20), " ", does));
+        };
+        for (const Slash& s : slashes())
+            line(cat("/", s.name, s.argument.empty() ? "" : " ", s.argument), s.help);
+        line("\"\"\" ... \"\"\"", "a message of many lines");
+        line("//text", "sends /text");
     }
     void clear(const std::string&) {
         chat_->reset();
@@ -1883,53 +1765,50 @@ private:
         Options o = options_;
         o.source = o.tag = "", o.step = -1, o.model = id;
         open(o);
-        options_ = o;
         banner();
     }
+    // Sets an option as its flag does, or shows it.
+    void set(std::string_view name, std::string_view flag, const std::string& typed,
+             const Value& now) {
+        if (typed.empty()) return say(cat(name, " ", now.text));
+        find_flag(find_command("chat"), flag).apply(options_, {name, typed});
+    }
     void temperature(const std::string& x) {
-        set("temperature", x, set_temperature, Value(options_.sampling.temperature).text);
+        set("temperature", "--temperature", x, options_.sampling.temperature);
     }
-    void topk(const std::string& n) {
-        set("topk", n, set_top_k, std::to_string(options_.sampling.top_k));
-    }
-    void topp(const std::string& x) {
-        set("topp", x, set_top_p, Value(options_.sampling.top_p).text);
-    }
-    void max(const std::string& n) {
-        set("max", n, set_max_tokens, std::to_string(options_.max_tokens));
-    }
-    void seed(const std::string& n) {
-        set("seed", n, set_seed, std::to_string(options_.sampling.seed));
-    }
+    void topk(const std::string& n) { set("topk", "--top-k", n, options_.sampling.top_k); }
+    void topp(const std::string& x) { set("topp", "--top-p", x, options_.sampling.top_p); }
+    void max(const std::string& n) { set("max", "--max-tokens", n, options_.max_tokens); }
+    void seed(const std::string& n) { set("seed", "--seed", n, options_.sampling.seed); }
     void system(const std::string& text) {
         if (text.empty())
             return say("system " + (chat_->system().empty() ? "(none)" : chat_->system()));
         chat_->system() = options_.system = text;
     }
+    // Takes back the last exchange and returns its message.
+    std::string take_back() {
+        const std::vector<Message> messages = chat_->messages();
+        if (!chat_->undo()) bad_usage("the conversation is empty");
+        return messages[messages.size() - 2].content;
+    }
     void regen(const std::string&) {
-        const std::string message = last_message();
-        chat_->undo();
+        const std::string message = take_back();
         options_.sampling.seed++;
         answer(message);
     }
     void undo(const std::string&) {
-        last_message();  // or says that there is none
-        chat_->undo();
+        take_back();
         note("the last exchange is taken back");
     }
     void edit(const std::string&) {
-        const std::string message = last_message();
-        chat_->undo();
-        say("the last message was: " + message);
+        say("the last message was: " + take_back());
         say("Type what takes its place.");
     }
     void save(const std::string& file) {
         if (file.empty()) bad_usage("/save: a file name is needed");
         NewFile out(file);
         const auto as_json = [](const Message& m) {
-            static constexpr std::string_view kRoles[] = {"system", "user", "assistant"};
-            return object(
-                {{"role", kRoles[static_cast<std::size_t>(m.role)]}, {"content", m.content}});
+            return object({{"role", name_of(m.role)}, {"content", m.content}});
         };
         out.write(object({{"messages", array(chat_->messages(), as_json)}}).text + "\n");
         out.commit();
@@ -1940,31 +1819,28 @@ private:
         const std::vector<std::byte> bytes = detail::read_file(file, 16u << 20);
         const Json json = parse_json(detail::as_text(bytes));
         const Json* list = json.find("messages");
-        std::vector<Message> messages;
         if (list == nullptr) bad_usage("/load: " + detail::quote(file) + " has no \"messages\"");
+        std::vector<Message> messages;
         for (const Json& item : list->array) {
             const Json *role = item.find("role"), *content = item.find("content");
-            if (role == nullptr || content == nullptr || content->kind != Json::Kind::string) {
-                bad_usage("/load: a message needs the texts \"role\" and \"content\"");
+            const auto* name = std::find(std::begin(kRoles), std::end(kRoles),
+                                         role == nullptr ? "" : role->string);
+            if (name == std::end(kRoles) || content == nullptr ||
+                content->kind != Json::Kind::string) {
+                bad_usage(cat("/load: a message needs a \"role\", one of ", join(kRoles, ", "),
+                              ", and a text \"content\""));
             }
-            const std::string name =
-                one_of({"role", role->string}, {"system", "user", "assistant"});
-            messages.push_back({name == "user"     ? Role::user
-                                : name == "system" ? Role::system
-                                                   : Role::assistant,
-                                content->string});
+            messages.push_back({static_cast<Role>(name - kRoles), content->string});
         }
         chat_->load(messages);
         options_.system = chat_->system();
-        note("loaded " + std::to_string(messages.size()) + " messages");
+        note(cat("loaded ", messages.size(), " messages"));
     }
     void stats(const std::string& on) {
         if (!on.empty()) options_.stats = one_of({"/stats", on}, {"on", "off"}) == "on";
-        say(std::string("stats ") +
-            (options_.stats.value_or(terminal.err.terminal) ? "on" : "off"));
+        say(options_.stats.value_or(terminal.err.terminal) ? "stats on" : "stats off");
     }
     void context(const std::string&) {
-        static constexpr const char* kRoles[] = {"system", "user", "assistant"};
         std::size_t total = 1;  // <|bos|>
         for (const Message& m : chat_->messages()) {
             const std::size_t tokens =
@@ -1972,18 +1848,16 @@ private:
             total += tokens;
             std::string line = m.content.substr(0, 200);
             std::replace(line.begin(), line.end(), '\n', ' ');
-            say(fit(std::to_string(tokens), 7, true) + "  " +
-                fit(kRoles[static_cast<std::size_t>(m.role)], 9) + "  " +
-                fit(safe(line), terminal.width - 20));
+            say(cat(fit(std::to_string(tokens), 7, true), "  ", fit(name_of(m.role), 9), "  ",
+                    fit(safe(line), terminal.width - 20)));
         }
-        say(fit(std::to_string(total), 7, true) + "  of " +
-            std::to_string(session_->info.config.sequence_len) + " tokens");
+        say(cat(fit(std::to_string(total), 7, true), "  of ", session_->info.config.sequence_len,
+                " tokens"));
     }
     void tokens(const std::string& text) {
-        const std::span<const Token> last = chat_->answer();
-        const std::vector<Token> ids = text.empty() ? std::vector<Token>(last.begin(), last.end())
-                                                    : session_->tokenizer.encode(text);
-        write_err(token_table(session_->tokenizer, ids));
+        write_err(text.empty()
+                      ? token_table(session_->tokenizer, chat_->answer())
+                      : token_table(session_->tokenizer, session_->tokenizer.encode(text)));
     }
 
     Options& options_;
@@ -1992,7 +1866,7 @@ private:
     std::unique_ptr<Chat> chat_;
     LineReader input_;
     Clock::time_point last_interrupt_ = {};
-    bool interrupted_line_ = false, literal_ = false, done_ = false;
+    bool done_ = false;
     int failure_ = 0;  // exit code of the last error, for scripts
 };
 
@@ -2024,16 +1898,9 @@ const std::vector<Repl::Slash>& Repl::slashes() {
 int run_chat(Options& o) {
     catch_interrupts();
     if (!o.prompt) return Repl(o).run();
-    LineReader input;
-    const std::string prompt = read_prompt(o, input);
+    const std::string prompt = read_prompt(o);
     if (prompt.empty()) bad_usage("--prompt: found no text, leave it out to start a conversation");
-    Session s = open_session(o, "sft");
-    GenerateParams params;
-    params.stop = chat_stop_tokens(s.tokenizer);
-    Chat chat(*s.backend, s.tokenizer, params);
-    chat.system() = o.system;
-    chat.stop_texts() = o.stop;
-    answer_chat(o, s, chat, prompt);
+    Repl(o).reply(prompt);
     if (interrupted()) leave_interrupted();
     return 0;
 }
@@ -2998,7 +2865,7 @@ public:
 
     BenchRow decode(int batch) {
         const std::int64_t tokens = std::int64_t{batch} * (plan_.prompt + plan_.decode);
-        if (!s_.cuda) check_memory(s_.info, std::nullopt, tokens);
+        if (!s_.device.cuda) check_memory(s_.info, std::nullopt, tokens);
         Group group(*this, batch);
         BenchRow row = {batch, plan_.decode - 1, group.first(), 0, 0};
         for (int i = 0; i < std::min(row.steps, 8); i++) group.next();  // warm-up
@@ -3018,7 +2885,7 @@ private:
         Group(Bench& bench, int batch) : bench_(bench) {
             for (int i = 0; i < batch; i++) {
                 sequences_.push_back(
-                    bench.s_.backend->new_sequence(bench.plan_.prompt + bench.plan_.decode));
+                    bench.s_.device.backend->new_sequence(bench.plan_.prompt + bench.plan_.decode));
                 samplers_.emplace_back(bench.options_.sampling, static_cast<std::uint64_t>(i));
             }
             for (Sampler& sampler : samplers_) pointers_.push_back(&sampler);
@@ -3030,9 +2897,9 @@ private:
                 if (interrupted()) leave_interrupted();
                 sequences_[i]->rewind(0);
                 const Chunk last =
-                    detail::read_prompt(*bench_.s_.backend, *sequences_[i], bench_.prompt_);
+                    detail::read_prompt(*bench_.s_.device.backend, *sequences_[i], bench_.prompt_);
                 Sampler* const sampler = pointers_[i];
-                first_.push_back(bench_.s_.backend->sample({&last, 1}, {&sampler, 1})[0]);
+                first_.push_back(bench_.s_.device.backend->sample({&last, 1}, {&sampler, 1})[0]);
             }
             tokens_ = first_;
             return seconds_since(start);
@@ -3043,7 +2910,8 @@ private:
             chunks_.clear();
             for (std::size_t i = 0; i < sequences_.size(); i++)
                 chunks_.push_back({sequences_[i].get(), {&tokens_[i], 1}});
-            const std::span<const Token> drawn = bench_.s_.backend->sample(chunks_, pointers_);
+            const std::span<const Token> drawn =
+                bench_.s_.device.backend->sample(chunks_, pointers_);
             std::copy(drawn.begin(), drawn.end(), tokens_.begin());
             return seconds_since(start);
         }
@@ -3082,7 +2950,7 @@ BenchPlan open_bench(Session& s, const Options& o) {
             plan.batches.erase(largest);
             continue;
         }
-        const bool fell_back = place_for(o).cuda && !s.cuda;
+        const bool fell_back = place_for(o).cuda && !s.device.cuda;
         return fell_back ? plan_bench(o, s.info.config, false) : plan;
     }
 }
@@ -3090,7 +2958,7 @@ BenchPlan open_bench(Session& s, const Options& o) {
 // clang-format off
 Value bench_json(const Options& o, const Session& s, const BenchPlan& plan, const BenchCost& cost, double bandwidth,
                  double prefill, std::span<const BenchRow> rows) {
-    const std::vector<GpuInfo> gpus = s.cuda ? find_gpus() : std::vector<GpuInfo>{};
+    const std::vector<GpuInfo> gpus = s.device.cuda ? find_gpus() : std::vector<GpuInfo>{};
     const std::uint64_t full = cost.kv_stored * static_cast<std::uint64_t>(s.info.config.sequence_len);
     const std::uint64_t total = gpus.empty() ? 0 : gpus[0].memory_bytes, one = cost.weights + cost.kv_read;
     const auto known = [&](std::uint64_t number) { return gpus.empty() ? Value(nullptr) : Value(number); };
@@ -3102,7 +2970,7 @@ Value bench_json(const Options& o, const Session& s, const BenchPlan& plan, cons
     };
     return object({{"source", s.info.source}, {"model_tag", s.info.tag}, {"step", s.info.step},
         {"model_config", architecture_json(s.info)}, {"gpu", gpus.empty() ? Value(nullptr) : Value(gpus[0].name)},
-        {"device", s.backend->device()}, {"dtype", name_of(s.backend->dtype())},
+        {"device", s.device.backend->device()}, {"dtype", name_of(s.device.backend->dtype())},
         {"peak_bandwidth_bytes_per_sec", nullptr}, {"read_bandwidth_bytes_per_sec", bandwidth}, {"total_vram_bytes", known(total)},
         {"num_params", s.info.parameters}, {"param_dtypes", cost.dtypes}, {"weight_bytes", cost.stored},
         {"kv_bytes_per_token", cost.kv_stored}, {"kv_read_bytes_per_step", cost.kv_read}, {"bytes_per_step", one},
@@ -3139,11 +3007,12 @@ int run_bench(Options& o) {
     const auto tell = [&](const std::string& text) {
         if (!o.json) write_out(text), flush_out();
     };
-    const double bandwidth = s.cuda ? cuda_read_bandwidth() : cpu_read_bandwidth(o.threads);
-    const BenchCost cost = bench_cost(s.info, plan, s.cuda, s.backend->dtype());
-    tell(cat(s.info.id, " on ", s.backend->device(), ", ", name_of(s.backend->dtype()),
-             ", reading ", gigabytes_per_second(bandwidth), " (measured now)\n"));
-    if (!s.cuda && (o.batch_sizes.empty() || o.prompt_tokens == 0 || o.decode_tokens == 0))
+    const double bandwidth = s.device.cuda ? cuda_read_bandwidth() : cpu_read_bandwidth(o.threads);
+    const BenchCost cost = bench_cost(s.info, plan, s.device.cuda, s.device.backend->dtype());
+    tell(cat(s.info.id, " on ", s.device.backend->device(), ", ",
+             name_of(s.device.backend->dtype()), ", reading ", gigabytes_per_second(bandwidth),
+             " (measured now)\n"));
+    if (!s.device.cuda && (o.batch_sizes.empty() || o.prompt_tokens == 0 || o.decode_tokens == 0))
         note("what is not given by flags is smaller on the CPU than on a GPU");
     Bench bench(o, s, plan);
     const double prefill = bench.prefill();
