@@ -33,7 +33,7 @@
 //                   check_memory, open_device; Session: open_session
 //    4. sample, chat         Output (text or JSON), run_sample; Repl: the slash commands; run_chat
 //    5. show, models, ...    run_show, run_models, run_tokenize, LogitRows, run_check, Doctor
-//    6. bench       plan_bench, bench_cost (the bytes of a step), Bench, run_bench
+//    6. bench       plan_bench, bench_cost (the bytes of a step), BenchGroup, Bench
 //    7. picture     shade_of (colours), kStrokes (the font), Picture (the canvas), Chart, draw_grid
 //    8. walk        kOperations, cost_of; Walk (all that is kept), WalkObserver, Walker; charts_of;
 //                   walk_members (JSON); walk_text; plan_walk, run_walk
@@ -137,6 +137,7 @@ inline std::unique_ptr<Backend> open_cuda(const std::shared_ptr<const Model>&, c
 #include <functional>          // function
 #include <initializer_list>    // initializer_list
 #include <limits>              // numeric_limits
+#include <map>                 // map
 #include <memory>              // unique_ptr
 #include <mutex>               // mutex
 #include <new>                 // bad_alloc
@@ -224,7 +225,7 @@ struct Options {
     std::string device_type;        // --device-type; empty: whatever is there
     std::optional<DType> dtype;     // -d; unset: bfloat16 on a GPU, float32 on the CPU
     int threads = 0;                // 0: physical cores
-    bool json = false, stream_json = false, jsonl = false;
+    bool json = false, stream_json = false;
     std::optional<bool> stats;  // unset: if stderr is a terminal
     std::string color = "auto";
     bool quiet = false, verbose = false, help = false, version = false;
@@ -456,7 +457,6 @@ constexpr Flag kFlags[] = {
     {0, "force", "", kWalk, "write into a directory that exists", SET(o.force = true)},
     {0, "out", "FILE", kLogits, "write the logits: float32 little-endian, (tokens, vocabulary), after the soft cap", SET(o.out = not_empty(g))},
     {0, "hooks", "FILE", kLogits, "write what the forward pass computes, but for the attention maps: per value a line of JSON (name, pos, shape), then float32 little-endian", SET(o.hooks = not_empty(g))},
-    {0, "jsonl", "", kTokenize | kDetokenize, "one JSON object per line, {\"text\":...} and {\"ids\":[...]}, stdin to stdout", SET(o.jsonl = true)},
     {0, "type", "LIST", kModels, "only these families, such as base,sft", set_types},
     {0, "sort", "KEY", kModels, "loss, step, date or name", SET(o.sort = one_of(g, {"loss", "step", "date", "name"}))},
     {0, "all", "", kModels, "also refused files", SET(o.all = true)},
@@ -1909,7 +1909,7 @@ int run_chat(Options& o) {
 // The small commands: what is there, what is in it, what the model reads, what it answers in numbers.
 
 std::string upper(std::string text) {
-    for (char& c : text) c = c >= 'a' && c <= 'z' ? static_cast<char>(c - 32) : c;
+    for (char& c : text) c = detail::ascii_upper(c);
     return text;
 }
 std::string architecture(const Config& c) {
@@ -1942,8 +1942,8 @@ Value architecture_json(const ModelInfo& info) {
                    {"window_pattern", c.window_pattern}, {"generation", facts.name}, {"saved_by", facts.dates},
                    {"rope_base", c.rope_base}, {"qk_scale", c.qk_scale}, {"softcap", c.softcap}});
 }
-// One entry of the list that programs read.
-Members model_members(const ModelInfo& info, const fs::path& base, const std::string& default_id) {
+// What programs read of a checkpoint.
+Members model_members(const ModelInfo& info, const fs::path& base) {
     const bool known = !info.tensors.empty(), ready = info.status == Status::ready, has_loss = std::isfinite(info.loss);
     Members metrics;
     for (const auto& [key, value] : info.metrics) metrics.emplace_back(key, value);
@@ -1954,8 +1954,7 @@ Members model_members(const ModelInfo& info, const fs::path& base, const std::st
             {"architecture", architecture_json(info)}, {"parameters", known ? Value(info.parameters) : nullptr},
             {"size_bytes", info.file_bytes}, {"memory_bytes", known ? Value(info.memory_bytes) : nullptr},
             {"file", file_of(info, base)}, {"modified", iso_date(info.modified)}, {"status", name_of(info.status)},
-            {"reason", or_null(info.reason)}, {"loaded", false}, {"can_chat", ready && info.source != "base"},
-            {"default", info.id == default_id}};
+            {"reason", or_null(info.reason)}, {"can_chat", ready && info.source != "base"}};
 }
 // clang-format on
 
@@ -1975,50 +1974,61 @@ bool is_best(const ModelInfo& info, const std::vector<ModelInfo>& models) {
            });
 }
 
-// All checkpoints of --type in the order of --sort; `all` keeps those found.
-std::vector<ModelInfo> listed(const Options& o, std::vector<ModelInfo>& all) {
-    const fs::path base = base_dir(o.base_dir);
-    all = models_in(base, o);
-    if (all.empty()) no_checkpoints(base);
+struct Catalog {  // the checkpoints as they were last seen
+    fs::path base;
     std::vector<ModelInfo> models;
-    for (const ModelInfo& m : all) {
-        const bool fits =
-            o.types.empty() || std::find(o.types.begin(), o.types.end(), m.source) != o.types.end();
-        if (fits) models.push_back(m);
+    Tokens tokens;
+    fs::file_time_type tokenizer_time = {};
+    std::string default_id;
+    std::int64_t unix_time = std::time(nullptr);
+    Clock::time_point time = Clock::now();
+};
+Catalog read_catalog(const Options& o) {
+    Catalog c;
+    c.base = base_dir(o.base_dir);
+    c.models = models_in(c.base, o);
+    if (c.models.empty()) no_checkpoints(c.base);
+    c.tokens = base_tokenizer(c.base);
+    c.default_id = default_of(c.models);
+    return c;
+}
+
+// The checkpoints of --type in the order of --sort.
+std::vector<const ModelInfo*> listed(const Options& o, const Catalog& c) {
+    std::vector<const ModelInfo*> models;
+    for (const ModelInfo& m : c.models) {
+        if (o.types.empty() || has(o.types, m.source)) models.push_back(&m);
     }
     if (models.empty())
         throw Error(ErrorKind::not_found, cat("no checkpoint of type ", join(o.types, ", "), " in ",
-                                              home_relative(base)));
-    const auto less = [&](const ModelInfo& a, const ModelInfo& b) {
-        if (o.sort == "step") return a.step > b.step;
-        if (o.sort == "date") return a.modified > b.modified;
-        if (o.sort == "name") return a.tag != b.tag ? a.tag < b.tag : a.id < b.id;
-        const bool x = std::isfinite(a.loss),
-                   y = std::isfinite(b.loss);  // by loss: each unit by itself
+                                              home_relative(c.base)));
+    const auto less = [&](const ModelInfo* a, const ModelInfo* b) {
+        if (o.sort == "step") return a->step > b->step;
+        if (o.sort == "date") return a->modified > b->modified;
+        if (o.sort == "name") return a->tag != b->tag ? a->tag < b->tag : a->id < b->id;
+        const bool x = std::isfinite(a->loss), y = std::isfinite(b->loss);
         if (!x || !y) return x && !y;
-        return a.loss_unit != b.loss_unit ? a.loss_unit < b.loss_unit : a.loss < b.loss;
+        // by loss: each unit by itself
+        return a->loss_unit != b->loss_unit ? a->loss_unit < b->loss_unit : a->loss < b->loss;
     };
     if (!o.sort.empty()) std::stable_sort(models.begin(), models.end(), less);
     return models;
 }
 
 std::string list_models(const Options& o) {
-    std::vector<ModelInfo> all;
-    const std::vector<ModelInfo> models = listed(o, all);
-    const std::string default_id = default_of(all);
+    const Catalog c = read_catalog(o);
     std::vector<std::vector<std::string>> rows;
     std::size_t hidden = 0;
-    for (const ModelInfo& m : models) {
-        if (m.status == Status::refused && !o.all) {
+    for (const ModelInfo* m : listed(o, c)) {
+        if (m->status == Status::refused && !o.all) {
             hidden++;
             continue;
         }
-        const std::string status =
-            std::string(name_of(m.status)) + (m.reason.empty() ? "" : ": " + m.reason);
-        rows.push_back({upper(m.source), m.tag, std::to_string(m.step), loss_words(m),
-                        m.has_config ? architecture(m.config) : "—", human_bytes(m.file_bytes),
-                        date_of(m.modified, "%Y-%m-%d %H:%M", false),
-                        status + (m.id == default_id ? " *" : "")});
+        rows.push_back({upper(m->source), m->tag, std::to_string(m->step), loss_words(*m),
+                        m->has_config ? architecture(m->config) : "—", human_bytes(m->file_bytes),
+                        date_of(m->modified, "%Y-%m-%d %H:%M", false),
+                        cat(name_of(m->status), m->reason.empty() ? "" : ": ", m->reason,
+                            m->id == c.default_id ? " *" : "")});
     }
     std::string text = table({{"TYPE"},
                               {"MODEL", false, 0, 20},
@@ -2029,13 +2039,11 @@ std::string list_models(const Options& o) {
                               {"CHANGED", false, 3, 16},
                               {"STATUS"}},
                              rows);
-    const fs::path base = base_dir(o.base_dir);
-    const Tokens tokens = base_tokenizer(base);
-    const std::string tokenizer = tokens.reason.empty()
-                                      ? cat("tokenizer ", thousands(tokens.vocab_size), " tokens")
-                                      : cat("no usable tokenizer: ", safe(tokens.reason));
+    const std::string tokenizer = c.tokens.reason.empty()
+                                      ? cat("tokenizer ", thousands(c.tokens.vocab_size), " tokens")
+                                      : cat("no usable tokenizer: ", safe(c.tokens.reason));
     text += cat(rows.size(), rows.size() == 1 ? " checkpoint in " : " checkpoints in ",
-                safe(home_relative(base)), ", ", tokenizer, ".");
+                safe(home_relative(c.base)), ", ", tokenizer, ".");
     if (hidden > 0) text += cat(" ", hidden, " refused: --all lists them.");
     return text + " * = default for \"nanogpt chat\"\n";
 }
@@ -2052,38 +2060,30 @@ Value device_json(const Options& o) {
 }
 
 // The list of models, as --json and the HTTP interface tell it.
-Value models_json(const Options& o, const std::vector<const ModelInfo*>& shown,
-                  const std::vector<ModelInfo>& all, const fs::path& base, const Tokens& tokens,
-                  const std::string& default_id, std::int64_t scanned,
+Value models_json(const Options& o, const Catalog& c, const std::vector<const ModelInfo*>& shown,
                   const std::function<bool(const std::string&)>& loaded) {
     const auto entry = [&](const ModelInfo* m) {
-        Members members = model_members(*m, base, default_id);
-        for (auto& [name, value] : members) {
-            if (name == "loaded") value = loaded && loaded(m->id);
-        }
-        members.emplace_back("best", is_best(*m, all));
+        Members members = model_members(*m, c.base);
+        members.emplace_back("loaded", loaded(m->id));
+        members.emplace_back("default", m->id == c.default_id);
+        members.emplace_back("best", is_best(*m, c.models));
         return object(members);
     };
-    const bool usable = tokens.reason.empty();
+    const bool usable = c.tokens.reason.empty();
     return object(
         {{"models", array(shown, entry)},
          {"count", shown.size()},
-         {"default", or_null(default_id)},
+         {"default", or_null(c.default_id)},
          {"tokenizer", object({{"status", usable ? "ready" : "refused"},
-                               {"vocab_size", usable ? Value(tokens.vocab_size) : Value(nullptr)},
-                               {"reason", or_null(tokens.reason)}})},
+                               {"vocab_size", usable ? Value(c.tokens.vocab_size) : nullptr},
+                               {"reason", or_null(c.tokens.reason)}})},
          {"device", device_json(o)},
-         {"scanned_at", iso_date(scanned)}});
+         {"scanned_at", iso_date(c.unix_time)}});
 }
 int run_models(Options& o) {
     if (!o.json) return write_out(list_models(o)), 0;
-    std::vector<ModelInfo> all;
-    const std::vector<ModelInfo> models = listed(o, all);
-    std::vector<const ModelInfo*> shown;
-    for (const ModelInfo& m : models) shown.push_back(&m);
-    const fs::path base = base_dir(o.base_dir);
-    write_json(models_json(o, shown, all, base, base_tokenizer(base), default_of(all),
-                           std::time(nullptr), nullptr));
+    const Catalog c = read_catalog(o);
+    write_json(models_json(o, c, listed(o, c), [](const std::string&) { return false; }));
     return 0;
 }
 Value openai_model_json(const ModelInfo& m) {
@@ -2091,14 +2091,9 @@ Value openai_model_json(const ModelInfo& m) {
         {{"id", m.id}, {"object", "model"}, {"created", m.modified}, {"owned_by", "local"}});
 }
 
-std::string shape_words(const std::vector<std::int64_t>& shape) {
-    return cat("(", join(shape, ", ", [](std::int64_t n) { return std::to_string(n); }), ")");
-}
-
 // One checkpoint in full.
 Members detail_members(const ModelInfo& info, const fs::path& base) {
-    Members members = model_members(info, base, info.id);
-    members.pop_back();  // "default" is a word of lists
+    Members members = model_members(info, base);
     members.emplace_back("cache_bytes_per_token", cache_bytes(info.config, DType::f32));
     members.emplace_back(
         "settings", array(info.settings, [](const Setting& s) {
@@ -2145,7 +2140,7 @@ int run_show(Options& o) {
     text += "\n" + table({{"SETTING"}, {"VALUE"}, {"WHERE FROM"}}, rows) + "\n";
     rows.clear();
     for (const TensorInfo& t : info.tensors)
-        rows.push_back({t.name, std::string(name_of(t.dtype)), shape_words(t.shape)});
+        rows.push_back({t.name, std::string(name_of(t.dtype)), detail::to_string(t.shape)});
     write_out(text + table({{"TENSOR"}, {"DTYPE"}, {"SHAPE"}}, rows));
     return 0;
 }
@@ -2169,9 +2164,8 @@ std::string token_table(const Tokenizer& tokenizer, std::span<const Token> token
     std::vector<std::vector<std::string>> rows;
     for (const Token token : tokens) {
         const std::string piece(tokenizer.piece(token));
-        std::string bytes;
-        for (const int b : bytes_of(piece))
-            bytes += (bytes.empty() ? "" : " ") + hex(static_cast<std::uint32_t>(b), 2);
+        const auto digits = [](int byte) { return hex(static_cast<std::uint32_t>(byte), 2); };
+        const std::string bytes = join(bytes_of(piece), " ", digits);
         const bool special = tokenizer.is_special(token);
         rows.push_back({std::to_string(token), special ? piece : "\"" + piece + "\"",
                         special ? "special" : bytes});
@@ -2195,26 +2189,6 @@ std::vector<Token> parse_ids(std::string_view what, const Json* json, int vocab_
     return parse_ids(what, texts, vocab_size);
 }
 
-// Calls each(JSON value, "line N") for every line of stdin that is not empty.
-template <class Each>
-int each_json_line(Each&& each) {
-    LineReader input;
-    std::string line;
-    for (std::size_t n = 1; input.read(line) == LineReader::Result::line; n++) {
-        const std::string where = "stdin, line " + std::to_string(n);
-        if (line.find_first_not_of(" \t\r") == line.npos) continue;
-        Json json;
-        try {
-            json = parse_json(line);
-        } catch (const Error& e) {
-            bad_usage(where + ": " + e.what());
-        }
-        write_out(each(json, where).text + "\n");
-    }
-    flush_out();
-    return 0;
-}
-
 Value token_json(const Tokenizer& tokenizer, Token id) {
     const std::string piece(tokenizer.piece(id));
     return object({{"id", id},
@@ -2228,30 +2202,15 @@ Value tokens_json(const Tokenizer& tokenizer, const std::vector<Token>& ids) {
 
 int run_tokenize(Options& o) {
     const Tokenizer tokenizer = pick_tokenizer(o);
-    if (o.jsonl) {
-        if (!o.arguments.empty()) bad_usage("tokenize: --jsonl reads stdin, leave the text out");
-        return each_json_line([&](const Json& json, const std::string& where) {
-            const Json* text = json.find("text");
-            if (text == nullptr || text->kind != Json::Kind::string)
-                bad_usage(where + ": {\"text\":\"...\"} is needed");
-            return object({{"ids", array(tokenizer.encode(text->string))}});
-        });
-    }
     const std::string text = to_utf8(o.arguments.empty() ? LineReader().rest() : o.arguments[0]);
     const std::vector<Token> ids = tokenizer.encode(text);
-    if (!o.json) return write_out(token_table(tokenizer, ids)), 0;
-    return write_json(tokens_json(tokenizer, ids)), 0;
+    if (o.json) return write_json(tokens_json(tokenizer, ids)), 0;
+    write_out(token_table(tokenizer, ids));
+    return 0;
 }
 
 int run_detokenize(Options& o) {
     const Tokenizer tokenizer = pick_tokenizer(o);
-    if (o.jsonl) {
-        if (!o.arguments.empty()) bad_usage("detokenize: --jsonl reads stdin, leave the ids out");
-        return each_json_line([&](const Json& json, const std::string& where) {
-            return object({{"text", tokenizer.decode(parse_ids(where, json.find("ids"),
-                                                               tokenizer.vocab_size()))}});
-        });
-    }
     const std::string typed = o.arguments.empty() ? LineReader().rest() : join(o.arguments, " ");
     const std::vector<Token> ids =
         parse_ids("ids", split(typed, ", \t\r\n[]"), tokenizer.vocab_size());
@@ -2343,21 +2302,26 @@ int run_logits(Options& o) {
 // ---- check: whole and safe? Every byte is read, nothing is executed.
 
 struct Verdict {
-    std::string file, status = "ok", what;
+    std::string file, status = "ok", what = {};
     std::int64_t offset = -1;
-    Members values;  // --values: tensors with NaN or infinities
+    std::vector<Value> values = {};  // --values: tensors with NaN or infinities
 };
 
-void check_entries(const detail::ZipFile& zip) {  // all checksums, 1 MiB at a time
-    std::vector<std::byte> buffer(1u << 20);
+// Calls each(bytes) for `size` bytes of a file from `offset` on, at most 1 MiB at a time.
+template <class Each>
+void each_piece(const File& file, std::uint64_t offset, std::uint64_t size, Each&& each) {
+    std::vector<std::byte> buffer(std::min<std::uint64_t>(size, 1u << 20));
+    for (std::uint64_t at = 0; at < size; at += buffer.size()) {
+        const auto part = std::span(buffer).first(std::min(buffer.size(), size - at));
+        file.read(offset + at, part);
+        each(part);
+    }
+}
+void check_entries(const detail::ZipFile& zip) {  // all checksums
     for (const detail::ZipEntry& entry : zip.entries()) {
         std::uint32_t crc = 0;
-        for (std::uint64_t at = 0; at < entry.size; at += buffer.size()) {
-            const auto part = std::span(buffer).first(
-                static_cast<std::size_t>(std::min<std::uint64_t>(buffer.size(), entry.size - at)));
-            zip.file().read(entry.offset + at, part);
-            crc = detail::crc32(part, crc);
-        }
+        each_piece(zip.file(), entry.offset, entry.size,
+                   [&](std::span<const std::byte> part) { crc = detail::crc32(part, crc); });
         detail::ZipFile::verify(entry, crc);
     }
 }
@@ -2372,22 +2336,17 @@ std::pair<std::int64_t, std::int64_t> count_values(const detail::ZipFile& zip,
                                           {DType::bf16, 0x7f80, 0x7f},
                                           {DType::f16, 0x7c00, 0x3ff},
                                           {DType::f64, 0x7ff0000000000000, 0xfffffffffffff}};
-    const auto layout = std::find_if(std::begin(kLayouts), std::end(kLayouts),
-                                     [&](const Layout& l) { return l.dtype == t.info.dtype; });
-    if (layout == std::end(kLayouts)) return {0, 0};
     std::pair<std::int64_t, std::int64_t> counts;
-    std::vector<std::byte> buffer(1u << 20);
-    const std::size_t step = size_of(t.info.dtype);
-    for (std::uint64_t at = 0; at < t.bytes(); at += buffer.size()) {
-        const auto part = std::span(buffer).first(
-            static_cast<std::size_t>(std::min<std::uint64_t>(buffer.size(), t.bytes() - at)));
-        zip.file().read(t.entry->offset + at, part);
-        for (std::size_t i = 0; i < part.size(); i += step) {
-            std::uint64_t bits = 0;
-            std::memcpy(&bits, part.data() + i, step);
-            if ((bits & layout->exponent) != layout->exponent) continue;
-            ((bits & layout->fraction) != 0 ? counts.first : counts.second)++;
-        }
+    for (const Layout& layout : kLayouts) {
+        if (layout.dtype != t.info.dtype) continue;
+        each_piece(zip.file(), t.entry->offset, t.bytes(), [&](std::span<const std::byte> part) {
+            for (; !part.empty(); part = part.subspan(size_of(layout.dtype))) {
+                std::uint64_t bits = 0;
+                std::memcpy(&bits, part.data(), size_of(layout.dtype));
+                if ((bits & layout.exponent) != layout.exponent) continue;
+                ((bits & layout.fraction) != 0 ? counts.first : counts.second)++;
+            }
+        });
     }
     return counts;
 }
@@ -2416,19 +2375,19 @@ void check_checkpoint(Verdict& v, const fs::path& path, bool values) {
     std::int64_t bad = 0;
     for (const detail::StoredTensor& t : tensors) {
         const auto [nans, infinities] = count_values(zip, t);
-        if (nans + infinities > 0)
-            v.values.emplace_back(
-                "", object({{"tensor", t.info.name}, {"nan", nans}, {"infinite", infinities}}));
         bad += nans + infinities;
+        if (nans + infinities == 0) continue;
+        v.values.push_back(
+            object({{"tensor", t.info.name}, {"nan", nans}, {"infinite", infinities}}));
     }
     v.what += ", " + thousands(bad) + " values that are NaN or infinite";
 }
 
 Verdict check_file(const fs::path& path, bool values) {
-    Verdict v;
-    v.file = path.string();
+    Verdict v = {path.string()};
     try {
         const std::string extension = path.extension().string();
+        const File file(path);  // missing is another answer than refused
         if (extension == ".pt") {
             check_checkpoint(v, path, values);
         } else if (extension == ".pkl") {
@@ -2440,9 +2399,7 @@ Verdict check_file(const fs::path& path, bool values) {
                      architecture(detail::read_config(
                          parse_json(detail::as_text(bytes), JsonDialect::python, 64), has_pattern));
         } else {
-            const File file(path);  // missing is another answer than refused
-            throw Error(ErrorKind::unsupported,
-                        "not a file that nanogpt reads: .pt, .pkl and .json are");
+            detail::unsupported({"not a file that nanogpt reads: .pt, .pkl and .json are"});
         }
     } catch (const Error& e) {
         v.status = e.kind == ErrorKind::not_found     ? "missing"
@@ -2476,47 +2433,34 @@ int run_check(Options& o) {
     if (o.arguments.empty())
         bad_usage("check: a file or a directory is needed. Try: nanogpt help check");
     std::vector<Verdict> verdicts;
+    int refused = 0, missing = 0;
     const auto add = [&](Verdict v) {
-        const char* color = v.status == "ok" ? kGreen : kRed;
+        const bool good = v.status == "ok";
+        if (!good) (v.status == "missing" ? missing : refused)++;
         if (!o.json) {
-            write_out(paint(terminal.out, color, fit(v.status, 11)) + "  " + safe(v.file) + "  " +
-                      safe(v.what) + "\n");
-            for (const auto& [name, counts] : v.values)
-                write_out("             " + counts.text + "\n");
+            write_out(cat(paint(terminal.out, good ? kGreen : kRed, fit(v.status, 11)), "  ",
+                          safe(v.file), "  ", safe(v.what), "\n"));
+            for (const Value& counts : v.values) write_out(cat("             ", counts.text, "\n"));
             flush_out();
         }
         verdicts.push_back(std::move(v));
     };
     for (const std::string& argument : o.arguments) {
         std::error_code error;
-        if (!fs::is_directory(argument, error)) {
-            add(check_file(argument, o.values));
-            continue;
-        }
-        const std::vector<fs::path> files = files_in(argument);
+        std::vector<fs::path> files = {argument};
+        if (fs::is_directory(argument, error)) files = files_in(argument);
         for (const fs::path& file : files) add(check_file(file, o.values));
-        if (files.empty())
-            add({.file = argument,
-                 .status = "missing",
-                 .what = "holds no file that nanogpt reads",
-                 .offset = -1,
-                 .values = {}});
+        if (files.empty()) add({argument, "missing", "holds no file that nanogpt reads"});
     }
-    const auto count = [&](std::string_view status) {
-        return std::count_if(verdicts.begin(), verdicts.end(),
-                             [&](const Verdict& v) { return v.status == status; });
-    };
-    const auto refused = count("refused") + count("unsupported"), missing = count("missing");
     if (o.json) {
         const auto entry = [](const Verdict& v) {
             const bool good = v.status == "ok";
-            return object(
-                {{"file", v.file},
-                 {"status", v.status},
-                 {"what", good ? Value(v.what) : Value(nullptr)},
-                 {"reason", good ? Value(nullptr) : Value(v.what)},
-                 {"offset", v.offset < 0 ? Value(nullptr) : Value(v.offset)},
-                 {"values", array(v.values, [](const auto& counts) { return counts.second; })}});
+            return object({{"file", v.file},
+                           {"status", v.status},
+                           {"what", or_null(good ? v.what : "")},
+                           {"reason", or_null(good ? "" : v.what)},
+                           {"offset", v.offset < 0 ? nullptr : Value(v.offset)},
+                           {"values", array(v.values)}});
         };
         write_json(object(
             {{"files", array(verdicts, entry)}, {"refused", refused}, {"missing", missing}}));
@@ -2528,8 +2472,7 @@ int run_check(Options& o) {
 
 std::string version() {
     constexpr int v = NANOGPT_VERSION;
-    return std::to_string(v / 10000) + "." + std::to_string(v / 100 % 100) + "." +
-           std::to_string(v % 100);
+    return cat(v / 10000, ".", v / 100 % 100, ".", v % 100);
 }
 // Bytes per second that all threads together read from memory: the best of some passes over more than
 // the caches hold.
@@ -2668,33 +2611,25 @@ private:
 
     void base() {
         const fs::path base = base_dir(options_.base_dir);
-        const std::string where = home_relative(base);
         std::error_code error;
         const bool there = fs::is_directory(base, error);
         add("base dir", there ? kOk : kWarn,
-            there ? where
-                  : cat(where,
-                        " is not there. Name another with --base-dir or "
-                        "NANOCHAT_BASE_DIR"));
-        std::vector<ModelInfo> models =
-            there ? models_in(base, options_) : std::vector<ModelInfo>{};
-        const std::size_t found = models.size();
-        std::erase_if(models, [](const ModelInfo& m) { return m.status != Status::ready; });
-        const std::size_t broken = found - models.size();
-        if (models.empty()) {
-            add("models", kWarn,
-                cat(found, " found, none that is ready: the sample model answers. ",
-                    found > 0 ? "nanogpt models --all says why"
-                              : "They belong in base_checkpoints, mid_checkpoints, "
-                                "chatsft_checkpoints or chatrl_checkpoints"));
-            const fs::path sample = bundled_sample();
-            if (!sample.empty()) models = find_models(sample);
-        } else {
-            add("models", broken > 0 ? kWarn : kOk,
-                cat(models.size(), " ready, ", choose(models, {}, "sft").id, " by default",
-                    broken > 0 ? cat("; ", broken, " not. nanogpt models --all says why") : ""));
-        }
-        models_ = std::move(models);
+            cat(home_relative(base),
+                there ? "" : " is not there. Name another with --base-dir or NANOCHAT_BASE_DIR"));
+        models_ = models_in(base, options_);
+        const std::size_t found = models_.size();
+        std::erase_if(models_, [](const ModelInfo& m) { return m.status != Status::ready; });
+        const bool any = !models_.empty(), all = any && models_.size() == found;
+        add("models", all ? kOk : kWarn,
+            cat(any ? cat(models_.size(), " ready, ", choose(models_, {}, "sft").id, " by default")
+                    : "none is ready: the sample model answers",
+                all ? ""
+                : found > 0
+                    ? cat("; ", found - models_.size(), " not. nanogpt models --all says why")
+                    : ". They belong in base_checkpoints, mid_checkpoints, "
+                      "chatsft_checkpoints or chatrl_checkpoints"));
+        const fs::path sample = bundled_sample();
+        if (!any && !sample.empty()) models_ = find_models(sample);
     }
 
     void tokenizer() {
@@ -2787,33 +2722,30 @@ struct BenchCost {
     std::uint64_t kv_stored = 0, kv_read = 0;  // bytes per token of context; per sequence and step
     double flops = 0, prefill_flops = 0;       // per token written; of the prompt
     std::string dtypes;                        // "1,234 bfloat16, 56 float32"
+    std::uint64_t step(int batch) const {      // bytes
+        return weights + static_cast<std::uint64_t>(batch) * kv_read;
+    }
 };
 BenchCost bench_cost(const ModelInfo& info, const BenchPlan& plan, bool cuda, DType dtype) {
     BenchCost cost;
-    double matmul = 0;
-    std::vector<std::pair<std::string, std::int64_t>> counts;
+    std::map<std::string_view, std::uint64_t> counts;
     for (const TensorInfo& t : info.tensors) {
         const std::uint64_t n = detail::count(t.shape);
         cost.stored += n * size_of(t.dtype);
-        const auto same = [&](const auto& c) { return c.first == name_of(t.dtype); };
-        auto at = std::find_if(counts.begin(), counts.end(), same);
-        if (at == counts.end()) at = counts.insert(at, {std::string(name_of(t.dtype)), 0});
-        at->second += static_cast<std::int64_t>(n);
+        counts[name_of(t.dtype)] += n;
         const bool table = t.name == "transformer.wte.weight" ||
                            t.name.starts_with("value_embeds.") ||
                            t.name.starts_with("bigram_embed.");
         if (table || t.shape.size() < 2) continue;
-        const bool half = dtype == DType::bf16 || t.dtype == DType::bf16;
-        cost.weights += n * (half ? 2u : 4u);
-        matmul += static_cast<double>(n);
+        cost.weights += n * size_of(t.dtype == DType::bf16 ? t.dtype : dtype);
+        cost.flops += 2 * static_cast<double>(n);
     }
-    std::sort(counts.begin(), counts.end());
-    cost.dtypes =
-        join(counts, ", ", [](const auto& c) { return thousands(c.second) + " " + c.first; });
+    cost.dtypes = join(counts, ", ", [](const auto& c) {
+        return cat(thousands(static_cast<std::int64_t>(c.second)), " ", c.first);
+    });
     const Config& c = info.config;
-    const DType cache = cuda ? DType::bf16 : DType::f32;
-    cost.kv_stored = cache_bytes(c, cache);
-    cost.flops = 2 * matmul, cost.prefill_flops = 2 * matmul * plan.prompt;
+    cost.kv_stored = cache_bytes(c, cuda ? DType::bf16 : DType::f32);
+    cost.prefill_flops = cost.flops * plan.prompt;
     for (int layer = 0; layer < c.n_layer; layer++) {
         const int context = std::min(plan.prompt + plan.decode / 2, c.window(layer));
         const double n = plan.prompt, w = std::min(plan.prompt, c.window(layer));
@@ -2825,114 +2757,182 @@ BenchCost bench_cost(const ModelInfo& info, const BenchPlan& plan, bool cuda, DT
     return cost;
 }
 
-struct BenchRow {
-    int batch = 0, steps = 0;
-    double first = 0, step = 0,
-           rate = 0;  // seconds to all first tokens; median of the steps; tok/s
-};
-
 double median(std::vector<double> times) {
     const auto middle = times.begin() + std::ssize(times) / 2;
     std::nth_element(times.begin(), middle, times.end());
     return *middle;
 }
 
-class Bench {
+// Some sequences with the same prompt. Its calls return seconds.
+class BenchGroup {
 public:
-    Bench(const Options& o, Session& s, const BenchPlan& plan) : options_(o), s_(s), plan_(plan) {
-        constexpr std::string_view kParagraph =
-            "The history of science is the study of the development of science, including both the "
-            "natural and social sciences. Science is a body of empirical, theoretical, and "
-            "practical knowledge about the natural world. ";
-        prompt_ = {s.tokenizer.special("<|bos|>")};
-        const std::vector<Token> paragraph = s.tokenizer.encode(kParagraph);
-        const auto length = static_cast<std::size_t>(plan.prompt);
-        while (prompt_.size() < length)
-            prompt_.insert(prompt_.end(), paragraph.begin(), paragraph.end());
-        prompt_.resize(length);
+    BenchGroup(Backend& backend, std::span<const Token> prompt, int decode,
+               const SamplingParams& sampling, int batch)
+        : backend_(backend), prompt_(prompt), tokens_(static_cast<std::size_t>(batch)) {
+        for (std::size_t i = 0; i < tokens_.size(); i++) {
+            const int room = static_cast<int>(prompt.size()) + decode;
+            sequences_.push_back(backend.new_sequence(room));
+            samplers_.push_back(std::make_unique<Sampler>(sampling, i));
+            pointers_.push_back(samplers_[i].get());
+            chunks_.push_back({sequences_[i].get(), {&tokens_[i], 1}});
+        }
+    }
+    double first() {  // one prompt after the other
+        const auto start = Clock::now();
+        for (std::size_t i = 0; i < tokens_.size(); i++) {
+            if (interrupted()) leave_interrupted();
+            sequences_[i]->rewind(0);
+            const Chunk last = detail::read_prompt(backend_, *sequences_[i], prompt_);
+            tokens_[i] = backend_.sample({&last, 1}, {&pointers_[i], 1})[0];
+        }
+        first_ = tokens_;
+        return seconds_since(start);
+    }
+    double next() {
+        if (interrupted()) leave_interrupted();
+        const auto start = Clock::now();
+        const std::span<const Token> drawn = backend_.sample(chunks_, pointers_);
+        std::copy(drawn.begin(), drawn.end(), tokens_.begin());
+        return seconds_since(start);
+    }
+    void rewind() {  // to where first() left them
+        for (const auto& sequence : sequences_) sequence->rewind(static_cast<int>(prompt_.size()));
+        std::copy(first_.begin(), first_.end(), tokens_.begin());
     }
 
+private:
+    Backend& backend_;
+    std::span<const Token> prompt_;
+    std::vector<Token> tokens_, first_;
+    std::vector<std::unique_ptr<Sequence>> sequences_;
+    std::vector<std::unique_ptr<Sampler>> samplers_;
+    std::vector<Sampler*> pointers_;
+    std::vector<Chunk> chunks_;  // they point into tokens_
+};
+
+struct BenchRow {
+    int batch = 0, steps = 0;
+    double first = 0, step = 0, rate = 0;  // s to all first tokens; median s of the steps; tok/s
+};
+
+class Bench {
+public:
+    Bench(const Options& o, Session& s, const BenchPlan& plan)
+        : options_(o),
+          s_(s),
+          plan_(plan),
+          prompt_(static_cast<std::size_t>(plan.prompt), s.tokenizer.special("<|bos|>")) {}
+
+    int run() {
+        const std::string dtype(name_of(s_.device.backend->dtype()));
+        tell(cat(s_.info.id, " on ", s_.device.backend->device(), ", ", dtype, ", reading ",
+                 gigabytes_per_second(bandwidth_), " (measured now)\n"));
+        prefill_ = prefill();
+        tell(cat("prefill: ", plan_.prompt, " tokens in ", decimals(1000 * prefill_, 2), " ms, ",
+                 thousands(static_cast<std::int64_t>(plan_.prompt / prefill_)), " tok/s, ",
+                 decimals(cost_.prefill_flops / prefill_ / 1e12, 2), " TFLOP/s\n"));
+        tell(cat("decode: ", plan_.decode - 1, " steps from a context of ", plan_.prompt,
+                 " tokens. A step reads the matrices once and the keys and values\n"
+                 "of every sequence; not counted are the tables of embeddings, of which it reads "
+                 "single rows.\nMore than 100 % of the measured bandwidth means that the caches "
+                 "hold them.\n"));
+        tell_cells({"BATCH", "FIRST", "STEP", "TOK/S", "READ/STEP", "READ", "OF MEASURED"});
+        for (const int batch : plan_.batches) {
+            try {
+                rows_.push_back(decode(batch));
+                tell_row(rows_.back());
+            } catch (const Error& e) {
+                if (e.kind != ErrorKind::out_of_memory) throw;
+                note(cat("batch size ", batch, " is left out: ", e.what()));
+            }
+        }
+        write_json(as_json());
+        return 0;
+    }
+
+private:
+    BenchGroup group(int batch) const {
+        return {*s_.device.backend, prompt_, plan_.decode, options_.sampling, batch};
+    }
     // Median seconds from the ids to the first token, after a warm-up.
-    double prefill() {
-        Group group(*this, 1);
+    double prefill() const {
+        BenchGroup one = group(1);
         std::vector<double> times;
         const auto start = Clock::now();
         for (int run = 0; run < 6 && (run < 2 || seconds_since(start) < 5); run++)
-            times.push_back(group.first());
+            times.push_back(one.first());
         times.erase(times.begin());
         return median(times);
     }
-
-    BenchRow decode(int batch) {
+    BenchRow decode(int batch) const {
         const std::int64_t tokens = std::int64_t{batch} * (plan_.prompt + plan_.decode);
         if (!s_.device.cuda) check_memory(s_.info, std::nullopt, tokens);
-        Group group(*this, batch);
-        BenchRow row = {batch, plan_.decode - 1, group.first(), 0, 0};
-        for (int i = 0; i < std::min(row.steps, 8); i++) group.next();  // warm-up
-        group.rewind();
+        BenchGroup all = group(batch);
+        BenchRow row = {batch, plan_.decode - 1, all.first()};
+        for (int i = 0; i < std::min(row.steps, 8); i++) all.next();  // warm-up
+        all.rewind();
         std::vector<double> times;
         double total = 0;
-        for (int i = 0; i < row.steps; i++) total += times.emplace_back(group.next());
+        for (int i = 0; i < row.steps; i++) total += times.emplace_back(all.next());
         row.step = median(times);
         row.rate = batch * row.steps / total;
         return row;
     }
 
-private:
-    // Some sequences with the same prompt. Its calls return seconds.
-    class Group {
-    public:
-        Group(Bench& bench, int batch) : bench_(bench) {
-            for (int i = 0; i < batch; i++) {
-                sequences_.push_back(
-                    bench.s_.device.backend->new_sequence(bench.plan_.prompt + bench.plan_.decode));
-                samplers_.emplace_back(bench.options_.sampling, static_cast<std::uint64_t>(i));
-            }
-            for (Sampler& sampler : samplers_) pointers_.push_back(&sampler);
-        }
-        double first() {  // one prompt after the other
-            const auto start = Clock::now();
-            first_.clear();
-            for (std::size_t i = 0; i < sequences_.size(); i++) {
-                if (interrupted()) leave_interrupted();
-                sequences_[i]->rewind(0);
-                const Chunk last =
-                    detail::read_prompt(*bench_.s_.device.backend, *sequences_[i], bench_.prompt_);
-                Sampler* const sampler = pointers_[i];
-                first_.push_back(bench_.s_.device.backend->sample({&last, 1}, {&sampler, 1})[0]);
-            }
-            tokens_ = first_;
-            return seconds_since(start);
-        }
-        double next() {
-            if (interrupted()) leave_interrupted();
-            const auto start = Clock::now();
-            chunks_.clear();
-            for (std::size_t i = 0; i < sequences_.size(); i++)
-                chunks_.push_back({sequences_[i].get(), {&tokens_[i], 1}});
-            const std::span<const Token> drawn =
-                bench_.s_.device.backend->sample(chunks_, pointers_);
-            std::copy(drawn.begin(), drawn.end(), tokens_.begin());
-            return seconds_since(start);
-        }
-        void rewind() {  // to where first() left them
-            for (const auto& sequence : sequences_) sequence->rewind(bench_.plan_.prompt);
-            tokens_ = first_;
-        }
+    void tell(const std::string& text) const {
+        if (!options_.json) write_out(text), flush_out();
+    }
+    void tell_cells(std::initializer_list<std::string> cells) const {
+        std::string line;
+        for (const std::string& cell : cells) line += fit(cell, line.empty() ? 5 : 13, true);
+        tell(line + "\n");
+    }
+    double rate(const BenchRow& r) const {  // bytes per second
+        return static_cast<double>(cost_.step(r.batch)) / r.step;
+    }
+    void tell_row(const BenchRow& r) const {
+        tell_cells({std::to_string(r.batch), decimals(1000 * r.first, 1) + " ms",
+                    decimals(1000 * r.step, 3) + " ms", decimals(r.rate, r.rate < 100 ? 1 : 0),
+                    human_bytes(cost_.step(r.batch)), gigabytes_per_second(rate(r)),
+                    decimals(100 * rate(r) / bandwidth_, 1) + " %"});
+    }
 
-    private:
-        Bench& bench_;
-        std::vector<std::unique_ptr<Sequence>> sequences_;
-        std::vector<Sampler> samplers_;
-        std::vector<Sampler*> pointers_;
-        std::vector<Token> first_, tokens_;
-        std::vector<Chunk> chunks_;
-    };
+    // clang-format off
+    Value as_json() const {
+        const std::vector<GpuInfo> gpus = s_.device.cuda ? find_gpus() : std::vector<GpuInfo>{};
+        const std::uint64_t full = cost_.kv_stored * static_cast<std::uint64_t>(s_.info.config.sequence_len);
+        const std::uint64_t total = gpus.empty() ? 0 : gpus[0].memory_bytes;
+        const auto known = [&](Value value) { return gpus.empty() ? Value(nullptr) : value; };
+        const auto row = [&](const BenchRow& r) {
+            return object({{"batch_size", r.batch}, {"ttft_sec", r.first}, {"tpot_sec", r.step}, {"tok_per_sec", r.rate},
+                           {"bytes_per_step", cost_.step(r.batch)}, {"mbu_percent", 100 * rate(r) / bandwidth_},
+                           {"mfu_percent", nullptr}, {"peak_vram_bytes", nullptr}, {"decode_steps", r.steps}});
+        };
+        return object({{"source", s_.info.source}, {"model_tag", s_.info.tag}, {"step", s_.info.step},
+            {"model_config", architecture_json(s_.info)}, {"gpu", gpus.empty() ? nullptr : Value(gpus[0].name)},
+            {"device", s_.device.backend->device()}, {"dtype", name_of(s_.device.backend->dtype())},
+            {"peak_bandwidth_bytes_per_sec", nullptr}, {"read_bandwidth_bytes_per_sec", bandwidth_}, {"total_vram_bytes", known(total)},
+            {"num_params", s_.info.parameters}, {"param_dtypes", cost_.dtypes}, {"weight_bytes", cost_.stored},
+            {"kv_bytes_per_token", cost_.kv_stored}, {"kv_read_bytes_per_step", cost_.kv_read}, {"bytes_per_step", cost_.step(1)},
+            {"context_mid", plan_.prompt + plan_.decode / 2}, {"peak_flops_per_sec", nullptr},
+            {"decode_flops_per_token", cost_.flops}, {"prefill_flops", cost_.prefill_flops},
+            {"ceiling_bs1_tok_per_sec", bandwidth_ / static_cast<double>(cost_.step(1))},
+            {"max_full_context_rows", known((total - std::min(total, cost_.stored)) / full)},
+            {"prompt_tokens", plan_.prompt}, {"decode_tokens", plan_.decode}, {"temperature", options_.sampling.temperature},
+            {"sweep", array(rows_, row)},
+            {"prefill", object({{"tok_per_sec", plan_.prompt / prefill_}, {"mfu_percent", nullptr}, {"time_sec", prefill_}})}});
+    }
+    // clang-format on
 
     const Options& options_;
     Session& s_;
-    const BenchPlan& plan_;
-    std::vector<Token> prompt_;
+    const BenchPlan plan_;
+    const std::vector<Token> prompt_;  // what it says changes no speed
+    const BenchCost cost_ = bench_cost(s_.info, plan_, s_.device.cuda, s_.device.backend->dtype());
+    const double bandwidth_ =
+        s_.device.cuda ? cuda_read_bandwidth() : cpu_read_bandwidth(options_.threads);
+    double prefill_ = 0;
+    std::vector<BenchRow> rows_;
 };
 
 // Opens the device with room for the largest batch; what does not fit is left out, with a note.
@@ -2955,88 +2955,13 @@ BenchPlan open_bench(Session& s, const Options& o) {
     }
 }
 
-// clang-format off
-Value bench_json(const Options& o, const Session& s, const BenchPlan& plan, const BenchCost& cost, double bandwidth,
-                 double prefill, std::span<const BenchRow> rows) {
-    const std::vector<GpuInfo> gpus = s.device.cuda ? find_gpus() : std::vector<GpuInfo>{};
-    const std::uint64_t full = cost.kv_stored * static_cast<std::uint64_t>(s.info.config.sequence_len);
-    const std::uint64_t total = gpus.empty() ? 0 : gpus[0].memory_bytes, one = cost.weights + cost.kv_read;
-    const auto known = [&](std::uint64_t number) { return gpus.empty() ? Value(nullptr) : Value(number); };
-    const auto row = [&](const BenchRow& r) {
-        const std::uint64_t bytes = cost.weights + static_cast<std::uint64_t>(r.batch) * cost.kv_read;
-        return object({{"batch_size", r.batch}, {"ttft_sec", r.first}, {"tpot_sec", r.step}, {"tok_per_sec", r.rate},
-                       {"bytes_per_step", bytes}, {"mbu_percent", 100 * static_cast<double>(bytes) / r.step / bandwidth},
-                       {"mfu_percent", nullptr}, {"peak_vram_bytes", nullptr}, {"decode_steps", r.steps}});
-    };
-    return object({{"source", s.info.source}, {"model_tag", s.info.tag}, {"step", s.info.step},
-        {"model_config", architecture_json(s.info)}, {"gpu", gpus.empty() ? Value(nullptr) : Value(gpus[0].name)},
-        {"device", s.device.backend->device()}, {"dtype", name_of(s.device.backend->dtype())},
-        {"peak_bandwidth_bytes_per_sec", nullptr}, {"read_bandwidth_bytes_per_sec", bandwidth}, {"total_vram_bytes", known(total)},
-        {"num_params", s.info.parameters}, {"param_dtypes", cost.dtypes}, {"weight_bytes", cost.stored},
-        {"kv_bytes_per_token", cost.kv_stored}, {"kv_read_bytes_per_step", cost.kv_read}, {"bytes_per_step", one},
-        {"context_mid", plan.prompt + plan.decode / 2}, {"peak_flops_per_sec", nullptr},
-        {"decode_flops_per_token", cost.flops}, {"prefill_flops", cost.prefill_flops},
-        {"ceiling_bs1_tok_per_sec", bandwidth / static_cast<double>(one)},
-        {"max_full_context_rows", known((total - std::min(total, cost.stored)) / full)},
-        {"prompt_tokens", plan.prompt}, {"decode_tokens", plan.decode}, {"temperature", o.sampling.temperature},
-        {"sweep", array(rows, row)},
-        {"prefill", object({{"tok_per_sec", plan.prompt / prefill}, {"mfu_percent", nullptr}, {"time_sec", prefill}})}});
-}
-// clang-format on
-
-// One line of the table; the head is one too.
-std::string bench_line(std::initializer_list<std::string> cells) {
-    std::string line;
-    for (const std::string& cell : cells) line += fit(cell, line.empty() ? 5 : 13, true);
-    return line + "\n";
-}
-std::string bench_line(const BenchRow& r, const BenchCost& cost, double bandwidth) {
-    const auto bytes =
-        static_cast<double>(cost.weights) + r.batch * static_cast<double>(cost.kv_read);
-    return bench_line({std::to_string(r.batch), decimals(1000 * r.first, 1) + " ms",
-                       decimals(1000 * r.step, 3) + " ms", decimals(r.rate, r.rate < 100 ? 1 : 0),
-                       human_bytes(static_cast<std::uint64_t>(bytes)),
-                       gigabytes_per_second(bytes / r.step),
-                       decimals(100 * bytes / r.step / bandwidth, 1) + " %"});
-}
-
 int run_bench(Options& o) {
     catch_interrupts();
     Session s = pick_session(o, "base");
     const BenchPlan plan = open_bench(s, o);
-    const auto tell = [&](const std::string& text) {
-        if (!o.json) write_out(text), flush_out();
-    };
-    const double bandwidth = s.device.cuda ? cuda_read_bandwidth() : cpu_read_bandwidth(o.threads);
-    const BenchCost cost = bench_cost(s.info, plan, s.device.cuda, s.device.backend->dtype());
-    tell(cat(s.info.id, " on ", s.device.backend->device(), ", ",
-             name_of(s.device.backend->dtype()), ", reading ", gigabytes_per_second(bandwidth),
-             " (measured now)\n"));
     if (!s.device.cuda && (o.batch_sizes.empty() || o.prompt_tokens == 0 || o.decode_tokens == 0))
         note("what is not given by flags is smaller on the CPU than on a GPU");
-    Bench bench(o, s, plan);
-    const double prefill = bench.prefill();
-    tell(cat("prefill: ", plan.prompt, " tokens in ", decimals(1000 * prefill, 2), " ms, ",
-             thousands(static_cast<std::int64_t>(plan.prompt / prefill)), " tok/s, ",
-             decimals(cost.prefill_flops / prefill / 1e12, 2), " TFLOP/s\n"));
-    tell(cat("decode: ", plan.decode - 1, " steps from a context of ", plan.prompt,
-             " tokens. A step reads the matrices once and the keys and values\n"
-             "of every sequence; not counted are the tables of embeddings, of which it reads "
-             "single rows.\nMore than 100 % of the measured bandwidth means that the caches hold "
-             "them.\n"));
-    tell(bench_line({"BATCH", "FIRST", "STEP", "TOK/S", "READ/STEP", "READ", "OF MEASURED"}));
-    std::vector<BenchRow> rows;
-    for (const int batch : plan.batches) {
-        try {
-            rows.push_back(bench.decode(batch));
-            tell(bench_line(rows.back(), cost, bandwidth));
-        } catch (const Error& e) {
-            if (e.kind != ErrorKind::out_of_memory) throw;
-            note(cat("batch size ", batch, " is left out: ", e.what()));
-        }
-    }
-    write_json(bench_json(o, s, plan, cost, bandwidth, prefill, rows));
-    return 0;
+    return Bench(o, s, plan).run();
 }
 
 // ==== 7. picture =================================================================================
@@ -6719,16 +6644,6 @@ struct Exchange : Job {  // a job with how its answer is told
     Clock::time_point last_event = Clock::now();
 };
 
-struct Catalog {  // the checkpoints as they were last seen
-    fs::path base;
-    std::vector<ModelInfo> models;
-    Tokens tokens;
-    fs::file_time_type tokenizer_time = {};
-    std::string default_id;
-    std::int64_t unix_time = std::time(nullptr);
-    Clock::time_point time = Clock::now();
-};
-
 class Server final : public HttpServer {
 public:
     explicit Server(Options& o);
@@ -7143,8 +7058,7 @@ void Server::answer_models(Connection& c) {
         return std::any_of(now.models.begin(), now.models.end(),
                            [&](const auto& m) { return m.id == id; });
     };
-    send_json(c, models_json(options_, shown, catalog_->models, catalog_->base, catalog_->tokens,
-                             catalog_->default_id, catalog_->unix_time, loaded));
+    send_json(c, models_json(options_, *catalog_, shown, loaded));
 }
 void Server::one_model(Connection& c) {
     const ModelInfo& m = find_model(c.request().path.substr(25));
