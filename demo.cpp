@@ -254,49 +254,28 @@ Run run_chat, run_sample, run_serve, run_models, run_show, run_tokenize, run_det
 // ---- commands
 
 struct Command {
-    unsigned bit;
     std::string_view name, aliases, arguments, summary;
     std::size_t most_arguments;
     Run* run;
-};
-enum : unsigned {
-    kChat = 1,
-    kSample = 2,
-    kModels = 4,
-    kShow = 8,
-    kTokenize = 16,
-    kDetokenize = 32,
-    kLogits = 64,
-    kBench = 128,
-    kCheck = 256,
-    kDoctor = 512,
-    kHelp = 1024,
-    kVersion = 2048,
-    kServe = 4096,
-    kWalk = 8192,
-    kGenerate = kChat | kSample,
-    kRun = kGenerate | kLogits | kBench | kServe | kWalk,
-    kNameModel = kRun | kShow | kTokenize | kDetokenize,
-    kAll = 16383
 };
 constexpr std::size_t kMany = 1'000'000;
 
 // clang-format off
 constexpr Command kCommands[] = {
-    {kChat, "chat", "", "", "talk with a model, or one answer with -p", 0, run_chat},
-    {kSample, "sample", "", "-p TEXT", "let a model continue a text, without the chat template", 0, run_sample},
-    {kServe, "serve", "", "", "web page and HTTP API (nanochat's and OpenAI's), for many at once", 0, run_serve},
-    {kModels, "models", "list ls", "", "every checkpoint found, one row each", 0, run_models},
-    {kShow, "show", "", "[MODEL]", "one checkpoint in full: metadata, settings, tensors, sizes", 1, run_show},
-    {kTokenize, "tokenize", "", "[TEXT]", "text to token ids, with the bytes of every token; reads stdin without TEXT", 1, run_tokenize},
-    {kDetokenize, "detokenize", "", "[ID...]", "token ids to text; reads stdin without ids", kMany, run_detokenize},
-    {kLogits, "logits", "", "--ids LIST", "the raw logits after every token of a sequence", 0, run_logits},
-    {kWalk, "walk", "", "-p TEXT", "a text through the model, stage by stage: numbers, time, pictures", 0, run_walk},
-    {kBench, "bench", "", "", "speed of reading a prompt and of writing, over batch sizes; the last line is JSON", 0, run_bench},
-    {kCheck, "check", "", "FILE...", "is this file safe and whole? Executes nothing", kMany, run_check},
-    {kDoctor, "doctor", "", "", "what works here: device, memory, checkpoints, tokenizer; with the remedy", 0, run_doctor},
-    {kHelp, "help", "", "[COMMAND]", "this text, or all flags of one command", 1, run_help},
-    {kVersion, "version", "", "", "the version", 0, run_version},
+    {"chat", "", "", "talk with a model, or one answer with -p", 0, run_chat},
+    {"sample", "", "-p TEXT", "let a model continue a text, without the chat template", 0, run_sample},
+    {"serve", "", "", "web page and HTTP API (nanochat's and OpenAI's), for many at once", 0, run_serve},
+    {"models", "list ls", "", "every checkpoint found, one row each", 0, run_models},
+    {"show", "", "[MODEL]", "one checkpoint in full: metadata, settings, tensors, sizes", 1, run_show},
+    {"tokenize", "", "[TEXT]", "text to token ids, with the bytes of every token; reads stdin without TEXT", 1, run_tokenize},
+    {"detokenize", "", "[ID...]", "token ids to text; reads stdin without ids", kMany, run_detokenize},
+    {"logits", "", "--ids LIST", "the raw logits after every token of a sequence", 0, run_logits},
+    {"walk", "", "-p TEXT", "a text through the model, stage by stage: numbers, time, pictures", 0, run_walk},
+    {"bench", "", "", "speed of reading a prompt and of writing, over batch sizes; the last line is JSON", 0, run_bench},
+    {"check", "", "FILE...", "is this file safe and whole? Executes nothing", kMany, run_check},
+    {"doctor", "", "", "what works here: device, memory, checkpoints, tokenizer; with the remedy", 0, run_doctor},
+    {"help", "", "[COMMAND]", "this text, or all flags of one command", 1, run_help},
+    {"version", "", "", "the version", 0, run_version},
 };
 // clang-format on
 
@@ -409,10 +388,16 @@ void set_allow_origin(Options& o, const Given& g) {
 struct Flag {
     char letter;  // 0: none
     std::string_view name, value;
-    unsigned commands;
+    std::string_view commands;  // that have it, by name
     std::string_view help;
     void (*apply)(Options&, const Given&);
 };
+bool belongs(const Flag& flag, const Command& command) {
+    return flag.commands.empty() || has(split(flag.commands, " "), command.name);
+}
+constexpr std::string_view kAll = "", kRunOrShow = "chat sample logits bench serve walk show",
+                           kNameModel =
+                               "chat sample logits bench serve walk show tokenize detokenize";
 #define SET(statement) [](Options& o, [[maybe_unused]] const Given& g) { statement; }
 // clang-format off
 constexpr Flag kFlags[] = {
@@ -420,61 +405,61 @@ constexpr Flag kFlags[] = {
     {'g', "model-tag", "TAG", kNameModel, "directory name such as d12 (default: the d with the largest number)", SET(o.tag = not_empty(g))},
     {'s', "step", "N", kNameModel, "training step (default: the last)", SET(o.step = number<std::int64_t>(g, 0, 999'999'999'999, "a whole number from 0 on"))},
     {0, "model", "ID|PATH", kNameModel, "all three in one, such as sft/d12/2000; or a model_*.pt or its directory", SET(o.model = not_empty(g))},
-    {0, "base-dir", "DIR", kNameModel | kModels | kDoctor, "nanochat's directory (default: $NANOCHAT_BASE_DIR, else ~/.cache/nanochat)", SET(o.base_dir = not_empty(g))},
-    {0, "tokenizer", "FILE", kNameModel & ~kShow, "tokenizer.pkl (default: found beside the model or in the base directory)", SET(o.tokenizer = not_empty(g))},
-    {'p', "prompt", "TEXT", kGenerate | kWalk, "one answer, then exit; - reads the prompt from stdin", SET(o.prompt = std::string(g.text))},
-    {0, "system", "TEXT", kChat, "put in front of the first message", SET(o.system = not_empty(g, 1 << 20))},
-    {'t', "temperature", "X", kGenerate | kBench | kServe | kWalk, "0 = greedy (default 0.6; for serve: 0.8, for bench and walk: 0)", SET(o.sampling.temperature = number<float>(g, 0, 100, "a number from 0 (greedy) to 100"))},
-    {'k', "top-k", "N", kGenerate | kServe | kWalk, "choose among the N likeliest; 0 = whole vocabulary (default 50)", SET(o.sampling.top_k = whole(g, 0))},
-    {0, "top-p", "X", kGenerate | kServe | kWalk, "choose among the likeliest that make up X; 1 = off (default 1)", SET(o.sampling.top_p = number<float>(g, 1e-6f, 1, "a number above 0, at most 1 (off)"))},
-    {'m', "max-tokens", "N", kGenerate | kServe, "most new tokens per answer (default 256; for serve: 512)", SET(o.max_tokens = whole(g, 1))},
-    {'n', "num-samples", "N", kSample, "independent samples from one reading of the prompt (default 1)", SET(o.num_samples = whole(g, 1, 10'000))},
-    {0, "seed", "N", kGenerate | kWalk, "of the random generator; -1 = random (default 42)", set_seed},
-    {'p', "port", "N", kServe, "to listen on; 0 = let the system choose (default 8000)", SET(o.port = whole(g, 0, 65535))},
-    {0, "host", "ADDR", kServe, "address to listen on; any but a loopback one needs a key (default 127.0.0.1)", SET(o.host = not_empty(g, 255))},
-    {0, "api-key", "KEY", kServe, "what clients have to know; may be repeated (default: made up if --host is not loopback)", SET(o.api_keys.push_back(not_empty(g, 256)))},
-    {0, "open", "", kServe, "no key, though others can reach the server", SET(o.open = true)},
-    {0, "allow-origin", "URL", kServe, "a web page's origin that may use the server; may be repeated", set_allow_origin},
-    {0, "allow-host", "NAME", kServe, "another name the server is known by; may be repeated", SET(o.allow_hosts.push_back(not_empty(g, 255)))},
-    {0, "trust-proxy", "", kServe, "believe X-Forwarded-For of a proxy on this machine", SET(o.trust_proxy = true)},
-    {0, "slots", "N", kServe, "answers at once (default 256 on a GPU, 8 on the CPU)", SET(o.slots = whole(g, 1, 256))},
-    {0, "queue", "N", kServe, "answers that may wait (default 512)", SET(o.queue = whole(g, 0, 100'000))},
-    {0, "max-models", "N", kServe, "models in memory at once (default 3)", SET(o.max_models = whole(g, 1, 64))},
-    {0, "mem-reserve", "SIZE", kServe, "memory left to others, such as 8G (default: by device)", set_mem_reserve},
-    {0, "drain-seconds", "N", kServe, "for running answers when the server is stopped (default 10)", SET(o.drain_seconds = whole(g, 0, 3600))},
-    {0, "log-content", "", kServe, "also log what is asked and answered", SET(o.log_content = true)},
-    {'n', "num-gpus", "N", kServe, "only 1, for nanochat's command lines", SET(o.num_gpus = whole(g, 1, 1024))},
-    {0, "stop", "TEXT", kGenerate, "end the answer before this text; may be given 8 times", set_stop},
-    {0, "prompt-tokens", "N", kBench, "length of the prompt, at most what the context leaves (default 2048; on the CPU 256)", SET(o.prompt_tokens = whole(g, 1, 1 << 20))},
-    {0, "decode-tokens", "N", kBench, "tokens written per sequence (default 256; on the CPU 32)", SET(o.decode_tokens = whole(g, 2, 1 << 20))},
-    {0, "batch-sizes", "LIST", kBench, "sequences written at once (default 1,8,32,128; on the CPU 1,4)", set_batch_sizes},
-    {0, "ids", "LIST", kLogits, "token ids such as 1,2,3", SET(o.ids = not_empty(g, 1 << 24))},
-    {0, "ids-file", "FILE", kLogits, "token ids as a JSON array", SET(o.ids_file = not_empty(g))},
-    {0, "layers", "LIST", kWalk, "layers looked at closely, such as 0,5,11, or all (default: all, one of them printed)", SET(o.layers = not_empty(g))},
-    {0, "top", "N", kWalk, "candidates for the next token (default 10)", SET(o.top = whole(g, 1, 1000))},
-    {0, "out", "DIR", kWalk, "new directory for pictures and numbers (default: walk, walk-2, ...; with --json: none)", SET(o.out = not_empty(g))},
-    {0, "no-png", "", kWalk, "no pictures", SET(o.no_png = true)},
-    {0, "force", "", kWalk, "write into a directory that exists", SET(o.force = true)},
-    {0, "out", "FILE", kLogits, "write the logits: float32 little-endian, (tokens, vocabulary), after the soft cap", SET(o.out = not_empty(g))},
-    {0, "hooks", "FILE", kLogits, "write what the forward pass computes, but for the attention maps: per value a line of JSON (name, pos, shape), then float32 little-endian", SET(o.hooks = not_empty(g))},
-    {0, "type", "LIST", kModels, "only these families, such as base,sft", set_types},
-    {0, "sort", "KEY", kModels, "loss, step, date or name", SET(o.sort = one_of(g, {"loss", "step", "date", "name"}))},
-    {0, "all", "", kModels, "also refused files", SET(o.all = true)},
-    {0, "values", "", kCheck, "also count NaN and infinite values per tensor", SET(o.values = true)},
-    {0, "gen", "g0|g1|g2|g2e|g3|g4", kRun | kShow, "generation of the architecture, if it is not to be recognised", set_generation},
-    {0, "softcap", "X", kRun | kShow, "soft cap of the logits (nanochat of 2026-03-03 to 03-09: 20)", SET(o.overrides.softcap = positive(g))},
-    {0, "window-pattern", "P", kRun | kShow, "attention windows over the layers, such as SSSL", set_window_pattern},
-    {0, "short-window", "N", kRun | kShow, "positions an S layer looks back", SET(o.overrides.short_window = whole(g, 1, 1 << 20))},
-    {0, "rope-base", "X", kRun | kShow, "base of the rotary angles", SET(o.overrides.rope_base = positive(g))},
-    {0, "qk-scale", "X", kRun | kShow, "factor of Q and K after their norm", SET(o.overrides.qk_scale = positive(g))},
-    {0, "seq-len", "N", kRun | kShow, "context the model was trained with", SET(o.overrides.sequence_len = whole(g, 1, 1 << 20))},
-    {0, "rope-table", "bf16|fp32", kRun | kShow, "rounding of the rotary tables", SET(o.overrides.bf16_rope_tables = one_of(g, {"bf16", "fp32"}) == "bf16")},
+    {0, "base-dir", "DIR", "chat sample logits bench serve walk show tokenize detokenize models doctor", "nanochat's directory (default: $NANOCHAT_BASE_DIR, else ~/.cache/nanochat)", SET(o.base_dir = not_empty(g))},
+    {0, "tokenizer", "FILE", "chat sample logits bench serve walk tokenize detokenize", "tokenizer.pkl (default: found beside the model or in the base directory)", SET(o.tokenizer = not_empty(g))},
+    {'p', "prompt", "TEXT", "chat sample walk", "one answer, then exit; - reads the prompt from stdin", SET(o.prompt = std::string(g.text))},
+    {0, "system", "TEXT", "chat", "put in front of the first message", SET(o.system = not_empty(g, 1 << 20))},
+    {'t', "temperature", "X", "chat sample bench serve walk", "0 = greedy (default 0.6; for serve: 0.8, for bench and walk: 0)", SET(o.sampling.temperature = number<float>(g, 0, 100, "a number from 0 (greedy) to 100"))},
+    {'k', "top-k", "N", "chat sample serve walk", "choose among the N likeliest; 0 = whole vocabulary (default 50)", SET(o.sampling.top_k = whole(g, 0))},
+    {0, "top-p", "X", "chat sample serve walk", "choose among the likeliest that make up X; 1 = off (default 1)", SET(o.sampling.top_p = number<float>(g, 1e-6f, 1, "a number above 0, at most 1 (off)"))},
+    {'m', "max-tokens", "N", "chat sample serve", "most new tokens per answer (default 256; for serve: 512)", SET(o.max_tokens = whole(g, 1))},
+    {'n', "num-samples", "N", "sample", "independent samples from one reading of the prompt (default 1)", SET(o.num_samples = whole(g, 1, 10'000))},
+    {0, "seed", "N", "chat sample walk", "of the random generator; -1 = random (default 42)", set_seed},
+    {'p', "port", "N", "serve", "to listen on; 0 = let the system choose (default 8000)", SET(o.port = whole(g, 0, 65535))},
+    {0, "host", "ADDR", "serve", "address to listen on; any but a loopback one needs a key (default 127.0.0.1)", SET(o.host = not_empty(g, 255))},
+    {0, "api-key", "KEY", "serve", "what clients have to know; may be repeated (default: made up if --host is not loopback)", SET(o.api_keys.push_back(not_empty(g, 256)))},
+    {0, "open", "", "serve", "no key, though others can reach the server", SET(o.open = true)},
+    {0, "allow-origin", "URL", "serve", "a web page's origin that may use the server; may be repeated", set_allow_origin},
+    {0, "allow-host", "NAME", "serve", "another name the server is known by; may be repeated", SET(o.allow_hosts.push_back(not_empty(g, 255)))},
+    {0, "trust-proxy", "", "serve", "believe X-Forwarded-For of a proxy on this machine", SET(o.trust_proxy = true)},
+    {0, "slots", "N", "serve", "answers at once (default 256 on a GPU, 8 on the CPU)", SET(o.slots = whole(g, 1, 256))},
+    {0, "queue", "N", "serve", "answers that may wait (default 512)", SET(o.queue = whole(g, 0, 100'000))},
+    {0, "max-models", "N", "serve", "models in memory at once (default 3)", SET(o.max_models = whole(g, 1, 64))},
+    {0, "mem-reserve", "SIZE", "serve", "memory left to others, such as 8G (default: by device)", set_mem_reserve},
+    {0, "drain-seconds", "N", "serve", "for running answers when the server is stopped (default 10)", SET(o.drain_seconds = whole(g, 0, 3600))},
+    {0, "log-content", "", "serve", "also log what is asked and answered", SET(o.log_content = true)},
+    {'n', "num-gpus", "N", "serve", "only 1, for nanochat's command lines", SET(o.num_gpus = whole(g, 1, 1024))},
+    {0, "stop", "TEXT", "chat sample", "end the answer before this text; may be given 8 times", set_stop},
+    {0, "prompt-tokens", "N", "bench", "length of the prompt, at most what the context leaves (default 2048; on the CPU 256)", SET(o.prompt_tokens = whole(g, 1, 1 << 20))},
+    {0, "decode-tokens", "N", "bench", "tokens written per sequence (default 256; on the CPU 32)", SET(o.decode_tokens = whole(g, 2, 1 << 20))},
+    {0, "batch-sizes", "LIST", "bench", "sequences written at once (default 1,8,32,128; on the CPU 1,4)", set_batch_sizes},
+    {0, "ids", "LIST", "logits", "token ids such as 1,2,3", SET(o.ids = not_empty(g, 1 << 24))},
+    {0, "ids-file", "FILE", "logits", "token ids as a JSON array", SET(o.ids_file = not_empty(g))},
+    {0, "layers", "LIST", "walk", "layers looked at closely, such as 0,5,11, or all (default: all, one of them printed)", SET(o.layers = not_empty(g))},
+    {0, "top", "N", "walk", "candidates for the next token (default 10)", SET(o.top = whole(g, 1, 1000))},
+    {0, "out", "DIR", "walk", "new directory for pictures and numbers (default: walk, walk-2, ...; with --json: none)", SET(o.out = not_empty(g))},
+    {0, "no-png", "", "walk", "no pictures", SET(o.no_png = true)},
+    {0, "force", "", "walk", "write into a directory that exists", SET(o.force = true)},
+    {0, "out", "FILE", "logits", "write the logits: float32 little-endian, (tokens, vocabulary), after the soft cap", SET(o.out = not_empty(g))},
+    {0, "hooks", "FILE", "logits", "write what the forward pass computes, but for the attention maps: per value a line of JSON (name, pos, shape), then float32 little-endian", SET(o.hooks = not_empty(g))},
+    {0, "type", "LIST", "models", "only these families, such as base,sft", set_types},
+    {0, "sort", "KEY", "models", "loss, step, date or name", SET(o.sort = one_of(g, {"loss", "step", "date", "name"}))},
+    {0, "all", "", "models", "also refused files", SET(o.all = true)},
+    {0, "values", "", "check", "also count NaN and infinite values per tensor", SET(o.values = true)},
+    {0, "gen", "g0|g1|g2|g2e|g3|g4", kRunOrShow, "generation of the architecture, if it is not to be recognised", set_generation},
+    {0, "softcap", "X", kRunOrShow, "soft cap of the logits (nanochat of 2026-03-03 to 03-09: 20)", SET(o.overrides.softcap = positive(g))},
+    {0, "window-pattern", "P", kRunOrShow, "attention windows over the layers, such as SSSL", set_window_pattern},
+    {0, "short-window", "N", kRunOrShow, "positions an S layer looks back", SET(o.overrides.short_window = whole(g, 1, 1 << 20))},
+    {0, "rope-base", "X", kRunOrShow, "base of the rotary angles", SET(o.overrides.rope_base = positive(g))},
+    {0, "qk-scale", "X", kRunOrShow, "factor of Q and K after their norm", SET(o.overrides.qk_scale = positive(g))},
+    {0, "seq-len", "N", kRunOrShow, "context the model was trained with", SET(o.overrides.sequence_len = whole(g, 1, 1 << 20))},
+    {0, "rope-table", "bf16|fp32", kRunOrShow, "rounding of the rotary tables", SET(o.overrides.bf16_rope_tables = one_of(g, {"bf16", "fp32"}) == "bf16")},
     {0, "device-type", "cuda|cpu", kAll, "where to compute (default: cuda if it can be used)", SET(o.device_type = one_of(g, {"cuda", "cpu", "mps"}))},
     {'d', "dtype", "bfloat16|float32", kAll, "type of the weights (default: bfloat16 on a GPU, float32 on the CPU)", SET(o.dtype = one_of(g, {"bfloat16", "float32"}) == "float32" ? DType::f32 : DType::bf16)},
     {0, "threads", "N", kAll, "CPU threads (default: physical cores)", SET(o.threads = whole(g, 1, 1024))},
     {0, "json", "", kAll, "one JSON object on stdout instead of text", SET(o.json = true)},
-    {0, "stream-json", "", kGenerate, "one JSON object per line while generating", SET(o.stream_json = true)},
-    {0, "stats", "", kGenerate, "stats line on stderr (default: if stderr is a terminal)", SET(o.stats = true)},
+    {0, "stream-json", "", "chat sample", "one JSON object per line while generating", SET(o.stream_json = true)},
+    {0, "stats", "", "chat sample", "stats line on stderr (default: if stderr is a terminal)", SET(o.stats = true)},
     {0, "color", "WHEN", kAll, "auto, always or never", SET(o.color = one_of(g, {"auto", "always", "never"}))},
     {'q', "quiet", "", kAll, "no notes on stderr", SET(o.quiet = true; o.verbose = false)},
     {'v', "verbose", "", kAll, "more notes on stderr", SET(o.verbose = true; o.quiet = false)},
@@ -536,19 +521,15 @@ const Flag& find_flag(const Command& command, std::string_view name) {
     for (const Flag& flag : kFlags) {
         const bool same =
             is_long ? flag.name == name.substr(2) : flag.letter != 0 && flag.letter == name[1];
-        if (same && (flag.commands & command.bit)) return flag;
+        if (same && belongs(flag, command)) return flag;
         if (same) elsewhere = &flag;
-        if (flag.commands & command.bit) names.push_back(cat("--", flag.name));
+        if (belongs(flag, command)) names.push_back(cat("--", flag.name));
     }
     const std::string help = cat(" Try: nanogpt help ", command.name);
     if (elsewhere == nullptr)
         bad_usage(cat("unknown flag ", name, is_long ? did_you_mean(name, names) : ".", help));
-    std::vector<std::string_view> owners;
-    for (const Command& other : kCommands) {
-        if (elsewhere->commands & other.bit) owners.push_back(other.name);
-    }
-    bad_usage(
-        cat(name, " is no flag of ", command.name, ", but of ", join(owners, ", "), ".", help));
+    bad_usage(cat(name, " is no flag of ", command.name, ", but of ",
+                  join(split(elsewhere->commands, " "), ", "), ".", help));
 }
 
 // Reads one flag at args[at], and its value, which may be the next argument. Returns how many it took.
@@ -575,8 +556,8 @@ const Command& parse(Options& o, std::span<const std::string> args) {
     const bool flag_first = !args.empty() && args[0].size() > 1 && args[0][0] == '-';
     const Command& command = args.empty() || flag_first ? kCommands[0] : find_command(args[0]);
     if (!args.empty()) o.command = command.name;
-    if (command.bit & (kBench | kWalk)) o.sampling.temperature = 0;
-    if (command.bit == kServe) o.sampling.temperature = 0.8f, o.max_tokens = 512;
+    if (command.name == "bench" || command.name == "walk") o.sampling.temperature = 0;
+    if (command.name == "serve") o.sampling.temperature = 0.8f, o.max_tokens = 512;
     if (!args.empty() && !flag_first) args = args.subspan(1);
     std::optional<Error> mistake;
     bool flags_over = false;
@@ -588,9 +569,10 @@ const Command& parse(Options& o, std::span<const std::string> args) {
             } else if (!flags_over && args[0].size() > 1 && args[0][0] == '-') {
                 took = parse_flag(o, command, args);
             } else if (o.arguments.size() == command.most_arguments) {
-                const std::string_view hint =
-                    command.bit & kGenerate ? " A prompt goes with -p." : "";
-                bad_usage(cat("unexpected argument ", detail::quote(args[0]), ".", hint,
+                bad_usage(cat("unexpected argument ", detail::quote(args[0]), ".",
+                              has(split("chat sample walk", " "), command.name)
+                                  ? " A prompt goes with -p."
+                                  : "",
                               " Try: nanogpt help ", command.name));
             } else {
                 o.arguments.push_back(args[0]);
@@ -1299,6 +1281,11 @@ std::uint64_t weight_bytes(const ModelInfo& info, DType dtype) {
 
 std::string capability(const GpuInfo& gpu) { return cat(gpu.major, ".", gpu.minor); }
 
+// The GPU that is used is the first.
+std::optional<GpuInfo> gpu_in_use(bool cuda) {
+    return cuda ? std::optional(find_gpus().at(0)) : std::nullopt;
+}
+
 // Where to compute and with which type of weights: on the GPU if it can be used, else on the CPU.
 struct Place {
     bool cuda = false;
@@ -1315,8 +1302,10 @@ Place place_for(const Options& o) {
 }
 
 // --device-type cuda means it: what stands against it is an error and no note.
-[[noreturn]] void no_cuda(const std::string& why, std::string_view remedy) {
-    throw Error(ErrorKind::device, cat("--device-type cuda: ", why, ". ", remedy));
+[[noreturn]] void no_cuda(const std::string& why) {
+    throw Error(ErrorKind::device,
+                cat("--device-type cuda: ", why,
+                    ". nanogpt doctor tells more; --device-type cpu works everywhere"));
 }
 void check_device(const Options& o) {
     if (o.device_type == "mps") {
@@ -1329,11 +1318,7 @@ void check_device(const Options& o) {
             "--device-type cuda: the GPU computes with bfloat16 weights. Leave out -d float32, or "
             "use --device-type cpu");
     }
-    const std::string problem = cuda_problem();
-    if (problem.empty()) return;
-    no_cuda(problem, kHasCuda ? "nanogpt doctor tells more; --device-type cpu works everywhere"
-                              : "Build it where a CUDA toolkit is installed, or use "
-                                "--device-type cpu");
+    if (const std::string problem = cuda_problem(); !problem.empty()) no_cuda(problem);
 }
 // Once per start: every answer shows the device.
 void tell_reason(const std::string& reason) {
@@ -1353,12 +1338,10 @@ using Watch = std::function<bool(std::uint64_t done, std::uint64_t total)>;  // 
 std::shared_ptr<const Model> load(const ModelInfo& info, const Options& o, DType dtype,
                                   const Watch& watch = {}) {
     Progress progress("loading " + info.id);
-    LoadOptions options;
-    options.dtype = dtype;
-    options.threads = o.threads;
-    options.overrides = o.overrides;
-    options.progress = watch ? watch : Watch(std::ref(progress));
-    return load_model(info, options);
+    return load_model(info, {.dtype = dtype,
+                             .threads = o.threads,
+                             .overrides = o.overrides,
+                             .progress = watch ? watch : Watch(std::ref(progress))});
 }
 // Refuses before anything is allocated: weights of this type, if they are still to come, and the keys
 // and values of some tokens.
@@ -1376,9 +1359,8 @@ void check_memory(const ModelInfo& info, std::optional<DType> weights, std::int6
 // Memory left to others. Where the GPU shares it with the CPU, running out stalls the machine.
 std::uint64_t default_reserve(bool cuda) {
     const std::uint64_t tenth = nanogpt::detail::total_memory() / 10, gib = std::uint64_t{1} << 30;
-    const std::vector<GpuInfo> gpus = cuda ? find_gpus() : std::vector<GpuInfo>{};
-    const bool shared = !gpus.empty() && gpus[0].integrated;
-    return shared ? std::max(8 * gib, tenth) : std::min(gib, tenth);
+    const std::optional<GpuInfo> gpu = gpu_in_use(cuda);
+    return gpu && gpu->integrated ? std::max(8 * gib, tenth) : std::min(gib, tenth);
 }
 
 struct Device {
@@ -1404,7 +1386,7 @@ Device open_device(const ModelInfo& info, const Options& o, const CudaOptions& o
             return {open_cuda(std::move(model), options), true, std::move(head)};
         } catch (const Error& e) {
             if (e.kind != ErrorKind::device && e.kind != ErrorKind::unsupported) throw;
-            if (o.device_type == "cuda") no_cuda(e.what(), "Use --device-type cpu");
+            if (o.device_type == "cuda") no_cuda(e.what());
             place = {false, o.dtype.value_or(DType::f32), e.what()};
         }
     }
@@ -1475,32 +1457,25 @@ double tokens_per_second(const Answer& a) {  // the first token is the prompt's
 }
 
 // Takes the pieces of one answer; false when Ctrl-C asks to stop.
-class Output {
-public:
-    Output(const Options& o, int sample) : options_(o), sample_(sample) {}
+struct Output {
+    const Options& options;
+    int sample = 0;
+    Answer answer = {};
+    Clock::time_point start = Clock::now();
+
     bool operator()(std::string_view piece) {
         if (piece.empty()) return !interrupted();
-        if (text_.empty()) first_seconds_ = seconds();
-        text_ += piece;
-        if (options_.stream_json) {
+        if (answer.text.empty()) answer.first_seconds = seconds_since(start);
+        answer.text += piece;
+        if (options.stream_json) {
             Members members = {{"text", piece}};
-            if (options_.num_samples > 1) members.insert(members.begin(), {"sample", sample_});
+            if (options.num_samples > 1) members.insert(members.begin(), {"sample", sample});
             write_json(object(members));
-        } else if (!options_.json) {
+        } else if (!options.json) {
             write_answer(piece);
         }
         return !interrupted();
     }
-    const std::string& text() const { return text_; }
-    double seconds() const { return seconds_since(start_); }
-    double first_seconds() const { return first_seconds_; }
-
-private:
-    const Options& options_;
-    int sample_;
-    Clock::time_point start_ = Clock::now();
-    std::string text_;
-    double first_seconds_ = 0;
 };
 
 void show_stats(const Options& o, const Session& s, const Answer& a) {
@@ -1571,26 +1546,21 @@ std::string read_prompt(const Options& o) {
 // sample pays for the prompt.
 Answer complete(const Options& o, Session& s, Sequence& sequence, std::span<const Token> prompt,
                 int index) {
-    GenerateParams params = {o.max_tokens, o.sampling, {}};
-    for (Token id = 0; id < s.tokenizer.vocab_size(); id++) {
-        if (s.tokenizer.is_special(id))
-            params.stop.push_back(id);  // <|bos|> begins another document
-    }
+    // <|bos|> begins another document
+    const GenerateParams params = {o.max_tokens, o.sampling, chat_stop_tokens(s.tokenizer)};
     TextStream stream(s.tokenizer, o.stop);
-    Output output(o, index);
-    Answer answer;
+    Output output = {o, index};
+    Answer& answer = output.answer;
     answer.prompt_tokens = static_cast<int>(prompt.size());
     const auto on_token = [&](Generated generated) {
-        if (answer.completion_tokens++ == 0) answer.prefill_seconds = output.seconds();
+        if (answer.completion_tokens++ == 0) answer.prefill_seconds = seconds_since(output.start);
         return output(stream.push(generated.token)) && !stream.stopped();
     };
     answer.reason = generate(*s.device.backend, sequence, prompt, params, on_token, nullptr,
                              static_cast<std::uint64_t>(index));
     if (answer.reason != StopReason::cancelled) output(stream.finish());
     if (stream.stopped()) answer.reason = StopReason::stop_token;
-    answer.text = output.text();
-    answer.decode_seconds = output.seconds() - answer.prefill_seconds;
-    answer.first_seconds = output.first_seconds();
+    answer.decode_seconds = seconds_since(output.start) - answer.prefill_seconds;
     return answer;
 }
 
@@ -1652,11 +1622,11 @@ public:
 
     // Says one message and writes the answer out.
     void reply(const std::string& message) {
-        Output output(options_, 0);
+        Output output = {options_};
         chat_->params() = {options_.max_tokens, options_.sampling, {}};
         const int dropped = chat_->stats().dropped_messages;
         chat_->reply(message, std::ref(output));
-        const Answer answer = {chat_->stats(), output.text(), output.first_seconds()};
+        const Answer answer = {chat_->stats(), output.answer.text, output.answer.first_seconds};
         const bool as_text = !options_.json && !options_.stream_json;
         if (as_text) write_out("\n"), flush_out();
         if (answer.dropped_messages > dropped) {
@@ -2050,11 +2020,10 @@ std::string list_models(const Options& o) {
 
 Value device_json(const Options& o) {
     const Place place = place_for(o);
-    const std::vector<GpuInfo> gpus = place.cuda ? find_gpus() : std::vector<GpuInfo>{};
-    const bool known = !gpus.empty();
-    return object({{"type", place.cuda ? "cuda" : "cpu"},
-                   {"name", known ? gpus[0].name : cat("CPU (", cpu_features(), ")")},
-                   {"compute_capability", known ? Value(capability(gpus[0])) : Value(nullptr)},
+    const std::optional<GpuInfo> gpu = gpu_in_use(place.cuda);
+    return object({{"type", gpu ? "cuda" : "cpu"},
+                   {"name", gpu ? gpu->name : cat("CPU (", cpu_features(), ")")},
+                   {"compute_capability", gpu ? Value(capability(*gpu)) : nullptr},
                    {"dtype", name_of(place.dtype)},
                    {"fallback_reason", or_null(place.reason)}});
 }
@@ -2180,13 +2149,9 @@ std::vector<Token> parse_ids(std::string_view what, const std::vector<std::strin
         ids.push_back(number<Token>({what, text}, 0, vocab_size - 1, wanted));
     return ids;
 }
-std::vector<Token> parse_ids(std::string_view what, const Json* json, int vocab_size) {
-    if (json == nullptr || json->kind != Json::Kind::array)
-        bad_usage(cat(what, ": an array of token ids is needed"));
-    std::vector<std::string> texts;
-    for (const Json& id : json->array)
-        texts.push_back(id.kind == Json::Kind::number ? id.string : "what stands there");
-    return parse_ids(what, texts, vocab_size);
+// "1,2,3", "1 2 3" and a JSON array.
+std::vector<Token> read_ids(std::string_view list, int vocab_size) {
+    return parse_ids("ids", split(list, ", \t\r\n[]"), vocab_size);
 }
 
 Value token_json(const Tokenizer& tokenizer, Token id) {
@@ -2212,8 +2177,7 @@ int run_tokenize(Options& o) {
 int run_detokenize(Options& o) {
     const Tokenizer tokenizer = pick_tokenizer(o);
     const std::string typed = o.arguments.empty() ? LineReader().rest() : join(o.arguments, " ");
-    const std::vector<Token> ids =
-        parse_ids("ids", split(typed, ", \t\r\n[]"), tokenizer.vocab_size());
+    const std::vector<Token> ids = read_ids(typed, tokenizer.vocab_size());
     const std::string text = to_utf8(tokenizer.decode(ids));
     if (o.json) return write_json(object({{"text", text}, {"count", ids.size()}})), 0;
     write_answer(text + "\n");
@@ -2253,19 +2217,14 @@ struct LogitRows : Observer {
     }
 };
 
-std::vector<Token> read_ids(const Options& o, int vocab_size) {
-    if (!o.ids.empty()) return parse_ids("--ids", split(o.ids, ", "), vocab_size);
-    const std::vector<std::byte> bytes = detail::read_file(o.ids_file, 16u << 20);
-    const Json json = parse_json(detail::as_text(bytes));
-    return parse_ids("--ids-file", &json, vocab_size);
-}
-
 int run_logits(Options& o) {
     if (o.ids.empty() == o.ids_file.empty())
         bad_usage("logits: one of --ids LIST and --ids-file FILE is needed");
     catch_interrupts();
     const ModelInfo info = pick_model(o, "sft", false);
-    const std::vector<Token> ids = read_ids(o, info.config.vocab_size);
+    std::string list = o.ids;
+    if (list.empty()) list = detail::as_text(detail::read_file(o.ids_file, 16u << 20));
+    const std::vector<Token> ids = read_ids(list, info.config.vocab_size);
     if (ids.empty()) bad_usage("logits: at least one token id is needed");
     tell_warnings(info);
     const std::unique_ptr<Backend> backend = open_device(info, o).backend;
@@ -2506,11 +2465,7 @@ public:
     explicit Doctor(Options& o) : options_(o), place_(place_for(o)) {}
 
     int run() {
-        add("program", kOk, cat("nanogpt ", version(), ", compiled by ", compiler()));
-        add("cpu", kOk,
-            cat(cpu_features(), ", ", ThreadPool::physical_cores(), " cores, ",
-                std::thread::hardware_concurrency(), " threads"));
-        examine("memory", &Doctor::memory);
+        examine("memory", &Doctor::machine);
         examine("cuda", &Doctor::cuda);
         examine("bandwidth", &Doctor::bandwidth);
         examine("base dir", &Doctor::base);
@@ -2532,8 +2487,11 @@ private:
         std::string message;
     };
 
-    void add(std::string_view name, std::string_view status, std::string message) {
+    // `remedy`: added to what is not ok.
+    void add(std::string_view name, std::string_view status, std::string message,
+             std::string_view remedy = "") {
         const char* color = status == kOk ? kGreen : status == kFail ? kRed : kYellow;
+        if (status != kOk && !remedy.empty()) message += cat(". ", remedy);
         if (!options_.json) {
             write_out(cat(paint(terminal.out, color, fit(status, 4)), "  ", fit(name, 10), "  ",
                           safe(message), "\n"));
@@ -2551,85 +2509,75 @@ private:
             add(name, kFail, e.what());
         }
     }
-    static std::string compiler() { return cat(kHasCuda ? "nvcc and " : "", "C++ ", __VERSION__); }
 
-    void memory() {
+    void machine() {
+        add("program", kOk,
+            cat("nanogpt ", version(), ", compiled by ", kHasCuda ? "nvcc and " : "", "C++ ",
+                __VERSION__));
+        add("cpu", kOk,
+            cat(cpu_features(), ", ", ThreadPool::physical_cores(), " cores, ",
+                std::thread::hardware_concurrency(), " threads"));
         const std::uint64_t have = detail::available_memory();
-        const bool low = have < std::uint64_t{2} << 30;
-        add("memory", low ? kWarn : kOk,
-            cat(human_bytes(have), " of ", human_bytes(detail::total_memory()), " available",
-                low ? ". Close other programs" : ""));
+        add("memory", have < std::uint64_t{2} << 30 ? kWarn : kOk,
+            cat(human_bytes(have), " of ", human_bytes(detail::total_memory()), " available"),
+            "Close other programs");
     }
 
-    // Without a GPU the CPU computes: that is a failure only for those who asked for the GPU.
+    // Without a GPU the CPU computes: that is a failure only for those who asked for the GPU, and no
+    // fault at all of a program made for the CPU on a machine without a driver.
     void cuda() {
-        const std::string_view without = options_.device_type == "cuda" ? kFail : kWarn;
-        if (!kHasCuda) {
-            std::error_code error;
-            const bool driver = fs::exists("/proc/driver/nvidia/version", error);
-            const bool wanted = driver || options_.device_type == "cuda";
-            add("cuda", wanted ? without : kOk,
-                cat("not in this build: the CPU computes",
-                    wanted ? ". Install the CUDA toolkit, 12.8 or later, and build again" : ""));
-            return;
-        }
+        std::error_code error;
         const std::string problem = cuda_problem();
+        const bool asked = options_.device_type == "cuda";
+        const bool missed = asked || kHasCuda || fs::exists("/proc/driver/nvidia/version", error);
+        const std::string_view without = asked ? kFail : missed ? kWarn : kOk;
         add("cuda", problem.empty() ? kOk : without,
             problem.empty() ? cuda_versions()
-                            : cat(problem, " (", cuda_versions(),
-                                  "): the CPU computes. Look whether nvidia-smi shows the GPU"));
+                            : cat(problem, ": the CPU computes",
+                                  kHasCuda ? cat(" (", cuda_versions(), ")") : ""),
+            kHasCuda ? "Look whether nvidia-smi shows the GPU"
+                     : "Install the CUDA toolkit, 12.8 or later, and build again");
         for (const GpuInfo& gpu : find_gpus()) {
-            const bool good = gpu.problem.empty();
             // only the first is used: another one that cannot be is no fault
-            add("gpu",
-                good              ? kOk
-                : gpu.device == 0 ? without
-                                  : kWarn,
+            const std::string_view unused = gpu.device == 0 ? without : kWarn;
+            add("gpu", gpu.problem.empty() ? kOk : unused,
                 cat(gpu.name, ", compute capability ", capability(gpu), ", ", gpu.sms, " SMs, ",
                     human_bytes(gpu.free_bytes), " of ", human_bytes(gpu.memory_bytes), " free",
-                    gpu.integrated ? ", shared with the CPU" : "",
-                    good ? "" : cat(". It is not used: ", gpu.problem)));
+                    gpu.integrated ? ", shared with the CPU" : ""),
+                cat("It is not used: ", gpu.problem));
         }
     }
 
     void bandwidth() {
-        add("bandwidth", kOk,
-            cat("the CPU reads ", gigabytes_per_second(cpu_read_bandwidth(options_.threads)),
-                " from memory"));
+        const double cpu = cpu_read_bandwidth(options_.threads);
+        add("bandwidth", kOk, cat("the CPU reads ", gigabytes_per_second(cpu), " from memory"));
         if (!place_.cuda) return;
-        const std::vector<GpuInfo> gpus = find_gpus();
-        const double measured = cuda_read_bandwidth();
+        const double gpu = cuda_read_bandwidth();
         // A GB10 reads 231 to 240 GB/s; some get stuck at low clocks.
-        const bool slow = !gpus.empty() && gpus[0].integrated && measured < 215e9;
-        add("bandwidth", slow ? kWarn : kOk,
-            cat("the GPU reads ", gigabytes_per_second(measured), " from memory",
-                slow ? ", less than the 215 GB/s that a GB10 exceeds when idle. Stop other "
-                       "programs; "
-                       "if it stays, update the firmware and take it off the mains for a minute"
-                     : ""));
+        add("bandwidth", gpu_in_use(true)->integrated && gpu < 215e9 ? kWarn : kOk,
+            cat("the GPU reads ", gigabytes_per_second(gpu), " from memory"),
+            "A GB10 exceeds 215 GB/s when idle. Stop other programs; if it stays, update the "
+            "firmware and take it off the mains for a minute");
     }
 
     void base() {
         const fs::path base = base_dir(options_.base_dir);
         std::error_code error;
-        const bool there = fs::is_directory(base, error);
-        add("base dir", there ? kOk : kWarn,
-            cat(home_relative(base),
-                there ? "" : " is not there. Name another with --base-dir or NANOCHAT_BASE_DIR"));
+        add("base dir", fs::is_directory(base, error) ? kOk : kWarn, home_relative(base),
+            "It is not there. Name another with --base-dir or NANOCHAT_BASE_DIR");
         models_ = models_in(base, options_);
         const std::size_t found = models_.size();
         std::erase_if(models_, [](const ModelInfo& m) { return m.status != Status::ready; });
-        const bool any = !models_.empty(), all = any && models_.size() == found;
-        add("models", all ? kOk : kWarn,
-            cat(any ? cat(models_.size(), " ready, ", choose(models_, {}, "sft").id, " by default")
-                    : "none is ready: the sample model answers",
-                all ? ""
-                : found > 0
-                    ? cat("; ", found - models_.size(), " not. nanogpt models --all says why")
-                    : ". They belong in base_checkpoints, mid_checkpoints, "
-                      "chatsft_checkpoints or chatrl_checkpoints"));
+        const std::size_t ready = models_.size();
+        const std::string chosen = default_of(models_);
+        add("models", ready > 0 && ready == found ? kOk : kWarn,
+            cat(ready, " of ", found, " ready, by default ",
+                chosen.empty() ? "the sample model answers" : chosen),
+            found > 0 ? "nanogpt models --all says why others are not"
+                      : "They belong in base_checkpoints, mid_checkpoints, chatsft_checkpoints or "
+                        "chatrl_checkpoints");
         const fs::path sample = bundled_sample();
-        if (!any && !sample.empty()) models_ = find_models(sample);
+        if (ready == 0 && !sample.empty()) models_ = find_models(sample);
     }
 
     void tokenizer() {
@@ -2659,19 +2607,16 @@ private:
             cat(cpu->device(), " on ", info.id, ": ", tokens, " tokens in ",
                 decimals(1000 * seconds_since(start), 1), " ms"));
     }
-
-    void gpu_test(const ModelInfo& info, const std::shared_ptr<const Model>& model) {
+    void gpu_test(const ModelInfo& info, const std::shared_ptr<const Model>& model) try {
         CudaOptions options;
         options.kv_tokens = static_cast<std::uint64_t>(info.config.sequence_len);
-        try {
-            const std::unique_ptr<Backend> gpu = open_cuda(model, options);
-            add("self-test", kOk,
-                cat(gpu->device(), " on ", info.id, ": logits differ from the CPU's by ",
-                    decimals(100 * cuda_self_test(*gpu, model), 3), " %"));
-        } catch (const Error& e) {
-            if (e.kind != ErrorKind::unsupported) throw;
-            add("self-test", kWarn, cat(info.id, ": ", e.what(), ". The CPU runs this model"));
-        }
+        const std::unique_ptr<Backend> gpu = open_cuda(model, options);
+        add("self-test", kOk,
+            cat(gpu->device(), " on ", info.id, ": logits differ from the CPU's by ",
+                decimals(100 * cuda_self_test(*gpu, model), 3), " %"));
+    } catch (const Error& e) {
+        if (e.kind != ErrorKind::unsupported) throw;
+        add("self-test", kWarn, cat(info.id, ": ", e.what()), "The CPU runs this model");
     }
 
     Options& options_;
@@ -2899,17 +2844,17 @@ private:
 
     // clang-format off
     Value as_json() const {
-        const std::vector<GpuInfo> gpus = s_.device.cuda ? find_gpus() : std::vector<GpuInfo>{};
+        const std::optional<GpuInfo> gpu = gpu_in_use(s_.device.cuda);
         const std::uint64_t full = cost_.kv_stored * static_cast<std::uint64_t>(s_.info.config.sequence_len);
-        const std::uint64_t total = gpus.empty() ? 0 : gpus[0].memory_bytes;
-        const auto known = [&](Value value) { return gpus.empty() ? Value(nullptr) : value; };
+        const std::uint64_t total = gpu ? gpu->memory_bytes : 0;
+        const auto known = [&](Value value) { return gpu ? value : nullptr; };
         const auto row = [&](const BenchRow& r) {
             return object({{"batch_size", r.batch}, {"ttft_sec", r.first}, {"tpot_sec", r.step}, {"tok_per_sec", r.rate},
                            {"bytes_per_step", cost_.step(r.batch)}, {"mbu_percent", 100 * rate(r) / bandwidth_},
                            {"mfu_percent", nullptr}, {"peak_vram_bytes", nullptr}, {"decode_steps", r.steps}});
         };
         return object({{"source", s_.info.source}, {"model_tag", s_.info.tag}, {"step", s_.info.step},
-            {"model_config", architecture_json(s_.info)}, {"gpu", gpus.empty() ? nullptr : Value(gpus[0].name)},
+            {"model_config", architecture_json(s_.info)}, {"gpu", gpu ? Value(gpu->name) : nullptr},
             {"device", s_.device.backend->device()}, {"dtype", name_of(s_.device.backend->dtype())},
             {"peak_bandwidth_bytes_per_sec", nullptr}, {"read_bandwidth_bytes_per_sec", bandwidth_}, {"total_vram_bytes", known(total)},
             {"num_params", s_.info.parameters}, {"param_dtypes", cost_.dtypes}, {"weight_bytes", cost_.stored},
@@ -7197,8 +7142,10 @@ std::vector<Token> read_ids(const Form& form, std::string_view name, int vocab_s
     if (list.kind != Json::Kind::array ||
         !std::all_of(list.array.begin(), list.array.end(), is_number))
         form.wrong(name, name == "prompt" ? "a string or an array of ids" : "an array of ids");
+    std::vector<std::string> texts;
+    for (const Json& id : list.array) texts.push_back(id.string);
     try {
-        return parse_ids(name, &list, vocab_size);
+        return parse_ids(name, texts, vocab_size);
     } catch (const Error& e) {
         Form::out_of_range(name, e.what());
     }
@@ -7869,10 +7816,10 @@ int run_serve(Options& o) {
 // ==== 12. main ===================================================================================
 // Help, and the one place where an exception becomes an exit code.
 
-std::string flags_help(unsigned bit) {
+std::string flags_help(const Command& command) {
     std::string text;
     for (const Flag& flag : kFlags) {
-        if (!(flag.commands & bit)) continue;
+        if (!belongs(flag, command)) continue;
         const std::string letter = flag.letter ? std::string("-") + flag.letter + ", " : "    ";
         const std::string name = "  " + letter + "--" + std::string(flag.name) +
                                  (flag.value.empty() ? "" : " ") + std::string(flag.value);
@@ -7895,7 +7842,7 @@ int run_help(Options& o) {
         text = "nanogpt " + std::string(command.name) + arguments + " [FLAGS]\n" +
                wrapped(command.summary, 0);
         if (!command.aliases.empty()) text += "Also: " + std::string(command.aliases) + "\n";
-        text += "\n" + flags_help(command.bit);
+        text += "\n" + flags_help(command);
     } else {
         text =
             "nanogpt " + version() + ": chat with nanochat checkpoints, and look inside them\n\n";
