@@ -716,22 +716,16 @@ template <class Exception = StreamLost>
 [[noreturn]] void fail_errno(std::string_view what) {
     throw Exception(cat(what, ": ", std::strerror(errno)));
 }
+// At once: a reader of the pipe waits for it, and a screen shows stderr too.
 void write_out(std::string_view text) {
-    if (std::fwrite(text.data(), 1, text.size(), stdout) != text.size())
+    if (std::fwrite(text.data(), 1, text.size(), stdout) != text.size() || std::fflush(stdout) != 0)
         fail_errno("cannot write to stdout");
-}
-void flush_out() {
-    if (std::fflush(stdout) != 0) fail_errno("cannot write to stdout");
 }
 // The bytes of an answer: made safe for eyes, unchanged for programs.
 void write_answer(std::string_view text) {
     write_out(terminal.out.terminal ? safe(text, true) : std::string(text));
-    flush_out();
 }
-void write_err(std::string_view text) {
-    flush_out();  // both may be one screen: keep the order
-    std::fwrite(text.data(), 1, text.size(), stderr);
-}
+void write_err(std::string_view text) { std::fwrite(text.data(), 1, text.size(), stderr); }
 // One line on stderr. The text may quote files and checkpoints.
 void say(std::string_view text, const char* color = nullptr) {
     const std::string line = safe(text);
@@ -872,10 +866,7 @@ Value array(const Range& items, Each each = {}) {
     return raw(
         cat("[", join(items, ",", [&](const auto& item) { return Value(each(item)).text; }), "]"));
 }
-void write_json(const Value& value) {
-    write_out(value.text + "\n");
-    flush_out();
-}
+void write_json(const Value& value) { write_out(value.text + "\n"); }
 double milliseconds(double seconds) { return std::round(seconds * 1e4) / 10; }
 // Infinities in a loss, empty words in a reason: null.
 Value or_null(std::string_view text) { return text.empty() ? Value(nullptr) : Value(text); }
@@ -1493,8 +1484,9 @@ Value usage_json(int prompt_tokens, int completion_tokens) {
                    {"completion_tokens", completion_tokens},
                    {"total_tokens", prompt_tokens + completion_tokens}});
 }
-Value timings_json(const Session& s, const Answer& a) {
-    return object({{"load_ms", milliseconds(s.load_seconds)},
+// `before`: what took the time before the prompt was read.
+Value timings_json(std::string_view before, double seconds, const Answer& a) {
+    return object({{before, milliseconds(seconds)},
                    {"prefill_ms", milliseconds(a.prefill_seconds)},
                    {"decode_ms", milliseconds(a.decode_seconds)},
                    {"ttft_ms", milliseconds(a.first_seconds)},
@@ -1519,7 +1511,7 @@ void write_answers(const Options& o, const Session& s, std::string_view prompt,
     }
     members.insert(members.end(), {{"seed", o.sampling.seed},
                                    {"usage", usage_json(first.prompt_tokens, completion)},
-                                   {"timings", timings_json(s, first)},
+                                   {"timings", timings_json("load_ms", s.load_seconds, first)},
                                    {"device", s.device.backend->device()},
                                    {"dtype", name_of(s.device.backend->dtype())}});
     if (o.stream_json) members.insert(members.begin(), {"done", true});
@@ -1580,7 +1572,7 @@ int run_sample(Options& o) {
     for (int i = 0; i < o.num_samples && !interrupted(); i++) {
         if (i > 0 && as_text) write_out("-----\n");
         answers.push_back(complete(o, s, *sequence, ids, i));
-        if (as_text) write_out("\n"), flush_out();
+        if (as_text) write_out("\n");
         show_stats(o, s, answers.back());
     }
     if (!as_text && !answers.empty()) write_answers(o, s, prompt, answers);
@@ -1628,7 +1620,7 @@ public:
         chat_->reply(message, std::ref(output));
         const Answer answer = {chat_->stats(), output.answer.text, output.answer.first_seconds};
         const bool as_text = !options_.json && !options_.stream_json;
-        if (as_text) write_out("\n"), flush_out();
+        if (as_text) write_out("\n");
         if (answer.dropped_messages > dropped) {
             note(cat("the model no longer sees the first ", answer.dropped_messages,
                      " messages (context ", session_->info.config.sequence_len, ")"));
@@ -1707,13 +1699,38 @@ private:
         if (interrupted()) note("stopped");
     }
 
-    // ---- the slash commands
+    // The slash commands.
 
     struct Slash {
         std::string_view name, aliases, argument, help;
         void (Repl::*run)(const std::string& argument);
     };
-    static const std::vector<Slash>& slashes();
+    static const std::vector<Slash>& slashes() {
+        static const std::vector<Slash> kSlashes = {
+            {"help", "?", "", "this list", &Repl::help},
+            {"clear", "", "", "start over", &Repl::clear},
+            {"quit", "exit bye", "", "leave; Ctrl-D does too", &Repl::quit},
+            {"models", "", "", "list the checkpoints", &Repl::models},
+            {"model", "", "[MODEL]", "show or switch the model; the conversation stays",
+             &Repl::model},
+            {"temperature", "", "[X]", "show or set; 0 is greedy", &Repl::temperature},
+            {"topk", "", "[N]", "show or set; 0 is the whole vocabulary", &Repl::topk},
+            {"topp", "", "[X]", "show or set; 1 is off", &Repl::topp},
+            {"max", "", "[N]", "show or set the most new tokens", &Repl::max},
+            {"seed", "", "[N]", "show or set; -1 is random", &Repl::seed},
+            {"system", "", "[TEXT]", "show or set what stands in front of the first message",
+             &Repl::system},
+            {"regen", "", "", "answer again with the next seed", &Repl::regen},
+            {"undo", "", "", "take back the last exchange", &Repl::undo},
+            {"edit", "", "", "take it back and type the message anew", &Repl::edit},
+            {"save", "", "FILE", "write the conversation as JSON", &Repl::save},
+            {"load", "", "FILE", "read one", &Repl::load},
+            {"stats", "", "[on|off]", "the line after each answer", &Repl::stats},
+            {"context", "", "", "tokens of each message", &Repl::context},
+            {"tokens", "", "[TEXT]", "the tokens of the text, or of the last answer",
+             &Repl::tokens}};
+        return kSlashes;
+    }
 
     void help(const std::string&) {
         const auto line = [](const std::string& typed, std::string_view does) {
@@ -1839,31 +1856,6 @@ private:
     bool done_ = false;
     int failure_ = 0;  // exit code of the last error, for scripts
 };
-
-const std::vector<Repl::Slash>& Repl::slashes() {
-    static const std::vector<Slash> kSlashes = {
-        {"help", "?", "", "this list", &Repl::help},
-        {"clear", "", "", "start over", &Repl::clear},
-        {"quit", "exit bye", "", "leave; Ctrl-D does too", &Repl::quit},
-        {"models", "", "", "list the checkpoints", &Repl::models},
-        {"model", "", "[MODEL]", "show or switch the model; the conversation stays", &Repl::model},
-        {"temperature", "", "[X]", "show or set; 0 is greedy", &Repl::temperature},
-        {"topk", "", "[N]", "show or set; 0 is the whole vocabulary", &Repl::topk},
-        {"topp", "", "[X]", "show or set; 1 is off", &Repl::topp},
-        {"max", "", "[N]", "show or set the most new tokens", &Repl::max},
-        {"seed", "", "[N]", "show or set; -1 is random", &Repl::seed},
-        {"system", "", "[TEXT]", "show or set what stands in front of the first message",
-         &Repl::system},
-        {"regen", "", "", "answer again with the next seed", &Repl::regen},
-        {"undo", "", "", "take back the last exchange", &Repl::undo},
-        {"edit", "", "", "take it back and type the message anew", &Repl::edit},
-        {"save", "", "FILE", "write the conversation as JSON", &Repl::save},
-        {"load", "", "FILE", "read one", &Repl::load},
-        {"stats", "", "[on|off]", "the line after each answer", &Repl::stats},
-        {"context", "", "", "tokens of each message", &Repl::context},
-        {"tokens", "", "[TEXT]", "the tokens of the text, or of the last answer", &Repl::tokens}};
-    return kSlashes;
-}
 
 int run_chat(Options& o) {
     catch_interrupts();
@@ -2188,18 +2180,18 @@ int run_detokenize(Options& o) {
 
 // Logits (T, V) of a sequence, to a file and to their argmax; all other values to a file of their own.
 struct LogitRows : Observer {
-    NewFile *out = nullptr, *hooks = nullptr;
+    std::optional<NewFile> out, hooks;
     std::vector<Token> argmax;
     std::vector<float> best;
     bool wants(HookPoint point, int) override {
         // (H, T, keys) are left out: their size grows with the square of the sequence
         const bool map = point == HookPoint::attn_scores || point == HookPoint::pattern;
-        return point == HookPoint::logits || (hooks != nullptr && !map);
+        return point == HookPoint::logits || (hooks && !map);
     }
     void on(const Activation& a) override {
         const std::string_view bytes(reinterpret_cast<const char*>(a.values.data()),
                                      a.values.size_bytes());
-        if (hooks != nullptr) {
+        if (hooks) {
             const Value head = object(
                 {{"name", name(a.point, a.layer)}, {"pos", a.pos}, {"shape", array(a.shape)}});
             hooks->write(head.text + "\n");
@@ -2207,7 +2199,7 @@ struct LogitRows : Observer {
         }
         if (a.point != HookPoint::logits) return;
         const std::size_t V = static_cast<std::size_t>(a.shape[1]);
-        if (out != nullptr) out->write(bytes);
+        if (out) out->write(bytes);
         for (std::size_t at = 0; at < a.values.size(); at += V) {
             const auto row = a.values.subspan(at, V);
             const auto top = std::max_element(row.begin(), row.end());
@@ -2230,9 +2222,8 @@ int run_logits(Options& o) {
     const std::unique_ptr<Backend> backend = open_device(info, o).backend;
     const int T = static_cast<int>(ids.size()), V = info.config.vocab_size;
     LogitRows rows;
-    std::optional<NewFile> file, hooks;
-    if (!o.out.empty()) rows.out = &file.emplace(o.out);
-    if (!o.hooks.empty()) rows.hooks = &hooks.emplace(o.hooks);
+    if (!o.out.empty()) rows.out.emplace(o.out);
+    if (!o.hooks.empty()) rows.hooks.emplace(o.hooks);
     const std::unique_ptr<Sequence> sequence = backend->new_sequence(T);
     constexpr std::size_t kPiece = 1024;  // tokens: their logits are in memory at once
     for (std::size_t at = 0; at < ids.size(); at += kPiece) {
@@ -2240,11 +2231,11 @@ int run_logits(Options& o) {
         const Chunk chunk = {sequence.get(), std::span(ids).subspan(at, n), true};
         backend->step({&chunk, 1}, &rows);
     }
-    if (file) file->commit();
-    if (hooks) hooks->commit();
+    if (rows.out) rows.out->commit();
+    if (rows.hooks) rows.hooks->commit();
     if (o.json) {
         write_json(object({{"shape", array(std::array{T, V})}, {"argmax", array(rows.argmax)}}));
-    } else if (file) {
+    } else if (rows.out) {
         note(cat("wrote ", o.out, ": float32 (", T, ", ", V, ")"));
     } else {
         std::vector<std::vector<std::string>> lines;
@@ -2400,7 +2391,6 @@ int run_check(Options& o) {
             write_out(cat(paint(terminal.out, good ? kGreen : kRed, fit(v.status, 11)), "  ",
                           safe(v.file), "  ", safe(v.what), "\n"));
             for (const Value& counts : v.values) write_out(cat("             ", counts.text, "\n"));
-            flush_out();
         }
         verdicts.push_back(std::move(v));
     };
@@ -2495,7 +2485,6 @@ private:
         if (!options_.json) {
             write_out(cat(paint(terminal.out, color, fit(status, 4)), "  ", fit(name, 10), "  ",
                           safe(message), "\n"));
-            flush_out();
         }
         checks_.push_back({name, status, std::move(message)});
     }
@@ -2756,7 +2745,7 @@ private:
 };
 
 struct BenchRow {
-    int batch = 0, steps = 0;
+    int batch = 0;
     double first = 0, step = 0, rate = 0;  // s to all first tokens; median s of the steps; tok/s
 };
 
@@ -2813,19 +2802,20 @@ private:
         const std::int64_t tokens = std::int64_t{batch} * (plan_.prompt + plan_.decode);
         if (!s_.device.cuda) check_memory(s_.info, std::nullopt, tokens);
         BenchGroup all = group(batch);
-        BenchRow row = {batch, plan_.decode - 1, all.first()};
-        for (int i = 0; i < std::min(row.steps, 8); i++) all.next();  // warm-up
+        const int steps = plan_.decode - 1;  // the first token is the prompt's
+        BenchRow row = {batch, all.first()};
+        for (int i = 0; i < std::min(steps, 8); i++) all.next();  // warm-up
         all.rewind();
         std::vector<double> times;
         double total = 0;
-        for (int i = 0; i < row.steps; i++) total += times.emplace_back(all.next());
+        for (int i = 0; i < steps; i++) total += times.emplace_back(all.next());
         row.step = median(times);
-        row.rate = batch * row.steps / total;
+        row.rate = batch * steps / total;
         return row;
     }
 
     void tell(const std::string& text) const {
-        if (!options_.json) write_out(text), flush_out();
+        if (!options_.json) write_out(text);
     }
     void tell_cells(std::initializer_list<std::string> cells) const {
         std::string line;
@@ -2851,7 +2841,7 @@ private:
         const auto row = [&](const BenchRow& r) {
             return object({{"batch_size", r.batch}, {"ttft_sec", r.first}, {"tpot_sec", r.step}, {"tok_per_sec", r.rate},
                            {"bytes_per_step", cost_.step(r.batch)}, {"mbu_percent", 100 * rate(r) / bandwidth_},
-                           {"mfu_percent", nullptr}, {"peak_vram_bytes", nullptr}, {"decode_steps", r.steps}});
+                           {"mfu_percent", nullptr}, {"peak_vram_bytes", nullptr}, {"decode_steps", plan_.decode - 1}});
         };
         return object({{"source", s_.info.source}, {"model_tag", s_.info.tag}, {"step", s_.info.step},
             {"model_config", architecture_json(s_.info)}, {"gpu", gpu ? Value(gpu->name) : nullptr},
@@ -7478,21 +7468,15 @@ void Server::send_whole(Connection& c, Exchange& x) {
                                  {chat ? "message" : "text", chat ? message : Value(x.text)},
                                  {"logprobs", nullptr},
                                  {"finish_reason", finish_word(a.reason)}});
-    send_json(
-        c, object({{"id", x.answer_id},
-                   {"object", chat ? "chat.completion" : "text_completion"},
-                   {"created", x.created_unix},
-                   {"model", x.offer->info.id},
-                   {"system_fingerprint", cat("nanogpt-", version())},
-                   {"choices", raw(cat("[", choice.text, "]"))},
-                   {"usage", usage(x)},
-                   {"seed", x.params.sampling.seed},
-                   {"timings",
-                    object({{"queue_ms", milliseconds(x.queue_seconds)},
-                            {"prefill_ms", milliseconds(a.prefill_seconds)},
-                            {"decode_ms", milliseconds(a.decode_seconds)},
-                            {"ttft_ms", milliseconds(a.first_seconds)},
-                            {"tokens_per_second", std::round(10 * tokens_per_second(a)) / 10}})}}));
+    send_json(c, object({{"id", x.answer_id},
+                         {"object", chat ? "chat.completion" : "text_completion"},
+                         {"created", x.created_unix},
+                         {"model", x.offer->info.id},
+                         {"system_fingerprint", cat("nanogpt-", version())},
+                         {"choices", raw(cat("[", choice.text, "]"))},
+                         {"usage", usage(x)},
+                         {"seed", x.params.sampling.seed},
+                         {"timings", timings_json("queue_ms", x.queue_seconds, a)}}));
 }
 
 void Server::gone(Connection& c) {
@@ -7746,7 +7730,6 @@ int Server::run(int signals) {
     const bool made_key = options_.api_keys.empty() && !keys_.empty();
     write_out(cat("nanogpt serve: http://", host, ":", port(), "/",
                   made_key ? cat("#key=", keys_[0]) : "", "\n"));
-    flush_out();
     loop();
     return exit_code_;
 }
@@ -7942,9 +7925,7 @@ int run(std::span<const std::string> args) {
         }
         open_terminal(o);
         check_device(o);
-        const int code = args.empty() ? run_nothing(o) : command->run(o);
-        flush_out();
-        return code;
+        return args.empty() ? run_nothing(o) : command->run(o);
     } catch (const std::exception& e) {
         if (interrupted()) leave_interrupted();
         return report(o, e);
