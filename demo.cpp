@@ -32,7 +32,7 @@
 //    3. pick        parse_id ("sft/d12/2000"), pick_model, bundled_sample; place_for (GPU or CPU),
 //                   check_memory, open_device; Session: open_session
 //    4. sample, chat         Output (text or JSON), run_sample; Repl: the slash commands; run_chat
-//    5. show, models, ...    run_show, run_models, run_tokenize, LogitRows, run_check, Doctor
+//    5. show, models, ...    Catalog, run_show, run_models, LogitRows, run_check, Doctor
 //    6. bench       plan_bench, bench_cost (the bytes of a step), BenchGroup, Bench
 //    7. picture     shade_of (colours), kStrokes (the font), Picture (the canvas), Chart, draw_grid
 //    8. walk        kOperations, cost_of; Walk (all that is kept), WalkObserver, Walker; charts_of;
@@ -1630,16 +1630,15 @@ public:
     }
 
 private:
-    void open(const Options& o) {
-        Options changed = o;  // the bundled model, if there is no other
-        auto session = std::make_unique<Session>(open_session(changed, "sft"));
+    void open(Options o) {
+        auto session = std::make_unique<Session>(open_session(o, "sft"));
         auto chat = std::make_unique<Chat>(*session->device.backend, session->tokenizer);
         chat->system() = o.system;
         chat->stop_texts() = o.stop;
         if (chat_) chat->load(chat_->messages());  // read again with the new model
         chat_ = std::move(chat);                   // before the session it points into
         session_ = std::move(session);
-        options_ = std::move(changed);
+        options_ = std::move(o);
     }
 
     void banner() const {
@@ -1883,8 +1882,7 @@ std::string file_of(const ModelInfo& info,
                     const fs::path& base) {  // no absolute path leaves the program
     const fs::path relative = info.model_file.lexically_relative(base);
     const bool inside = !relative.empty() && *relative.begin() != "..";
-    return inside && relative.is_relative() ? relative.string()
-                                            : info.model_file.filename().string();
+    return inside ? relative.string() : info.model_file.filename().string();
 }
 double metric(const ModelInfo& info, std::string_view name) {
     if (info.loss_metric == name) return info.loss;
