@@ -33,8 +33,8 @@
 //    3. pick        parse_id ("sft/d12/2000"), pick_model, bundled_sample; place_for (GPU or CPU),
 //                   check_memory, open_device; Session: open_session
 //    4. sample, chat         Output (text or JSON), run_sample; Repl: the slash commands; run_chat
-//    5. show, models, ...    run_show, run_models, run_tokenize, LogitRows, run_check, Doctor
-//    6. bench       plan_bench, bench_cost (the bytes of a step), Bench, run_bench
+//    5. show, models, ...    Catalog, run_show, run_models, LogitRows, run_check, Doctor
+//    6. bench       plan_bench, bench_cost (the bytes of a step), BenchGroup, Bench
 //    7. picture     shade_of (colours), kStrokes (the font), Picture (the canvas), Chart, draw_grid
 //    8. walk        kOperations, cost_of; Walk (all that is kept), WalkObserver, Walker; charts_of;
 //                   walk_members (JSON); walk_text; plan_walk, run_walk
@@ -123,6 +123,7 @@ inline std::unique_ptr<Backend> open_cuda(const std::shared_ptr<const Model>&, c
 #include <cerrno>              // errno
 #include <charconv>            // from_chars, to_chars
 #include <chrono>              // steady_clock
+#include <clocale>             // setlocale
 #include <cmath>               // isfinite, round
 #include <concepts>            // integral, same_as
 #include <condition_variable>  // condition_variable_any
@@ -131,6 +132,7 @@ inline std::unique_ptr<Backend> open_cuda(const std::shared_ptr<const Model>&, c
 #include <cstdlib>             // getenv
 #include <cstring>             // strerror
 #include <ctime>               // strftime
+#include <cwchar>              // wcwidth
 #include <deque>               // deque
 #include <filesystem>          // path, directory_iterator
 #include <functional>          // function
@@ -195,6 +197,11 @@ std::string join(const Range& items, std::string_view separator, Each each = {})
     return text;
 }
 
+template <class Range, class Item>
+bool has(const Range& items, const Item& item) {
+    return std::find(std::begin(items), std::end(items), item) != std::end(items);
+}
+
 double seconds_since(Clock::time_point start) {
     return std::chrono::duration<double>(Clock::now() - start).count();
 }
@@ -219,7 +226,7 @@ struct Options {
     std::string device_type;        // --device-type; empty: whatever is there
     std::optional<DType> dtype;     // -d; unset: bfloat16 on a GPU, float32 on the CPU
     int threads = 0;                // 0: physical cores
-    bool json = false, stream_json = false, jsonl = false;
+    bool json = false, stream_json = false;
     std::optional<bool> stats;  // unset: if stderr is a terminal
     std::string color = "auto";
     bool quiet = false, verbose = false, help = false, version = false;
@@ -241,67 +248,35 @@ struct Options {
     bool open = false, trust_proxy = false, log_content = false;
 };
 
-int run_chat(Options&);
-int run_sample(Options&);
-int run_serve(Options&);
-int run_models(Options&);
-int run_show(Options&);
-int run_tokenize(Options&);
-int run_detokenize(Options&);
-int run_logits(Options&);
-int run_walk(Options&);
-int run_bench(Options&);
-int run_check(Options&);
-int run_doctor(Options&);
-int run_help(Options&);
-int run_version(Options&);
+using Run = int(Options&);  // returns the exit code
+Run run_chat, run_sample, run_serve, run_models, run_show, run_tokenize, run_detokenize, run_logits,
+    run_walk, run_bench, run_check, run_doctor, run_help, run_version;
 
 // ---- commands
 
 struct Command {
-    unsigned bit;
     std::string_view name, aliases, arguments, summary;
     std::size_t most_arguments;
-    int (*run)(Options&);
-};
-enum : unsigned {
-    kChat = 1,
-    kSample = 2,
-    kModels = 4,
-    kShow = 8,
-    kTokenize = 16,
-    kDetokenize = 32,
-    kLogits = 64,
-    kBench = 128,
-    kCheck = 256,
-    kDoctor = 512,
-    kHelp = 1024,
-    kVersion = 2048,
-    kServe = 4096,
-    kWalk = 8192,
-    kGenerate = kChat | kSample,
-    kRun = kGenerate | kLogits | kBench | kServe | kWalk,
-    kNameModel = kRun | kShow | kTokenize | kDetokenize,
-    kAll = 16383
+    Run* run;
 };
 constexpr std::size_t kMany = 1'000'000;
 
 // clang-format off
 constexpr Command kCommands[] = {
-    {kChat, "chat", "", "", "talk with a model, or one answer with -p", 0, run_chat},
-    {kSample, "sample", "", "-p TEXT", "let a model continue a text, without the chat template", 0, run_sample},
-    {kServe, "serve", "", "", "web page and HTTP API (nanochat's and OpenAI's), for many at once", 0, run_serve},
-    {kModels, "models", "list ls", "", "every checkpoint found, one row each", 0, run_models},
-    {kShow, "show", "", "[MODEL]", "one checkpoint in full: metadata, settings, tensors, sizes", 1, run_show},
-    {kTokenize, "tokenize", "", "[TEXT]", "text to token ids, with the bytes of every token; reads stdin without TEXT", 1, run_tokenize},
-    {kDetokenize, "detokenize", "", "[ID...]", "token ids to text; reads stdin without ids", kMany, run_detokenize},
-    {kLogits, "logits", "", "--ids LIST", "the raw logits after every token of a sequence", 0, run_logits},
-    {kWalk, "walk", "", "-p TEXT", "a text through the model, stage by stage: numbers, time, pictures", 0, run_walk},
-    {kBench, "bench", "", "", "speed of reading a prompt and of writing, over batch sizes; the last line is JSON", 0, run_bench},
-    {kCheck, "check", "", "FILE...", "is this file safe and whole? Executes nothing", kMany, run_check},
-    {kDoctor, "doctor", "", "", "what works here: device, memory, checkpoints, tokenizer; with the remedy", 0, run_doctor},
-    {kHelp, "help", "", "[COMMAND]", "this text, or all flags of one command", 1, run_help},
-    {kVersion, "version", "", "", "the version", 0, run_version},
+    {"chat", "", "", "talk with a model, or one answer with -p", 0, run_chat},
+    {"sample", "", "-p TEXT", "let a model continue a text, without the chat template", 0, run_sample},
+    {"serve", "", "", "web page and HTTP API (nanochat's and OpenAI's), for many at once", 0, run_serve},
+    {"models", "list ls", "", "every checkpoint found, one row each", 0, run_models},
+    {"show", "", "[MODEL]", "one checkpoint in full: metadata, settings, tensors, sizes", 1, run_show},
+    {"tokenize", "", "[TEXT]", "text to token ids, with the bytes of every token; reads stdin without TEXT", 1, run_tokenize},
+    {"detokenize", "", "[ID...]", "token ids to text; reads stdin without ids", kMany, run_detokenize},
+    {"logits", "", "--ids LIST", "the raw logits after every token of a sequence", 0, run_logits},
+    {"walk", "", "-p TEXT", "a text through the model, stage by stage: numbers, time, pictures", 0, run_walk},
+    {"bench", "", "", "speed of reading a prompt and of writing, over batch sizes; the last line is JSON", 0, run_bench},
+    {"check", "", "FILE...", "is this file safe and whole? Executes nothing", kMany, run_check},
+    {"doctor", "", "", "what works here: device, memory, checkpoints, tokenizer; with the remedy", 0, run_doctor},
+    {"help", "", "[COMMAND]", "this text, or all flags of one command", 1, run_help},
+    {"version", "", "", "the version", 0, run_version},
 };
 // clang-format on
 
@@ -333,9 +308,8 @@ int whole(const Given& given, int least, int most = std::numeric_limits<int>::ma
 }
 float positive(const Given& given) { return number<float>(given, 1e-6f, 1e9f, "a number above 0"); }
 std::string one_of(const Given& given, std::initializer_list<std::string_view> words) {
-    const auto at = std::find(words.begin(), words.end(), given.text);
-    if (at == words.end()) bad_value(given, cat("one of ", join(words, ", ")));
-    return std::string(*at);
+    if (!has(words, given.text)) bad_value(given, cat("one of ", join(words, ", ")));
+    return std::string(given.text);
 }
 std::string not_empty(const Given& given, std::size_t most = 4096) {
     if (given.text.empty() || given.text.size() > most)
@@ -352,14 +326,6 @@ std::vector<std::string> split(std::string_view text, std::string_view separator
     return parts;
 }
 
-void set_temperature(Options& o, const Given& g) {
-    o.sampling.temperature = number<float>(g, 0.0f, 100.0f, "a number from 0 (greedy) to 100");
-}
-void set_top_k(Options& o, const Given& g) { o.sampling.top_k = whole(g, 0); }
-void set_top_p(Options& o, const Given& g) {
-    o.sampling.top_p = number<float>(g, 1e-6f, 1.0f, "a number above 0, at most 1 (off)");
-}
-void set_max_tokens(Options& o, const Given& g) { o.max_tokens = whole(g, 1); }
 // -1 asks for a random seed; it is drawn here, once, so that the stats line can tell it.
 void set_seed(Options& o, const Given& g) {
     constexpr auto kMost = std::numeric_limits<std::int64_t>::max();
@@ -376,14 +342,11 @@ void set_stop(Options& o, const Given& g) {
         bad_usage(std::string(g.flag) + ": found a ninth stop text, 8 are the most");
     o.stop.push_back(not_empty(g, 64));
 }
-void set_device(Options& o, const Given& g) { o.device_type = one_of(g, {"cuda", "cpu", "mps"}); }
-void set_dtype(Options& o, const Given& g) {
-    o.dtype = one_of(g, {"bfloat16", "float32"}) == "float32" ? DType::f32 : DType::bf16;
-}
 void set_generation(Options& o, const Given& g) {
-    static constexpr std::string_view kNames[] = {"g0", "g1", "g2", "g2e", "g3", "g4"};
     const std::string name = one_of(g, {"g0", "g1", "g2", "g2e", "g3", "g4"});
-    o.overrides.generation = Generation(std::find(kNames, kNames + 6, name) - kNames);
+    for (const auto& facts : detail::kGenerations) {
+        if (facts.name == name) o.overrides.generation = facts.generation;
+    }
 }
 void set_window_pattern(Options& o, const Given& g) {
     const bool fits = !g.text.empty() && g.text.size() <= 256;
@@ -406,11 +369,11 @@ void set_types(Options& o, const Given& g) {
 void set_mem_reserve(Options& o, const Given& g) {
     constexpr std::string_view kUnits = "KMGT";
     const char last = g.text.empty() ? '\0' : detail::ascii_upper(g.text.back());
-    const std::size_t unit = last == '\0' ? kUnits.npos : kUnits.find(last);
-    const std::string_view digits = g.text.substr(0, g.text.size() - (unit != kUnits.npos ? 1 : 0));
-    const auto n =
-        number<std::uint64_t>({g.flag, digits}, 0, 1u << 30, "a size such as 8G or 512M");
-    o.mem_reserve = unit == kUnits.npos ? n : n << (10 * (unit + 1));
+    const std::size_t unit = kUnits.find(last) + 1;  // 0: none, bytes
+    const std::string_view digits = g.text.substr(0, g.text.size() - (unit > 0 ? 1 : 0));
+    const Given size = {g.flag, digits};
+    o.mem_reserve = number<std::uint64_t>(size, 0, 1u << 30, "a size such as 8G or 512M")
+                    << 10 * unit;
 }
 
 void set_allow_origin(Options& o, const Given& g) {
@@ -426,10 +389,16 @@ void set_allow_origin(Options& o, const Given& g) {
 struct Flag {
     char letter;  // 0: none
     std::string_view name, value;
-    unsigned commands;
+    std::string_view commands;  // that have it, by name
     std::string_view help;
     void (*apply)(Options&, const Given&);
 };
+bool belongs(const Flag& flag, const Command& command) {
+    return flag.commands.empty() || has(split(flag.commands, " "), command.name);
+}
+constexpr std::string_view kAll = "", kRunOrShow = "chat sample logits bench serve walk show",
+                           kNameModel =
+                               "chat sample logits bench serve walk show tokenize detokenize";
 #define SET(statement) [](Options& o, [[maybe_unused]] const Given& g) { statement; }
 // clang-format off
 constexpr Flag kFlags[] = {
@@ -437,62 +406,61 @@ constexpr Flag kFlags[] = {
     {'g', "model-tag", "TAG", kNameModel, "directory name such as d12 (default: the d with the largest number)", SET(o.tag = not_empty(g))},
     {'s', "step", "N", kNameModel, "training step (default: the last)", SET(o.step = number<std::int64_t>(g, 0, 999'999'999'999, "a whole number from 0 on"))},
     {0, "model", "ID|PATH", kNameModel, "all three in one, such as sft/d12/2000; or a model_*.pt or its directory", SET(o.model = not_empty(g))},
-    {0, "base-dir", "DIR", kNameModel | kModels | kDoctor, "nanochat's directory (default: $NANOCHAT_BASE_DIR, else ~/.cache/nanochat)", SET(o.base_dir = not_empty(g))},
-    {0, "tokenizer", "FILE", kNameModel & ~kShow, "tokenizer.pkl (default: found beside the model or in the base directory)", SET(o.tokenizer = not_empty(g))},
-    {'p', "prompt", "TEXT", kGenerate | kWalk, "one answer, then exit; - reads the prompt from stdin", SET(o.prompt = std::string(g.text))},
-    {0, "system", "TEXT", kChat, "put in front of the first message", SET(o.system = not_empty(g, 1 << 20))},
-    {'t', "temperature", "X", kGenerate | kBench | kServe | kWalk, "0 = greedy (default 0.6; for serve: 0.8, for bench and walk: 0)", set_temperature},
-    {'k', "top-k", "N", kGenerate | kServe | kWalk, "choose among the N likeliest; 0 = whole vocabulary (default 50)", set_top_k},
-    {0, "top-p", "X", kGenerate | kServe | kWalk, "choose among the likeliest that make up X; 1 = off (default 1)", set_top_p},
-    {'m', "max-tokens", "N", kGenerate | kServe, "most new tokens per answer (default 256; for serve: 512)", set_max_tokens},
-    {'n', "num-samples", "N", kSample, "independent samples from one reading of the prompt (default 1)", SET(o.num_samples = whole(g, 1, 10'000))},
-    {0, "seed", "N", kGenerate | kWalk, "of the random generator; -1 = random (default 42)", set_seed},
-    {'p', "port", "N", kServe, "to listen on; 0 = let the system choose (default 8000)", SET(o.port = whole(g, 0, 65535))},
-    {0, "host", "ADDR", kServe, "address to listen on; any but a loopback one needs a key (default 127.0.0.1)", SET(o.host = not_empty(g, 255))},
-    {0, "api-key", "KEY", kServe, "what clients have to know; may be repeated (default: made up if --host is not loopback)", SET(o.api_keys.push_back(not_empty(g, 256)))},
-    {0, "open", "", kServe, "no key, though others can reach the server", SET(o.open = true)},
-    {0, "allow-origin", "URL", kServe, "a web page's origin that may use the server; may be repeated", set_allow_origin},
-    {0, "allow-host", "NAME", kServe, "another name the server is known by; may be repeated", SET(o.allow_hosts.push_back(not_empty(g, 255)))},
-    {0, "trust-proxy", "", kServe, "believe X-Forwarded-For of a proxy on this machine", SET(o.trust_proxy = true)},
-    {0, "slots", "N", kServe, "answers at once (default 256 on a GPU, 8 on the CPU)", SET(o.slots = whole(g, 1, 256))},
-    {0, "queue", "N", kServe, "answers that may wait (default 512)", SET(o.queue = whole(g, 0, 100'000))},
-    {0, "max-models", "N", kServe, "models in memory at once (default 3)", SET(o.max_models = whole(g, 1, 64))},
-    {0, "mem-reserve", "SIZE", kServe, "memory left to others, such as 8G (default: by device)", set_mem_reserve},
-    {0, "drain-seconds", "N", kServe, "for running answers when the server is stopped (default 10)", SET(o.drain_seconds = whole(g, 0, 3600))},
-    {0, "log-content", "", kServe, "also log what is asked and answered", SET(o.log_content = true)},
-    {'n', "num-gpus", "N", kServe, "only 1, for nanochat's command lines", SET(o.num_gpus = whole(g, 1, 1024))},
-    {0, "stop", "TEXT", kGenerate, "end the answer before this text; may be given 8 times", set_stop},
-    {0, "prompt-tokens", "N", kBench, "length of the prompt, at most what the context leaves (default 2048; on the CPU 256)", SET(o.prompt_tokens = whole(g, 1, 1 << 20))},
-    {0, "decode-tokens", "N", kBench, "tokens written per sequence (default 256; on the CPU 32)", SET(o.decode_tokens = whole(g, 2, 1 << 20))},
-    {0, "batch-sizes", "LIST", kBench, "sequences written at once (default 1,8,32,128; on the CPU 1,4)", set_batch_sizes},
-    {0, "ids", "LIST", kLogits, "token ids such as 1,2,3", SET(o.ids = not_empty(g, 1 << 24))},
-    {0, "ids-file", "FILE", kLogits, "token ids as a JSON array", SET(o.ids_file = not_empty(g))},
-    {0, "layers", "LIST", kWalk, "layers looked at closely, such as 0,5,11, or all (default: all, one of them printed)", SET(o.layers = not_empty(g))},
-    {0, "top", "N", kWalk, "candidates for the next token (default 10)", SET(o.top = whole(g, 1, 1000))},
-    {0, "out", "DIR", kWalk, "new directory for pictures and numbers (default: walk, walk-2, ...; with --json: none)", SET(o.out = not_empty(g))},
-    {0, "no-png", "", kWalk, "no pictures", SET(o.no_png = true)},
-    {0, "force", "", kWalk, "write into a directory that exists", SET(o.force = true)},
-    {0, "out", "FILE", kLogits, "write the logits: float32 little-endian, (tokens, vocabulary), after the soft cap", SET(o.out = not_empty(g))},
-    {0, "hooks", "FILE", kLogits, "write what the forward pass computes, but for the attention maps: per value a line of JSON (name, pos, shape), then float32 little-endian", SET(o.hooks = not_empty(g))},
-    {0, "jsonl", "", kTokenize | kDetokenize, "one JSON object per line, {\"text\":...} and {\"ids\":[...]}, stdin to stdout", SET(o.jsonl = true)},
-    {0, "type", "LIST", kModels, "only these families, such as base,sft", set_types},
-    {0, "sort", "KEY", kModels, "loss, step, date or name", SET(o.sort = one_of(g, {"loss", "step", "date", "name"}))},
-    {0, "all", "", kModels, "also refused files", SET(o.all = true)},
-    {0, "values", "", kCheck, "also count NaN and infinite values per tensor", SET(o.values = true)},
-    {0, "gen", "g0|g1|g2|g2e|g3|g4", kRun | kShow, "generation of the architecture, if it is not to be recognised", set_generation},
-    {0, "softcap", "X", kRun | kShow, "soft cap of the logits (nanochat of 2026-03-03 to 03-09: 20)", SET(o.overrides.softcap = positive(g))},
-    {0, "window-pattern", "P", kRun | kShow, "attention windows over the layers, such as SSSL", set_window_pattern},
-    {0, "short-window", "N", kRun | kShow, "positions an S layer looks back", SET(o.overrides.short_window = whole(g, 1, 1 << 20))},
-    {0, "rope-base", "X", kRun | kShow, "base of the rotary angles", SET(o.overrides.rope_base = positive(g))},
-    {0, "qk-scale", "X", kRun | kShow, "factor of Q and K after their norm", SET(o.overrides.qk_scale = positive(g))},
-    {0, "seq-len", "N", kRun | kShow, "context the model was trained with", SET(o.overrides.sequence_len = whole(g, 1, 1 << 20))},
-    {0, "rope-table", "bf16|fp32", kRun | kShow, "rounding of the rotary tables", SET(o.overrides.bf16_rope_tables = one_of(g, {"bf16", "fp32"}) == "bf16")},
-    {0, "device-type", "cuda|cpu", kAll, "where to compute (default: cuda if it can be used)", set_device},
-    {'d', "dtype", "bfloat16|float32", kAll, "type of the weights (default: bfloat16 on a GPU, float32 on the CPU)", set_dtype},
+    {0, "base-dir", "DIR", "chat sample logits bench serve walk show tokenize detokenize models doctor", "nanochat's directory (default: $NANOCHAT_BASE_DIR, else ~/.cache/nanochat)", SET(o.base_dir = not_empty(g))},
+    {0, "tokenizer", "FILE", "chat sample logits bench serve walk tokenize detokenize", "tokenizer.pkl (default: found beside the model or in the base directory)", SET(o.tokenizer = not_empty(g))},
+    {'p', "prompt", "TEXT", "chat sample walk", "one answer, then exit; - reads the prompt from stdin", SET(o.prompt = std::string(g.text))},
+    {0, "system", "TEXT", "chat", "put in front of the first message", SET(o.system = not_empty(g, 1 << 20))},
+    {'t', "temperature", "X", "chat sample bench serve walk", "0 = greedy (default 0.6; for serve: 0.8, for bench and walk: 0)", SET(o.sampling.temperature = number<float>(g, 0, 100, "a number from 0 (greedy) to 100"))},
+    {'k', "top-k", "N", "chat sample serve walk", "choose among the N likeliest; 0 = whole vocabulary (default 50)", SET(o.sampling.top_k = whole(g, 0))},
+    {0, "top-p", "X", "chat sample serve walk", "choose among the likeliest that make up X; 1 = off (default 1)", SET(o.sampling.top_p = number<float>(g, 1e-6f, 1, "a number above 0, at most 1 (off)"))},
+    {'m', "max-tokens", "N", "chat sample serve", "most new tokens per answer (default 256; for serve: 512)", SET(o.max_tokens = whole(g, 1))},
+    {'n', "num-samples", "N", "sample", "independent samples from one reading of the prompt (default 1)", SET(o.num_samples = whole(g, 1, 10'000))},
+    {0, "seed", "N", "chat sample walk", "of the random generator; -1 = random (default 42)", set_seed},
+    {'p', "port", "N", "serve", "to listen on; 0 = let the system choose (default 8000)", SET(o.port = whole(g, 0, 65535))},
+    {0, "host", "ADDR", "serve", "address to listen on; any but a loopback one needs a key (default 127.0.0.1)", SET(o.host = not_empty(g, 255))},
+    {0, "api-key", "KEY", "serve", "what clients have to know; may be repeated (default: made up if --host is not loopback)", SET(o.api_keys.push_back(not_empty(g, 256)))},
+    {0, "open", "", "serve", "no key, though others can reach the server", SET(o.open = true)},
+    {0, "allow-origin", "URL", "serve", "a web page's origin that may use the server; may be repeated", set_allow_origin},
+    {0, "allow-host", "NAME", "serve", "another name the server is known by; may be repeated", SET(o.allow_hosts.push_back(not_empty(g, 255)))},
+    {0, "trust-proxy", "", "serve", "believe X-Forwarded-For of a proxy on this machine", SET(o.trust_proxy = true)},
+    {0, "slots", "N", "serve", "answers at once (default 256 on a GPU, 8 on the CPU)", SET(o.slots = whole(g, 1, 256))},
+    {0, "queue", "N", "serve", "answers that may wait (default 512)", SET(o.queue = whole(g, 0, 100'000))},
+    {0, "max-models", "N", "serve", "models in memory at once (default 3)", SET(o.max_models = whole(g, 1, 64))},
+    {0, "mem-reserve", "SIZE", "serve", "memory left to others, such as 8G (default: by device)", set_mem_reserve},
+    {0, "drain-seconds", "N", "serve", "for running answers when the server is stopped (default 10)", SET(o.drain_seconds = whole(g, 0, 3600))},
+    {0, "log-content", "", "serve", "also log what is asked and answered", SET(o.log_content = true)},
+    {'n', "num-gpus", "N", "serve", "only 1, for nanochat's command lines", SET(o.num_gpus = whole(g, 1, 1024))},
+    {0, "stop", "TEXT", "chat sample", "end the answer before this text; may be given 8 times", set_stop},
+    {0, "prompt-tokens", "N", "bench", "length of the prompt, at most what the context leaves (default 2048; on the CPU 256)", SET(o.prompt_tokens = whole(g, 1, 1 << 20))},
+    {0, "decode-tokens", "N", "bench", "tokens written per sequence (default 256; on the CPU 32)", SET(o.decode_tokens = whole(g, 2, 1 << 20))},
+    {0, "batch-sizes", "LIST", "bench", "sequences written at once (default 1,8,32,128; on the CPU 1,4)", set_batch_sizes},
+    {0, "ids", "LIST", "logits", "token ids such as 1,2,3", SET(o.ids = not_empty(g, 1 << 24))},
+    {0, "ids-file", "FILE", "logits", "token ids as a JSON array", SET(o.ids_file = not_empty(g))},
+    {0, "layers", "LIST", "walk", "layers looked at closely, such as 0,5,11, or all (default: all, one of them printed)", SET(o.layers = not_empty(g))},
+    {0, "top", "N", "walk", "candidates for the next token (default 10)", SET(o.top = whole(g, 1, 1000))},
+    {0, "out", "DIR", "walk", "new directory for pictures and numbers (default: walk, walk-2, ...; with --json: none)", SET(o.out = not_empty(g))},
+    {0, "no-png", "", "walk", "no pictures", SET(o.no_png = true)},
+    {0, "force", "", "walk", "write into a directory that exists", SET(o.force = true)},
+    {0, "out", "FILE", "logits", "write the logits: float32 little-endian, (tokens, vocabulary), after the soft cap", SET(o.out = not_empty(g))},
+    {0, "hooks", "FILE", "logits", "write what the forward pass computes, but for the attention maps: per value a line of JSON (name, pos, shape), then float32 little-endian", SET(o.hooks = not_empty(g))},
+    {0, "type", "LIST", "models", "only these families, such as base,sft", set_types},
+    {0, "sort", "KEY", "models", "loss, step, date or name", SET(o.sort = one_of(g, {"loss", "step", "date", "name"}))},
+    {0, "all", "", "models", "also refused files", SET(o.all = true)},
+    {0, "values", "", "check", "also count NaN and infinite values per tensor", SET(o.values = true)},
+    {0, "gen", "g0|g1|g2|g2e|g3|g4", kRunOrShow, "generation of the architecture, if it is not to be recognised", set_generation},
+    {0, "softcap", "X", kRunOrShow, "soft cap of the logits (nanochat of 2026-03-03 to 03-09: 20)", SET(o.overrides.softcap = positive(g))},
+    {0, "window-pattern", "P", kRunOrShow, "attention windows over the layers, such as SSSL", set_window_pattern},
+    {0, "short-window", "N", kRunOrShow, "positions an S layer looks back", SET(o.overrides.short_window = whole(g, 1, 1 << 20))},
+    {0, "rope-base", "X", kRunOrShow, "base of the rotary angles", SET(o.overrides.rope_base = positive(g))},
+    {0, "qk-scale", "X", kRunOrShow, "factor of Q and K after their norm", SET(o.overrides.qk_scale = positive(g))},
+    {0, "seq-len", "N", kRunOrShow, "context the model was trained with", SET(o.overrides.sequence_len = whole(g, 1, 1 << 20))},
+    {0, "rope-table", "bf16|fp32", kRunOrShow, "rounding of the rotary tables", SET(o.overrides.bf16_rope_tables = one_of(g, {"bf16", "fp32"}) == "bf16")},
+    {0, "device-type", "cuda|cpu", kAll, "where to compute (default: cuda if it can be used)", SET(o.device_type = one_of(g, {"cuda", "cpu", "mps"}))},
+    {'d', "dtype", "bfloat16|float32", kAll, "type of the weights (default: bfloat16 on a GPU, float32 on the CPU)", SET(o.dtype = one_of(g, {"bfloat16", "float32"}) == "float32" ? DType::f32 : DType::bf16)},
     {0, "threads", "N", kAll, "CPU threads (default: physical cores)", SET(o.threads = whole(g, 1, 1024))},
     {0, "json", "", kAll, "one JSON object on stdout instead of text", SET(o.json = true)},
-    {0, "stream-json", "", kGenerate, "one JSON object per line while generating", SET(o.stream_json = true)},
-    {0, "stats", "", kGenerate, "stats line on stderr (default: if stderr is a terminal)", SET(o.stats = true)},
+    {0, "stream-json", "", "chat sample", "one JSON object per line while generating", SET(o.stream_json = true)},
+    {0, "stats", "", "chat sample", "stats line on stderr (default: if stderr is a terminal)", SET(o.stats = true)},
     {0, "color", "WHEN", kAll, "auto, always or never", SET(o.color = one_of(g, {"auto", "always", "never"}))},
     {'q', "quiet", "", kAll, "no notes on stderr", SET(o.quiet = true; o.verbose = false)},
     {'v', "verbose", "", kAll, "more notes on stderr", SET(o.verbose = true; o.quiet = false)},
@@ -531,18 +499,20 @@ std::string did_you_mean(std::string_view typed, const std::vector<std::string>&
     return nearest.empty() ? "." : cat("; did you mean ", nearest, "?");
 }
 
-bool called(const Command& command, std::string_view word) {
-    const std::vector<std::string> aliases = split(command.aliases, " ");
-    return command.name == word || std::find(aliases.begin(), aliases.end(), word) != aliases.end();
+// The entry of a table that has this name or alias.
+template <class Table>
+auto& find_entry(const Table& table, std::string_view mark, std::string_view word,
+                 std::string_view help) {
+    std::vector<std::string> names;
+    for (const auto& entry : table) {
+        if (entry.name == word || has(split(entry.aliases, " "), word)) return entry;
+        names.push_back(cat(mark, entry.name));
+    }
+    const std::string typed = cat(mark, word);
+    bad_usage(cat("unknown command ", typed, did_you_mean(typed, names), " ", help));
 }
 const Command& find_command(std::string_view word) {
-    std::vector<std::string> names;
-    for (const Command& command : kCommands) {
-        if (called(command, word)) return command;
-        names.emplace_back(command.name);
-    }
-    bad_usage(cat("unknown command ", detail::quote(word), did_you_mean(word, names),
-                  " Try: nanogpt help"));
+    return find_entry(kCommands, "", word, "Try: nanogpt help");
 }
 
 const Flag& find_flag(const Command& command, std::string_view name) {
@@ -552,19 +522,15 @@ const Flag& find_flag(const Command& command, std::string_view name) {
     for (const Flag& flag : kFlags) {
         const bool same =
             is_long ? flag.name == name.substr(2) : flag.letter != 0 && flag.letter == name[1];
-        if (same && (flag.commands & command.bit)) return flag;
+        if (same && belongs(flag, command)) return flag;
         if (same) elsewhere = &flag;
-        if (flag.commands & command.bit) names.push_back(cat("--", flag.name));
+        if (belongs(flag, command)) names.push_back(cat("--", flag.name));
     }
     const std::string help = cat(" Try: nanogpt help ", command.name);
     if (elsewhere == nullptr)
         bad_usage(cat("unknown flag ", name, is_long ? did_you_mean(name, names) : ".", help));
-    std::vector<std::string_view> owners;
-    for (const Command& other : kCommands) {
-        if (elsewhere->commands & other.bit) owners.push_back(other.name);
-    }
-    bad_usage(
-        cat(name, " is no flag of ", command.name, ", but of ", join(owners, ", "), ".", help));
+    bad_usage(cat(name, " is no flag of ", command.name, ", but of ",
+                  join(split(elsewhere->commands, " "), ", "), ".", help));
 }
 
 // Reads one flag at args[at], and its value, which may be the next argument. Returns how many it took.
@@ -591,8 +557,8 @@ const Command& parse(Options& o, std::span<const std::string> args) {
     const bool flag_first = !args.empty() && args[0].size() > 1 && args[0][0] == '-';
     const Command& command = args.empty() || flag_first ? kCommands[0] : find_command(args[0]);
     if (!args.empty()) o.command = command.name;
-    if (command.bit & (kBench | kWalk)) o.sampling.temperature = 0;
-    if (command.bit == kServe) o.sampling.temperature = 0.8f, o.max_tokens = 512;
+    if (command.name == "bench" || command.name == "walk") o.sampling.temperature = 0;
+    if (command.name == "serve") o.sampling.temperature = 0.8f, o.max_tokens = 512;
     if (!args.empty() && !flag_first) args = args.subspan(1);
     std::optional<Error> mistake;
     bool flags_over = false;
@@ -604,9 +570,10 @@ const Command& parse(Options& o, std::span<const std::string> args) {
             } else if (!flags_over && args[0].size() > 1 && args[0][0] == '-') {
                 took = parse_flag(o, command, args);
             } else if (o.arguments.size() == command.most_arguments) {
-                const std::string_view hint =
-                    command.bit & kGenerate ? " A prompt goes with -p." : "";
-                bad_usage(cat("unexpected argument ", detail::quote(args[0]), ".", hint,
+                bad_usage(cat("unexpected argument ", detail::quote(args[0]), ".",
+                              has(split("chat sample walk", " "), command.name)
+                                  ? " A prompt goes with -p."
+                                  : "",
                               " Try: nanogpt help ", command.name));
             } else {
                 o.arguments.push_back(args[0]);
@@ -632,7 +599,7 @@ struct Stream {  // stdout or stderr; each decides for itself
 };
 struct Terminal {
     Stream out, err;
-    std::size_t width = 80;  // columns of a table
+    std::size_t width = 80;  // columns of a table, and of text that is wrapped
     bool quiet = false, verbose = false;
 } terminal;
 
@@ -651,17 +618,12 @@ void open_terminal(const Options& o) {
         if (o.color != "auto") color = o.color == "always";
         return Stream{is_terminal, color};
     };
-    terminal = {look(1), look(2), 80, o.quiet, o.verbose};
     winsize size{};
-    const std::string_view columns = environment("COLUMNS");
-    std::size_t typed = 0;
-    std::from_chars(columns.data(), columns.data() + columns.size(), typed);
-    if (typed > 0) {
-        terminal.width = typed;
-    } else if (::ioctl(1, TIOCGWINSZ, &size) == 0 && size.ws_col > 0) {
-        terminal.width = size.ws_col;
-    }
-    terminal.width = std::clamp<std::size_t>(terminal.width, 20, 1000);
+    ::ioctl(1, TIOCGWINSZ, &size);
+    long width = std::strtol(environment("COLUMNS").data(), nullptr, 10);
+    if (width <= 0) width = size.ws_col > 0 ? size.ws_col : 80;
+    terminal = {look(1), look(2), static_cast<std::size_t>(std::clamp(width, 20L, 1000L)), o.quiet,
+                o.verbose};
 }
 
 // ---- safe text and its width
@@ -670,13 +632,10 @@ void open_terminal(const Options& o) {
 template <class Each>
 void each_character(std::string_view text, Each&& each) {
     const std::string valid = to_utf8(text);
-    for (std::size_t i = 0; i < valid.size();) {
-        const auto byte = [&](std::size_t k) { return static_cast<unsigned char>(valid[i + k]); };
-        const std::size_t n = byte(0) < 0x80 ? 1 : byte(0) < 0xe0 ? 2 : byte(0) < 0xf0 ? 3 : 4;
-        char32_t code = n == 1 ? byte(0) : byte(0) & (0xffu >> (n + 1));
-        for (std::size_t k = 1; k < n; k++) code = code << 6 | (byte(k) & 63u);
-        each(code, std::string_view(valid).substr(i, n));
-        i += n;
+    for (std::string_view rest = valid; !rest.empty();) {
+        const auto c = detail::decode_utf8(rest);
+        each(c.code, rest.substr(0, c.length));
+        rest.remove_prefix(c.length);
     }
 }
 
@@ -705,28 +664,11 @@ std::string safe(std::string_view text, bool lines = false) {
     return out;
 }
 
-// Columns of a character (after Markus Kuhn's wcwidth): 0 combining, 2 East Asian wide and emoji.
+// Columns of a character, as the C library knows them: 0 combining, 2 East Asian wide and emoji.
 std::size_t columns(char32_t c) {
-    static constexpr char32_t kNone[][2] = {
-        {0x300, 0x36f},   {0x483, 0x489},   {0x591, 0x5bd},     {0x610, 0x61a},    {0x64b, 0x65f},
-        {0x6d6, 0x6dc},   {0x6df, 0x6e4},   {0x900, 0x902},     {0x93c, 0x93c},    {0x941, 0x948},
-        {0x94d, 0x94d},   {0xe31, 0xe31},   {0xe34, 0xe3a},     {0xe47, 0xe4e},    {0x1ab0, 0x1aff},
-        {0x1dc0, 0x1dff}, {0x200b, 0x200d}, {0x20d0, 0x20ff},   {0x302a, 0x302d},  {0x3099, 0x309a},
-        {0xfe00, 0xfe0f}, {0xfe20, 0xfe2f}, {0x1f3fb, 0x1f3ff}, {0xe0100, 0xe01ef}};
-    static constexpr char32_t kWide[][2] = {
-        {0x1100, 0x115f},   {0x231a, 0x231b},   {0x23e9, 0x23ec},   {0x25fd, 0x25fe},
-        {0x2614, 0x2615},   {0x2648, 0x2653},   {0x26aa, 0x26ab},   {0x26bd, 0x26be},
-        {0x26c4, 0x26c5},   {0x2705, 0x2705},   {0x270a, 0x270b},   {0x2728, 0x2728},
-        {0x274c, 0x274c},   {0x2753, 0x2755},   {0x2795, 0x2797},   {0x2b1b, 0x2b1c},
-        {0x2b50, 0x2b50},   {0x2e80, 0x303e},   {0x3041, 0x33ff},   {0x3400, 0x4dbf},
-        {0x4e00, 0xa4cf},   {0xa960, 0xa97f},   {0xac00, 0xd7a3},   {0xf900, 0xfaff},
-        {0xfe30, 0xfe6f},   {0xff00, 0xff60},   {0xffe0, 0xffe6},   {0x1f300, 0x1f64f},
-        {0x1f680, 0x1f6ff}, {0x1f900, 0x1f9ff}, {0x1fa70, 0x1faff}, {0x20000, 0x3fffd}};
-    const auto in = [c](const auto& ranges) {
-        return std::any_of(std::begin(ranges), std::end(ranges),
-                           [c](const auto& range) { return c >= range[0] && c <= range[1]; });
-    };
-    return c < 0x300 ? 1 : in(kNone) ? 0 : in(kWide) ? 2 : 1;
+    static const bool known = std::setlocale(LC_CTYPE, "C.UTF-8") != nullptr;
+    const int width = known ? ::wcwidth(static_cast<wchar_t>(c)) : 1;
+    return width < 0 ? 1 : static_cast<std::size_t>(width);
 }
 std::size_t width_of(std::string_view text) {
     std::size_t width = 0;
@@ -775,22 +717,16 @@ template <class Exception = StreamLost>
 [[noreturn]] void fail_errno(std::string_view what) {
     throw Exception(cat(what, ": ", std::strerror(errno)));
 }
+// At once: a reader of the pipe waits for it, and a screen shows stderr too.
 void write_out(std::string_view text) {
-    if (std::fwrite(text.data(), 1, text.size(), stdout) != text.size())
+    if (std::fwrite(text.data(), 1, text.size(), stdout) != text.size() || std::fflush(stdout) != 0)
         fail_errno("cannot write to stdout");
-}
-void flush_out() {
-    if (std::fflush(stdout) != 0) fail_errno("cannot write to stdout");
 }
 // The bytes of an answer: made safe for eyes, unchanged for programs.
 void write_answer(std::string_view text) {
     write_out(terminal.out.terminal ? safe(text, true) : std::string(text));
-    flush_out();
 }
-void write_err(std::string_view text) {
-    flush_out();  // both may be one screen: keep the order
-    std::fwrite(text.data(), 1, text.size(), stderr);
-}
+void write_err(std::string_view text) { std::fwrite(text.data(), 1, text.size(), stderr); }
 // One line on stderr. The text may quote files and checkpoints.
 void say(std::string_view text, const char* color = nullptr) {
     const std::string line = safe(text);
@@ -836,44 +772,44 @@ struct Column {
     std::string_view title;
     bool right = false;
     int leave = 0;           // 0: stays
-    std::size_t least = 12;  // columns it would rather keep than let others stay
+    std::size_t least = 12;  // it would rather keep so much than let others stay
+    std::size_t width = 0;   // as its cells need
 };
 std::string table(std::vector<Column> head, std::vector<std::vector<std::string>> rows) {
-    std::vector<std::size_t> widths;
     for (std::size_t c = 0; c < head.size(); c++) {
-        widths.push_back(width_of(head[c].title));
-        for (auto& row : rows) widths[c] = std::max(widths[c], width_of(row[c] = safe(row[c])));
+        Column& column = head[c];
+        column.width = width_of(column.title);
+        column.least = std::max(column.least, column.width);
+        for (auto& row : rows)
+            column.width = std::max(column.width, width_of(row[c] = safe(row[c])));
+        column.least = std::min(column.least, column.width);
     }
-    const auto total = [&](bool wish) {
-        std::size_t sum = 0;
-        for (std::size_t c = 0; c < widths.size(); c++) {
-            sum += 2 + (wish ? std::min(widths[c], std::max(head[c].least, head[c].title.size()))
-                             : widths[c]);
-        }
-        return sum - 2;
+    const auto total = [&](std::size_t Column::*columns) {
+        std::size_t sum = 2 * (head.size() - 1);
+        for (const Column& c : head) sum += c.*columns;
+        return sum;
     };
-    while (total(true) > terminal.width) {
+    while (total(&Column::least) > terminal.width) {
         const auto leaves = [](const Column& a, const Column& b) { return a.leave < b.leave; };
         const auto goes = std::max_element(head.begin(), head.end(), leaves);
         if (goes->leave == 0) break;
-        const auto c = goes - head.begin();
-        head.erase(goes), widths.erase(widths.begin() + c);
-        for (auto& row : rows) row.erase(row.begin() + c);
+        for (auto& row : rows) row.erase(row.begin() + (goes - head.begin()));
+        head.erase(goes);
     }
-    while (total(false) > terminal.width) {  // the one furthest above its wish gives way
-        std::size_t c = 0;
-        const auto excess = [&](std::size_t k) {
-            return std::pair(widths[k] - std::min(widths[k], head[k].least), widths[k]);
+    while (total(&Column::width) > terminal.width) {  // the one furthest above its wish gives way
+        const auto wider = [](const Column& a, const Column& b) {
+            return std::pair(std::max(a.width, a.least) - a.least, a.width) <
+                   std::pair(std::max(b.width, b.least) - b.least, b.width);
         };
-        for (std::size_t k = 1; k < widths.size(); k++) c = excess(k) > excess(c) ? k : c;
-        if (widths[c] <= 4) break;
-        widths[c]--;
+        const auto widest = std::max_element(head.begin(), head.end(), wider);
+        if (widest->width <= 4) break;
+        widest->width--;
     }
     std::string text;
     const auto add_row = [&](const auto& cell, const char* color) {
         std::string line;
-        for (std::size_t c = 0; c < widths.size(); c++)
-            line += (c ? "  " : "") + fit(cell(c), widths[c], head[c].right);
+        for (std::size_t c = 0; c < head.size(); c++)
+            line += (c ? "  " : "") + fit(cell(c), head[c].width, head[c].right);
         line.erase(line.find_last_not_of(' ') + 1);
         text += (color == nullptr ? line : paint(terminal.out, color, line)) + "\n";
     };
@@ -891,12 +827,12 @@ struct Value {
     Value(Bool value) : text(value ? "true" : "false") {}
     template <std::integral Int>
     requires(!std::same_as<Int, bool>) Value(Int value) : text(std::to_string(value)) {}
-    Value(double value) : text("null") {  // JSON has no NaN and no infinity
+    template <std::floating_point Real>
+    Value(Real value) : text("null") {  // JSON has no NaN and no infinity
         char digits[32];
         const auto end = std::to_chars(digits, digits + sizeof digits, value).ptr;
         if (std::isfinite(value)) text.assign(digits, end);
     }
-    Value(float value) : Value(std::strtod(shortest(value).c_str(), nullptr)) {}
     Value(std::string_view value) : text("\"") {
         each_character(value, [&](char32_t c, std::string_view bytes) {
             if (c == '"' || c == '\\') {
@@ -913,12 +849,6 @@ struct Value {
     }
     Value(const std::string& value) : Value(std::string_view(value)) {}
     Value(const char* value) : Value(std::string_view(value)) {}
-
-private:
-    static std::string shortest(float value) {  // 0.6f is 0.6, not 0.60000002384
-        char digits[32];
-        return {digits, std::to_chars(digits, digits + sizeof digits, value).ptr};
-    }
 };
 using Members = std::vector<std::pair<std::string_view, Value>>;
 Value raw(std::string text) {
@@ -940,10 +870,7 @@ Value array(const Range& items, Each each = {}) {
 Value merged(const Value& a, const Value& b) {  // one object with the members of both
     return raw(cat(a.text.substr(0, a.text.size() - 1), ",", b.text.substr(1)));
 }
-void write_json(const Value& value) {
-    write_out(value.text + "\n");
-    flush_out();
-}
+void write_json(const Value& value) { write_out(value.text + "\n"); }
 double milliseconds(double seconds) { return std::round(seconds * 1e4) / 10; }
 // Infinities in a loss, empty words in a reason: null.
 Value or_null(std::string_view text) { return text.empty() ? Value(nullptr) : Value(text); }
@@ -958,15 +885,11 @@ void on_interrupt(int) {
         ::signal(SIGINT, SIG_DFL);
         ::raise(SIGINT);
     }
-    if (::write(wake_pipe[1], "!", 1) < 0) errno = error;  // full: it wakes anyway
+    [[maybe_unused]] const auto wrote = ::write(wake_pipe[1], "!", 1);  // full: it wakes anyway
     errno = error;
 }
 void catch_interrupts() {
-    if (wake_pipe[0] >= 0 || ::pipe(wake_pipe) != 0) return;
-    for (const int fd : wake_pipe) {
-        ::fcntl(fd, F_SETFL, O_NONBLOCK);
-        ::fcntl(fd, F_SETFD, FD_CLOEXEC);
-    }
+    if (::pipe2(wake_pipe, O_NONBLOCK | O_CLOEXEC) != 0) fail_errno("cannot wait for Ctrl-C");
     struct sigaction action {};
     action.sa_handler = on_interrupt;
     ::sigemptyset(&action.sa_mask);
@@ -994,17 +917,15 @@ class LineReader {
 public:
     enum class Result { line, end, interrupted };
     Result read(std::string& line) {
-        for (;;) {
-            const std::size_t end = buffer_.find('\n');
-            if (end != std::string::npos || (at_end_ && !buffer_.empty())) {
-                line = buffer_.substr(0, end);
-                buffer_.erase(0, end == std::string::npos ? end : end + 1);
-                if (line.ends_with('\r')) line.pop_back();
-                return Result::line;
-            }
-            if (at_end_) return Result::end;
+        std::size_t end;
+        while ((end = buffer_.find('\n')) == buffer_.npos && !at_end_) {
             if (!fill()) return Result::interrupted;
         }
+        if (buffer_.empty()) return Result::end;
+        line = buffer_.substr(0, end);
+        buffer_.erase(0, end == buffer_.npos ? end : end + 1);
+        if (line.ends_with('\r')) line.pop_back();
+        return Result::line;
     }
     std::string rest() {  // everything to the end
         while (!at_end_) {
@@ -1117,11 +1038,6 @@ struct Wanted {  // what was asked for; empty or -1: not said
     bool any_source = false;  // a bare tag means it wherever it is
 };
 constexpr std::string_view kSourceOrder[] = {"sft", "rl", "mid", "base"};
-bool is_source(std::string_view word) {
-    return std::find(std::begin(kSourceOrder), std::end(kSourceOrder), word) !=
-           std::end(kSourceOrder);
-}
-
 std::string words_of(const Wanted& w) {
     std::vector<std::string> parts;
     if (!w.source.empty()) parts.push_back(w.source);
@@ -1133,16 +1049,14 @@ std::string words_of(const Wanted& w) {
 // The ids of --model: sft, sft/d12, sft/d12/2000, d12, d12_step2000, default, and the names that some
 // API clients insist on.
 Wanted parse_id(std::string_view id) {
-    for (const std::string_view name : {"default", "nanochat", "gpt-3.5-turbo", "gpt-4o-mini"}) {
-        if (id == name) return {};
-    }
+    if (has(split("default nanochat gpt-3.5-turbo gpt-4o-mini", " "), id)) return {};
     const std::string_view wanted = "an id such as sft/d12/2000, or the path of a model_*.pt";
     const auto step = [&](const std::string& text) {
         return number<std::int64_t>({"--model", text}, 0, 999'999'999'999, wanted);
     };
     std::vector<std::string> parts = split(id, "/");
     if (parts.empty() || parts.size() > 3) bad_value({"--model", id}, wanted);
-    if (parts.size() == 1 && !is_source(parts[0])) {
+    if (parts.size() == 1 && !has(kSourceOrder, parts[0])) {
         const std::size_t at = parts[0].find("_step");
         if (at == std::string::npos) return {"", parts[0], -1, true};
         return {"", parts[0].substr(0, at), step(parts[0].substr(at + 5)), true};
@@ -1174,11 +1088,14 @@ std::string home_relative(const fs::path& path) {
     const std::string text = path.string(), home(environment("HOME"));
     return !home.empty() && text.starts_with(home + "/") ? "~" + text.substr(home.size()) : text;
 }
-[[noreturn]] void no_checkpoints(const fs::path& base) {
+std::string nothing_in(const fs::path& base) {
     std::error_code error;
-    const char* what = fs::is_directory(base, error) ? "no checkpoint in " : "no directory ";
+    return cat(fs::is_directory(base, error) ? "no checkpoint in " : "no directory ",
+               home_relative(base));
+}
+[[noreturn]] void no_checkpoints(const fs::path& base) {
     throw Error(ErrorKind::not_found,
-                cat(what, home_relative(base),
+                cat(nothing_in(base),
                     ": looked for model_<step>.pt in base_checkpoints, mid_checkpoints, "
                     "chatsft_checkpoints and chatrl_checkpoints. Point elsewhere with --base-dir "
                     "DIR or NANOCHAT_BASE_DIR"));
@@ -1202,56 +1119,50 @@ ErrorKind kind_of(Status status) {
 // The default among several: the largest d-number, else the tag changed last; of it the last step.
 const ModelInfo* best_of(const std::vector<const ModelInfo*>& models) {
     const auto less = [](const ModelInfo* a, const ModelInfo* b) {
-        const auto x = detail::depth_of(a->tag), y = detail::depth_of(b->tag);
-        if (x != y) return x < y;
-        return a->tag != b->tag ? a->modified < b->modified : a->step < b->step;
+        return std::pair(detail::depth_of(a->tag), a->modified) <
+               std::pair(detail::depth_of(b->tag), b->modified);
     };
-    const auto best = std::max_element(models.begin(), models.end(), less);
-    const ModelInfo* chosen = *best;
-    for (const ModelInfo* m : models) {  // the tag is settled, now its last step
-        if (m->source == chosen->source && m->tag == chosen->tag && m->step > chosen->step)
-            chosen = m;
+    const ModelInfo* best = *std::max_element(models.begin(), models.end(), less);
+    for (const ModelInfo* m : models) {
+        if (m->tag == best->tag && m->step > best->step) best = m;
     }
-    return chosen;
+    return best;
 }
 
 // The checkpoint that is wanted, out of all found. Only one that is ready can be chosen.
 const ModelInfo& choose(const std::vector<ModelInfo>& models, Wanted w,
                         const std::string& preferred) {
-    const auto matching = [&](bool exact, const std::string& source) {
-        std::vector<const ModelInfo*> found;
+    using Found = std::vector<const ModelInfo*>;
+    const bool named = !words_of(w).empty();
+    const auto fitting = [&](bool ready) {
+        Found found;
         for (const ModelInfo& m : models) {
-            const bool fits = (w.tag.empty() || m.tag == w.tag) && (w.step < 0 || m.step == w.step);
-            if ((m.status == Status::ready) == exact && fits &&
-                (source.empty() || m.source == source))
-                found.push_back(&m);
+            const bool fits = (w.source.empty() || m.source == w.source) &&
+                              (w.tag.empty() || m.tag == w.tag) && (w.step < 0 || m.step == w.step);
+            if (fits && (m.status == Status::ready) == ready) found.push_back(&m);
         }
         return found;
     };
-    const bool named = !w.source.empty() || !w.tag.empty() || w.step >= 0;
-    std::vector<const ModelInfo*> ready;
+    Found ready;
     for (const ModelInfo& m : models) {
         if (m.status == Status::ready) ready.push_back(&m);
     }
-    const auto has = [&](std::string_view source) {
-        return std::any_of(ready.begin(), ready.end(),
-                           [&](auto* m) { return m->source == source; });
-    };
-    if (w.any_source) {
-        const auto found = matching(true, "");
-        if (w.step >= 0 && found.size() > 1)
+    if (w.source.empty()) {  // the first that has one, for a bare tag one of this tag
+        const Found among = w.any_source ? fitting(true) : ready;
+        if (w.any_source && w.step >= 0 && among.size() > 1)
             bad_usage(
-                cat("--model: ", w.tag, "_step", w.step, " is ", found_ids(found), ". Name one"));
-        if (!found.empty())
-            w.source = matching(true, preferred).empty() ? found[0]->source : preferred;
-    } else if (w.source.empty()) {
-        w.source = preferred;
+                cat("--model: ", w.tag, "_step", w.step, " is ", found_ids(among), ". Name one"));
+        const auto there = [&](std::string_view source) {
+            return std::any_of(among.begin(), among.end(),
+                               [&](auto* m) { return m->source == source; });
+        };
+        if (there(preferred) || !w.any_source) w.source = preferred;
         for (const std::string_view source : kSourceOrder) {
-            if (!has(w.source) && has(source)) w.source = source;
+            if (!there(w.source) && there(source)) w.source = source;
         }
     }
-    if (const auto found = matching(true, w.source); !found.empty()) return *best_of(found);
-    const auto broken = matching(false, w.source);
+    if (const Found found = fitting(true); !found.empty()) return *best_of(found);
+    const Found broken = fitting(false);
     if (!broken.empty() && (named || ready.empty()))
         throw Error(kind_of(broken[0]->status), broken[0]->id + ": " + broken[0]->reason);
     no_such(w, ready);
@@ -1319,11 +1230,7 @@ std::vector<ModelInfo> models_in(const fs::path& base, const Options& o,
 }
 
 void tell_sample(const fs::path& base) {
-    std::error_code error;
-    const bool there = fs::is_directory(base, error);
-    say(cat(there ? "no checkpoint in " : "no nanochat directory ", home_relative(base),
-            ": using the sample model shipped with nanogpt"),
-        kDim);
+    say(nothing_in(base) + ": using the sample model shipped with nanogpt", kDim);
 }
 bool is_path(std::string_view model) {
     return model.starts_with('/') || model.starts_with('.') || model.ends_with(".pt");
@@ -1369,6 +1276,11 @@ std::uint64_t weight_bytes(const ModelInfo& info, DType dtype) {
 
 std::string capability(const GpuInfo& gpu) { return cat(gpu.major, ".", gpu.minor); }
 
+// The GPU that is used is the first.
+std::optional<GpuInfo> gpu_in_use(bool cuda) {
+    return cuda ? std::optional(find_gpus().at(0)) : std::nullopt;
+}
+
 // Where to compute and with which type of weights: on the GPU if it can be used, else on the CPU.
 struct Place {
     bool cuda = false;
@@ -1385,8 +1297,10 @@ Place place_for(const Options& o) {
 }
 
 // --device-type cuda means it: what stands against it is an error and no note.
-[[noreturn]] void no_cuda(const std::string& why, std::string_view remedy) {
-    throw Error(ErrorKind::device, cat("--device-type cuda: ", why, ". ", remedy));
+[[noreturn]] void no_cuda(const std::string& why) {
+    throw Error(ErrorKind::device,
+                cat("--device-type cuda: ", why,
+                    ". nanogpt doctor tells more; --device-type cpu works everywhere"));
 }
 void check_device(const Options& o) {
     if (o.device_type == "mps") {
@@ -1399,11 +1313,7 @@ void check_device(const Options& o) {
             "--device-type cuda: the GPU computes with bfloat16 weights. Leave out -d float32, or "
             "use --device-type cpu");
     }
-    const std::string problem = cuda_problem();
-    if (problem.empty()) return;
-    no_cuda(problem, kHasCuda ? "nanogpt doctor tells more; --device-type cpu works everywhere"
-                              : "Build it where a CUDA toolkit is installed, or use "
-                                "--device-type cpu");
+    if (const std::string problem = cuda_problem(); !problem.empty()) no_cuda(problem);
 }
 // Once per start: every answer shows the device.
 void tell_reason(const std::string& reason) {
@@ -1422,18 +1332,11 @@ void tell_warnings(const ModelInfo& info) {
 using Watch = std::function<bool(std::uint64_t done, std::uint64_t total)>;  // false stops
 std::shared_ptr<const Model> load(const ModelInfo& info, const Options& o, DType dtype,
                                   const Watch& watch = {}) {
-    LoadOptions options;
-    options.dtype = dtype;
-    options.threads = o.threads;
-    options.overrides = o.overrides;
-    options.progress = watch;
-    const auto progress = std::make_shared<Progress>("loading " + info.id);
-    if (!watch) {
-        options.progress = [progress](std::uint64_t done, std::uint64_t total) {
-            return (*progress)(done, total);
-        };
-    }
-    return load_model(info, options);
+    Progress progress("loading " + info.id);
+    return load_model(info, {.dtype = dtype,
+                             .threads = o.threads,
+                             .overrides = o.overrides,
+                             .progress = watch ? watch : Watch(std::ref(progress))});
 }
 // Refuses before anything is allocated: weights of this type, if they are still to come, and the keys
 // and values of some tokens.
@@ -1451,9 +1354,8 @@ void check_memory(const ModelInfo& info, std::optional<DType> weights, std::int6
 // Memory left to others. Where the GPU shares it with the CPU, running out stalls the machine.
 std::uint64_t default_reserve(bool cuda) {
     const std::uint64_t tenth = nanogpt::detail::total_memory() / 10, gib = std::uint64_t{1} << 30;
-    const std::vector<GpuInfo> gpus = cuda ? find_gpus() : std::vector<GpuInfo>{};
-    const bool shared = !gpus.empty() && gpus[0].integrated;
-    return shared ? std::max(8 * gib, tenth) : std::min(gib, tenth);
+    const std::optional<GpuInfo> gpu = gpu_in_use(cuda);
+    return gpu && gpu->integrated ? std::max(8 * gib, tenth) : std::min(gib, tenth);
 }
 
 struct Device {
@@ -1479,7 +1381,7 @@ Device open_device(const ModelInfo& info, const Options& o, const CudaOptions& o
             return {open_cuda(std::move(model), options), true, std::move(head)};
         } catch (const Error& e) {
             if (e.kind != ErrorKind::device && e.kind != ErrorKind::unsupported) throw;
-            if (o.device_type == "cuda") no_cuda(e.what(), "Use --device-type cpu");
+            if (o.device_type == "cuda") no_cuda(e.what());
             place = {false, o.dtype.value_or(DType::f32), e.what()};
         }
     }
@@ -1500,8 +1402,7 @@ Tokenizer open_tokenizer(const fs::path& path) {
 struct Session {  // one model, ready to answer
     ModelInfo info;
     Tokenizer tokenizer;
-    std::unique_ptr<Backend> backend = {};
-    bool cuda = false;
+    Device device = {};
     double load_seconds = 0;
 };
 // All but the device.
@@ -1519,9 +1420,7 @@ Session pick_session(Options& o, const std::string& preferred) {
 }
 void open_device(Session& s, const Options& o, const CudaOptions& options = {}) {
     const auto start = Clock::now();
-    Device device = open_device(s.info, o, options);
-    s.backend = std::move(device.backend);
-    s.cuda = device.cuda;
+    s.device = open_device(s.info, o, options);
     s.load_seconds = seconds_since(start);
 }
 Session open_session(Options& o, const std::string& preferred) {
@@ -1538,11 +1437,9 @@ std::string loss_words(const ModelInfo& info) {
 // The two commands that write text. An answer goes out as text, as one JSON object, or as one JSON
 // object per piece; the stats line goes to stderr.
 
-struct Answer {
+struct Answer : ReplyStats {
     std::string text;
-    StopReason reason = StopReason::stop_token;
-    int prompt_tokens = 0, completion_tokens = 0;
-    double prefill_seconds = 0, decode_seconds = 0, first_seconds = 0;
+    double first_seconds = 0;  // until the first piece of the text
 };
 std::string_view finish_word(StopReason reason) {
     if (reason == StopReason::stop_token) return "stop";
@@ -1555,32 +1452,25 @@ double tokens_per_second(const Answer& a) {  // the first token is the prompt's
 }
 
 // Takes the pieces of one answer; false when Ctrl-C asks to stop.
-class Output {
-public:
-    Output(const Options& o, int sample) : options_(o), sample_(sample) {}
+struct Output {
+    const Options& options;
+    int sample = 0;
+    Answer answer = {};
+    Clock::time_point start = Clock::now();
+
     bool operator()(std::string_view piece) {
         if (piece.empty()) return !interrupted();
-        if (text_.empty()) first_seconds_ = seconds();
-        text_ += piece;
-        if (options_.stream_json) {
+        if (answer.text.empty()) answer.first_seconds = seconds_since(start);
+        answer.text += piece;
+        if (options.stream_json) {
             Members members = {{"text", piece}};
-            if (options_.num_samples > 1) members.insert(members.begin(), {"sample", sample_});
+            if (options.num_samples > 1) members.insert(members.begin(), {"sample", sample});
             write_json(object(members));
-        } else if (!options_.json) {
+        } else if (!options.json) {
             write_answer(piece);
         }
         return !interrupted();
     }
-    const std::string& text() const { return text_; }
-    double seconds() const { return seconds_since(start_); }
-    double first_seconds() const { return first_seconds_; }
-
-private:
-    const Options& options_;
-    int sample_;
-    Clock::time_point start_ = Clock::now();
-    std::string text_;
-    double first_seconds_ = 0;
 };
 
 void show_stats(const Options& o, const Session& s, const Answer& a) {
@@ -1598,8 +1488,9 @@ Value usage_json(int prompt_tokens, int completion_tokens) {
                    {"completion_tokens", completion_tokens},
                    {"total_tokens", prompt_tokens + completion_tokens}});
 }
-Value timings_json(const Session& s, const Answer& a) {
-    return object({{"load_ms", milliseconds(s.load_seconds)},
+// `before`: what took the time before the prompt was read.
+Value timings_json(std::string_view before, double seconds, const Answer& a) {
+    return object({{before, milliseconds(seconds)},
                    {"prefill_ms", milliseconds(a.prefill_seconds)},
                    {"decode_ms", milliseconds(a.decode_seconds)},
                    {"ttft_ms", milliseconds(a.first_seconds)},
@@ -1624,49 +1515,48 @@ void write_answers(const Options& o, const Session& s, std::string_view prompt,
     }
     members.insert(members.end(), {{"seed", o.sampling.seed},
                                    {"usage", usage_json(first.prompt_tokens, completion)},
-                                   {"timings", timings_json(s, first)},
-                                   {"device", s.backend->device()},
-                                   {"dtype", name_of(s.backend->dtype())}});
+                                   {"timings", timings_json("load_ms", s.load_seconds, first)},
+                                   {"device", s.device.backend->device()},
+                                   {"dtype", name_of(s.device.backend->dtype())}});
     if (o.stream_json) members.insert(members.begin(), {"done", true});
     write_json(object(members));
 }
 
 // ---- sample
 
+std::string valid_text(std::string_view what, const std::string& text) {
+    const std::string valid = to_utf8(text);
+    if (valid != text)
+        note(cat("the ", what, " is not valid UTF-8, its broken bytes are read as U+FFFD"));
+    return valid;
+}
 // The prompt of -p, or all of stdin but its last newline for "-p -".
-std::string read_prompt(const Options& o, LineReader& input) {
-    std::string prompt = *o.prompt == "-" ? input.rest() : *o.prompt;
+std::string read_prompt(const Options& o) {
+    std::string prompt = *o.prompt == "-" ? LineReader().rest() : *o.prompt;
     if (*o.prompt == "-" && prompt.ends_with('\n')) prompt.pop_back();
     if (*o.prompt == "-" && prompt.ends_with('\r')) prompt.pop_back();
-    const std::string valid = to_utf8(prompt);
-    if (valid != prompt) note("the prompt is not valid UTF-8, its broken bytes are read as U+FFFD");
-    return valid;
+    return valid_text("prompt", prompt);
 }
 
 // One continuation of the prompt. What the sequence holds of it is not read again, so only the first
 // sample pays for the prompt.
 Answer complete(const Options& o, Session& s, Sequence& sequence, std::span<const Token> prompt,
                 int index) {
-    GenerateParams params = {o.max_tokens, o.sampling, {}};
-    for (Token id = 0; id < s.tokenizer.vocab_size(); id++) {
-        if (s.tokenizer.is_special(id))
-            params.stop.push_back(id);  // <|bos|> begins another document
-    }
+    // <|bos|> begins another document
+    const GenerateParams params = {o.max_tokens, o.sampling, chat_stop_tokens(s.tokenizer)};
     TextStream stream(s.tokenizer, o.stop);
-    Output output(o, index);
-    Answer answer;
+    Output output = {o, index};
+    Answer& answer = output.answer;
     answer.prompt_tokens = static_cast<int>(prompt.size());
     const auto on_token = [&](Generated generated) {
-        if (answer.completion_tokens++ == 0) answer.prefill_seconds = output.seconds();
+        if (answer.completion_tokens++ == 0) answer.prefill_seconds = seconds_since(output.start);
         return output(stream.push(generated.token)) && !stream.stopped();
     };
-    answer.reason = generate(*s.backend, sequence, prompt, params, on_token, nullptr,
+    answer.reason = generate(*s.device.backend, sequence, prompt, params, on_token, nullptr,
                              static_cast<std::uint64_t>(index));
     if (answer.reason != StopReason::cancelled) output(stream.finish());
     if (stream.stopped()) answer.reason = StopReason::stop_token;
-    answer.text = output.text();
-    answer.decode_seconds = output.seconds() - answer.prefill_seconds;
-    answer.first_seconds = output.first_seconds();
+    answer.decode_seconds = seconds_since(output.start) - answer.prefill_seconds;
     return answer;
 }
 
@@ -1675,51 +1565,33 @@ int run_sample(Options& o) {
         bad_usage(
             "sample: there is no prompt. Give one with -p TEXT, or -p - to read it from stdin");
     catch_interrupts();
-    LineReader input;
-    const std::string prompt = read_prompt(o, input);
+    const std::string prompt = read_prompt(o);
     Session s = open_session(o, "base");
-    std::vector<Token> ids = {s.tokenizer.special("<|bos|>")};
-    const std::vector<Token> text_ids = s.tokenizer.encode(prompt);
-    ids.insert(ids.end(), text_ids.begin(), text_ids.end());
-    const std::unique_ptr<Sequence> sequence = s.backend->new_sequence(s.info.config.sequence_len);
+    std::vector<Token> ids = s.tokenizer.encode(prompt);
+    ids.insert(ids.begin(), s.tokenizer.special("<|bos|>"));
+    const std::unique_ptr<Sequence> sequence =
+        s.device.backend->new_sequence(s.info.config.sequence_len);
+    const bool as_text = !o.json && !o.stream_json;
     std::vector<Answer> answers;
     for (int i = 0; i < o.num_samples && !interrupted(); i++) {
-        const bool as_text = !o.json && !o.stream_json;
         if (i > 0 && as_text) write_out("-----\n");
         answers.push_back(complete(o, s, *sequence, ids, i));
-        if (as_text) write_out("\n"), flush_out();
+        if (as_text) write_out("\n");
         show_stats(o, s, answers.back());
     }
-    if ((o.json || o.stream_json) && !answers.empty()) write_answers(o, s, prompt, answers);
+    if (!as_text && !answers.empty()) write_answers(o, s, prompt, answers);
     if (interrupted()) leave_interrupted();
     return 0;
 }
 
 // ---- chat
 
-// Says one message and writes the answer out.
-void answer_chat(const Options& o, Session& s, Chat& chat, std::string_view message) {
-    Output output(o, 0);
-    chat.params().max_tokens = o.max_tokens;
-    chat.params().sampling = o.sampling;
-    const int dropped = chat.stats().dropped_messages;
-    chat.reply(message, std::ref(output));
-    const ReplyStats& stats = chat.stats();
-    const Answer answer = {output.text(),           stats.reason,          stats.prompt_tokens,
-                           stats.completion_tokens, stats.prefill_seconds, stats.decode_seconds,
-                           output.first_seconds()};
-    if (!o.json && !o.stream_json) write_out("\n"), flush_out();
-    if (stats.dropped_messages > dropped) {
-        note(cat("the model no longer sees the first ", stats.dropped_messages,
-                 " messages (context ", s.info.config.sequence_len, ")"));
-    }
-    show_stats(o, s, answer);
-    if (o.json || o.stream_json) write_answers(o, s, message, {&answer, 1});
-}
-
 int report(const Options& o, const std::exception& e);
 std::string list_models(const Options& o);
 std::string token_table(const Tokenizer& tokenizer, std::span<const Token> tokens);
+
+constexpr std::string_view kRoles[] = {"system", "user", "assistant"};
+std::string_view name_of(Role role) { return kRoles[static_cast<std::size_t>(role)]; }
 
 // The conversation: reads lines, `"""` blocks and slash commands until the end of stdin.
 class Repl {
@@ -1728,11 +1600,11 @@ public:
 
     int run() {
         banner();
-        std::string message;
         while (!done_) {
             try {
-                if (!next_message(message)) break;
-                if (!message.empty()) obey(message);
+                if (interactive_) write_err("\n");
+                std::string line;
+                if (next_line("User:", line)) obey(line);
             } catch (const StreamLost&) {
                 throw;
             } catch (const std::exception& e) {
@@ -1744,138 +1616,133 @@ public:
         return interactive_ ? 0 : failure_;
     }
 
-private:
-    struct Slash {
-        std::string_view word, also, argument, help;
-        void (Repl::*run)(const std::string& argument);
-    };
-    static const std::vector<Slash>& slashes();
+    // Says one message and writes the answer out.
+    void reply(const std::string& message) {
+        Output output = {options_};
+        chat_->params() = {options_.max_tokens, options_.sampling, {}};
+        const int dropped = chat_->stats().dropped_messages;
+        chat_->reply(message, std::ref(output));
+        const Answer answer = {chat_->stats(), output.answer.text, output.answer.first_seconds};
+        const bool as_text = !options_.json && !options_.stream_json;
+        if (as_text) write_out("\n");
+        if (answer.dropped_messages > dropped) {
+            note(cat("the model no longer sees the first ", answer.dropped_messages,
+                     " messages (context ", session_->info.config.sequence_len, ")"));
+        }
+        show_stats(options_, *session_, answer);
+        if (!as_text) write_answers(options_, *session_, message, {&answer, 1});
+    }
 
-    void open(Options& o) {
+private:
+    void open(Options o) {
         auto session = std::make_unique<Session>(open_session(o, "sft"));
-        GenerateParams params;
-        params.stop = chat_stop_tokens(session->tokenizer);
-        auto chat = std::make_unique<Chat>(*session->backend, session->tokenizer, params);
+        auto chat = std::make_unique<Chat>(*session->device.backend, session->tokenizer);
         chat->system() = o.system;
         chat->stop_texts() = o.stop;
         if (chat_) chat->load(chat_->messages());  // read again with the new model
         chat_ = std::move(chat);                   // before the session it points into
         session_ = std::move(session);
+        options_ = std::move(o);
     }
 
     void banner() const {
         const ModelInfo& info = session_->info;
+        const Backend& backend = *session_->device.backend;
         if (terminal.quiet || !interactive_) return;
         const std::string loss = std::isfinite(info.loss) ? " · val loss " + loss_words(info) : "";
         say(cat("nanogpt chat · ", info.source, "/", info.tag, " step ", info.step, loss, " · ",
-                session_->backend->device(), ", ", name_of(session_->backend->dtype())));
+                backend.device(), ", ", name_of(backend.dtype())));
         if (info.source == "base")
             note("a base model was not trained to chat; nanogpt sample lets it continue a text");
         say("Type 'quit' or 'exit' to end, 'clear' to start over, /help for more.");
     }
 
-    void prompt(const char* words) const {
-        if (interactive_) write_err(paint(terminal.err, kGreen, words) + " ");
+    // False: there is no line, after Ctrl-C or at the end.
+    bool next_line(std::string_view prompt, std::string& line) {
+        if (interactive_) write_err(paint(terminal.err, kGreen, prompt) + " ");
+        const LineReader::Result result = input_.read(line);
+        if (result == LineReader::Result::line) return true;
+        done_ = result == LineReader::Result::end;
+        if (interactive_) write_err("\n");
+        if (done_) return false;
+        const bool again = seconds_since(std::exchange(last_interrupt_, Clock::now())) < 2;
+        if (again || !interactive_) leave_interrupted();
+        forget_interrupts();
+        say("Ctrl-C again, or Ctrl-D, to leave");
+        return false;
     }
 
-    // The next line, stripped as nanochat does, or block. False: leave.
-    bool next_message(std::string& message) {
-        if (interactive_) write_err("\n");
-        prompt("User:");
-        if (!next_line(message)) return false;
-        const std::size_t first = message.find_first_not_of(" \t\r\v\f");
-        message = first == message.npos
-                      ? ""
-                      : message.substr(first, message.find_last_not_of(" \t\r\v\f") + 1 - first);
-        if (!message.starts_with("\"\"\"")) return true;
-        std::string block = message.substr(3), line;
-        while (!block.ends_with("\"\"\"")) {
-            prompt("...");
-            if (!next_line(line)) return false;
-            if (interrupted_line_) return message.clear(), true;
+    void obey(std::string line) {
+        constexpr const char* kBlanks = " \t\r\v\f";  // stripped, as nanochat does
+        line.erase(0, std::min(line.find_first_not_of(kBlanks), line.size()));
+        line.erase(line.find_last_not_of(kBlanks) + 1);
+        if (line.starts_with("\"\"\"")) return answer_block(line.substr(3));
+        std::string lower = line;
+        for (char& c : lower) c = detail::ascii_lower(c);
+        if (has(split("quit exit clear", " "), lower)) line = "/" + lower;
+        if (line.starts_with("//")) return answer(line.substr(1));
+        if (!line.starts_with("/")) return answer(line);
+        const std::size_t end = std::min(line.find_first_of(" \t"), line.size());
+        const std::string word = line.substr(1, end - 1);
+        const std::string help = cat("/help lists them, //", word, " sends the text");
+        line.erase(0, std::min(line.find_first_not_of(" \t", end), line.size()));
+        (this->*find_entry(slashes(), "/", word, help).run)(line);
+    }
+    void answer_block(std::string block) {
+        for (std::string line; !block.ends_with("\"\"\"");) {
+            if (!next_line("...", line)) return;
             block += (block.empty() ? "" : "\n") + line;
         }
-        literal_ = true;
-        message = block.substr(0, block.size() - 3);
-        return true;
+        answer(block.substr(0, block.size() - 3));
     }
-    bool next_line(std::string& line) {
-        line.clear();
-        interrupted_line_ = false;
-        switch (input_.read(line)) {
-            case LineReader::Result::line:
-                return true;
-            case LineReader::Result::end:
-                if (interactive_) write_err("\n");
-                return false;
-            case LineReader::Result::interrupted:
-                break;
-        }
-        forget_interrupts();
-        const auto now = Clock::now();
-        const bool again = std::chrono::duration<double>(now - last_interrupt_).count() < 2;
-        last_interrupt_ = now;
-        write_err("\n");
-        if (again || !interactive_) leave_interrupted();
-        say("Ctrl-C again, or Ctrl-D, to leave");
-        return interrupted_line_ = true;
-    }
-
-    void obey(std::string message) {
-        std::string lower = message;
-        for (char& c : lower) c = c >= 'A' && c <= 'Z' ? static_cast<char>(c + 32) : c;
-        const bool literal = std::exchange(literal_, false);
-        if (!literal && (lower == "quit" || lower == "exit")) return quit("");
-        if (!literal && lower == "clear") return clear("");
-        if (literal || message[0] != '/') return answer(message);
-        if (message.starts_with("//")) return answer(message.substr(1));
-        const std::size_t end = std::min(message.find_first_of(" \t"), message.size());
-        const std::string word = message.substr(1, end - 1);
-        const std::string argument =
-            message.substr(std::min(message.find_first_not_of(" \t", end), message.size()));
-        std::vector<std::string> words;
-        for (const Slash& slash : slashes()) {
-            const std::vector<std::string> also = split(slash.also, " ");
-            if (slash.word == word || std::find(also.begin(), also.end(), word) != also.end()) {
-                return (this->*slash.run)(argument);
-            }
-            words.push_back("/" + std::string(slash.word));
-        }
-        bad_usage(cat("unknown command /", word, did_you_mean("/" + word, words),
-                      " /help lists them, //", word, " sends the text"));
-    }
-
     void answer(const std::string& message) {
-        const std::string valid = to_utf8(message);
-        if (valid != message)
-            note("the message is not valid UTF-8, its broken bytes are read as U+FFFD");
+        if (message.empty()) return;
         if (interactive_) write_err("\n" + paint(terminal.err, kGreen, "Assistant:") + " ");
-        answer_chat(options_, *session_, *chat_, valid);
+        reply(valid_text("message", message));
         if (interrupted()) note("stopped");
     }
-    // Sets one option from what was typed behind its command, or shows it.
-    void set(const char* name, const std::string& argument, void (*apply)(Options&, const Given&),
-             const std::string& now) {
-        if (argument.empty()) return say(std::string(name) + " " + now);
-        apply(options_, {name, argument});
-    }
-    std::string last_message() const {
-        const std::vector<Message> messages = chat_->messages();
-        if (messages.empty() || messages.back().role == Role::system)
-            bad_usage("the conversation is empty");
-        return messages[messages.size() - 2].content;
+
+    // The slash commands.
+
+    struct Slash {
+        std::string_view name, aliases, argument, help;
+        void (Repl::*run)(const std::string& argument);
+    };
+    static const std::vector<Slash>& slashes() {
+        static const std::vector<Slash> kSlashes = {
+            {"help", "?", "", "this list", &Repl::help},
+            {"clear", "", "", "start over", &Repl::clear},
+            {"quit", "exit bye", "", "leave; Ctrl-D does too", &Repl::quit},
+            {"models", "", "", "list the checkpoints", &Repl::models},
+            {"model", "", "[MODEL]", "show or switch the model; the conversation stays",
+             &Repl::model},
+            {"temperature", "", "[X]", "show or set; 0 is greedy", &Repl::temperature},
+            {"topk", "", "[N]", "show or set; 0 is the whole vocabulary", &Repl::topk},
+            {"topp", "", "[X]", "show or set; 1 is off", &Repl::topp},
+            {"max", "", "[N]", "show or set the most new tokens", &Repl::max},
+            {"seed", "", "[N]", "show or set; -1 is random", &Repl::seed},
+            {"system", "", "[TEXT]", "show or set what stands in front of the first message",
+             &Repl::system},
+            {"regen", "", "", "answer again with the next seed", &Repl::regen},
+            {"undo", "", "", "take back the last exchange", &Repl::undo},
+            {"edit", "", "", "take it back and type the message anew", &Repl::edit},
+            {"save", "", "FILE", "write the conversation as JSON", &Repl::save},
+            {"load", "", "FILE", "read one", &Repl::load},
+            {"stats", "", "[on|off]", "the line after each answer", &Repl::stats},
+            {"context", "", "", "tokens of each message", &Repl::context},
+            {"tokens", "", "[TEXT]", "the tokens of the text, or of the last answer",
+             &Repl::tokens}};
+        return kSlashes;
     }
 
     void help(const std::string&) {
-        for (const Slash& s : slashes()) {
-            say("  " +
-                fit("/" + std::string(s.word) +
-                        (s.argument.empty() ? "" : " " + std::string(s.argument)),
-                    20) +
-                " " + std::string(s.help));
-        }
-        say("  " + fit("\"\"\" ... \"\"\"", 20) + " a message of many lines");
-        say("  " + fit("//text", 20) + " sends /text");
+        const auto line = [](const std::string& typed, std::string_view does) {
+            say(cat("  ", fit(typed, 20), " ", does));
+        };
+        for (const Slash& s : slashes())
+            line(cat("/", s.name, s.argument.empty() ? "" : " ", s.argument), s.help);
+        line("\"\"\" ... \"\"\"", "a message of many lines");
+        line("//text", "sends /text");
     }
     void clear(const std::string&) {
         chat_->reset();
@@ -1888,53 +1755,50 @@ private:
         Options o = options_;
         o.source = o.tag = "", o.step = -1, o.model = id;
         open(o);
-        options_ = o;
         banner();
     }
+    // Sets an option as its flag does, or shows it.
+    void set(std::string_view name, std::string_view flag, const std::string& typed,
+             const Value& now) {
+        if (typed.empty()) return say(cat(name, " ", now.text));
+        find_flag(find_command("chat"), flag).apply(options_, {name, typed});
+    }
     void temperature(const std::string& x) {
-        set("temperature", x, set_temperature, Value(options_.sampling.temperature).text);
+        set("temperature", "--temperature", x, options_.sampling.temperature);
     }
-    void topk(const std::string& n) {
-        set("topk", n, set_top_k, std::to_string(options_.sampling.top_k));
-    }
-    void topp(const std::string& x) {
-        set("topp", x, set_top_p, Value(options_.sampling.top_p).text);
-    }
-    void max(const std::string& n) {
-        set("max", n, set_max_tokens, std::to_string(options_.max_tokens));
-    }
-    void seed(const std::string& n) {
-        set("seed", n, set_seed, std::to_string(options_.sampling.seed));
-    }
+    void topk(const std::string& n) { set("topk", "--top-k", n, options_.sampling.top_k); }
+    void topp(const std::string& x) { set("topp", "--top-p", x, options_.sampling.top_p); }
+    void max(const std::string& n) { set("max", "--max-tokens", n, options_.max_tokens); }
+    void seed(const std::string& n) { set("seed", "--seed", n, options_.sampling.seed); }
     void system(const std::string& text) {
         if (text.empty())
             return say("system " + (chat_->system().empty() ? "(none)" : chat_->system()));
         chat_->system() = options_.system = text;
     }
+    // Takes back the last exchange and returns its message.
+    std::string take_back() {
+        const std::vector<Message> messages = chat_->messages();
+        if (!chat_->undo()) bad_usage("the conversation is empty");
+        return messages[messages.size() - 2].content;
+    }
     void regen(const std::string&) {
-        const std::string message = last_message();
-        chat_->undo();
+        const std::string message = take_back();
         options_.sampling.seed++;
         answer(message);
     }
     void undo(const std::string&) {
-        last_message();  // or says that there is none
-        chat_->undo();
+        take_back();
         note("the last exchange is taken back");
     }
     void edit(const std::string&) {
-        const std::string message = last_message();
-        chat_->undo();
-        say("the last message was: " + message);
+        say("the last message was: " + take_back());
         say("Type what takes its place.");
     }
     void save(const std::string& file) {
         if (file.empty()) bad_usage("/save: a file name is needed");
         NewFile out(file);
         const auto as_json = [](const Message& m) {
-            static constexpr std::string_view kRoles[] = {"system", "user", "assistant"};
-            return object(
-                {{"role", kRoles[static_cast<std::size_t>(m.role)]}, {"content", m.content}});
+            return object({{"role", name_of(m.role)}, {"content", m.content}});
         };
         out.write(object({{"messages", array(chat_->messages(), as_json)}}).text + "\n");
         out.commit();
@@ -1945,31 +1809,28 @@ private:
         const std::vector<std::byte> bytes = detail::read_file(file, 16u << 20);
         const Json json = parse_json(detail::as_text(bytes));
         const Json* list = json.find("messages");
-        std::vector<Message> messages;
         if (list == nullptr) bad_usage("/load: " + detail::quote(file) + " has no \"messages\"");
+        std::vector<Message> messages;
         for (const Json& item : list->array) {
             const Json *role = item.find("role"), *content = item.find("content");
-            if (role == nullptr || content == nullptr || content->kind != Json::Kind::string) {
-                bad_usage("/load: a message needs the texts \"role\" and \"content\"");
+            const auto* name = std::find(std::begin(kRoles), std::end(kRoles),
+                                         role == nullptr ? "" : role->string);
+            if (name == std::end(kRoles) || content == nullptr ||
+                content->kind != Json::Kind::string) {
+                bad_usage(cat("/load: a message needs a \"role\", one of ", join(kRoles, ", "),
+                              ", and a text \"content\""));
             }
-            const std::string name =
-                one_of({"role", role->string}, {"system", "user", "assistant"});
-            messages.push_back({name == "user"     ? Role::user
-                                : name == "system" ? Role::system
-                                                   : Role::assistant,
-                                content->string});
+            messages.push_back({static_cast<Role>(name - kRoles), content->string});
         }
         chat_->load(messages);
         options_.system = chat_->system();
-        note("loaded " + std::to_string(messages.size()) + " messages");
+        note(cat("loaded ", messages.size(), " messages"));
     }
     void stats(const std::string& on) {
         if (!on.empty()) options_.stats = one_of({"/stats", on}, {"on", "off"}) == "on";
-        say(std::string("stats ") +
-            (options_.stats.value_or(terminal.err.terminal) ? "on" : "off"));
+        say(options_.stats.value_or(terminal.err.terminal) ? "stats on" : "stats off");
     }
     void context(const std::string&) {
-        static constexpr const char* kRoles[] = {"system", "user", "assistant"};
         std::size_t total = 1;  // <|bos|>
         for (const Message& m : chat_->messages()) {
             const std::size_t tokens =
@@ -1977,18 +1838,16 @@ private:
             total += tokens;
             std::string line = m.content.substr(0, 200);
             std::replace(line.begin(), line.end(), '\n', ' ');
-            say(fit(std::to_string(tokens), 7, true) + "  " +
-                fit(kRoles[static_cast<std::size_t>(m.role)], 9) + "  " +
-                fit(safe(line), terminal.width - 20));
+            say(cat(fit(std::to_string(tokens), 7, true), "  ", fit(name_of(m.role), 9), "  ",
+                    fit(safe(line), terminal.width - 20)));
         }
-        say(fit(std::to_string(total), 7, true) + "  of " +
-            std::to_string(session_->info.config.sequence_len) + " tokens");
+        say(cat(fit(std::to_string(total), 7, true), "  of ", session_->info.config.sequence_len,
+                " tokens"));
     }
     void tokens(const std::string& text) {
-        const std::span<const Token> last = chat_->answer();
-        const std::vector<Token> ids = text.empty() ? std::vector<Token>(last.begin(), last.end())
-                                                    : session_->tokenizer.encode(text);
-        write_err(token_table(session_->tokenizer, ids));
+        write_err(text.empty()
+                      ? token_table(session_->tokenizer, chat_->answer())
+                      : token_table(session_->tokenizer, session_->tokenizer.encode(text)));
     }
 
     Options& options_;
@@ -1997,48 +1856,16 @@ private:
     std::unique_ptr<Chat> chat_;
     LineReader input_;
     Clock::time_point last_interrupt_ = {};
-    bool interrupted_line_ = false, literal_ = false, done_ = false;
+    bool done_ = false;
     int failure_ = 0;  // exit code of the last error, for scripts
 };
-
-const std::vector<Repl::Slash>& Repl::slashes() {
-    static const std::vector<Slash> kSlashes = {
-        {"help", "?", "", "this list", &Repl::help},
-        {"clear", "", "", "start over", &Repl::clear},
-        {"quit", "exit bye", "", "leave; Ctrl-D does too", &Repl::quit},
-        {"models", "", "", "list the checkpoints", &Repl::models},
-        {"model", "", "[MODEL]", "show or switch the model; the conversation stays", &Repl::model},
-        {"temperature", "", "[X]", "show or set; 0 is greedy", &Repl::temperature},
-        {"topk", "", "[N]", "show or set; 0 is the whole vocabulary", &Repl::topk},
-        {"topp", "", "[X]", "show or set; 1 is off", &Repl::topp},
-        {"max", "", "[N]", "show or set the most new tokens", &Repl::max},
-        {"seed", "", "[N]", "show or set; -1 is random", &Repl::seed},
-        {"system", "", "[TEXT]", "show or set what stands in front of the first message",
-         &Repl::system},
-        {"regen", "", "", "answer again with the next seed", &Repl::regen},
-        {"undo", "", "", "take back the last exchange", &Repl::undo},
-        {"edit", "", "", "take it back and type the message anew", &Repl::edit},
-        {"save", "", "FILE", "write the conversation as JSON", &Repl::save},
-        {"load", "", "FILE", "read one", &Repl::load},
-        {"stats", "", "[on|off]", "the line after each answer", &Repl::stats},
-        {"context", "", "", "tokens of each message", &Repl::context},
-        {"tokens", "", "[TEXT]", "the tokens of the text, or of the last answer", &Repl::tokens}};
-    return kSlashes;
-}
 
 int run_chat(Options& o) {
     catch_interrupts();
     if (!o.prompt) return Repl(o).run();
-    LineReader input;
-    const std::string prompt = read_prompt(o, input);
+    const std::string prompt = read_prompt(o);
     if (prompt.empty()) bad_usage("--prompt: found no text, leave it out to start a conversation");
-    Session s = open_session(o, "sft");
-    GenerateParams params;
-    params.stop = chat_stop_tokens(s.tokenizer);
-    Chat chat(*s.backend, s.tokenizer, params);
-    chat.system() = o.system;
-    chat.stop_texts() = o.stop;
-    answer_chat(o, s, chat, prompt);
+    Repl(o).reply(prompt);
     if (interrupted()) leave_interrupted();
     return 0;
 }
@@ -2047,7 +1874,7 @@ int run_chat(Options& o) {
 // The small commands: what is there, what is in it, what the model reads, what it answers in numbers.
 
 std::string upper(std::string text) {
-    for (char& c : text) c = c >= 'a' && c <= 'z' ? static_cast<char>(c - 32) : c;
+    for (char& c : text) c = detail::ascii_upper(c);
     return text;
 }
 std::string architecture(const Config& c) {
@@ -2059,8 +1886,7 @@ std::string file_of(const ModelInfo& info,
                     const fs::path& base) {  // no absolute path leaves the program
     const fs::path relative = info.model_file.lexically_relative(base);
     const bool inside = !relative.empty() && *relative.begin() != "..";
-    return inside && relative.is_relative() ? relative.string()
-                                            : info.model_file.filename().string();
+    return inside ? relative.string() : info.model_file.filename().string();
 }
 double metric(const ModelInfo& info, std::string_view name) {
     if (info.loss_metric == name) return info.loss;
@@ -2080,8 +1906,8 @@ Value architecture_json(const ModelInfo& info) {
                    {"window_pattern", c.window_pattern}, {"generation", facts.name}, {"saved_by", facts.dates},
                    {"rope_base", c.rope_base}, {"qk_scale", c.qk_scale}, {"softcap", c.softcap}});
 }
-// One entry of the list that programs read.
-Members model_members(const ModelInfo& info, const fs::path& base, const std::string& default_id) {
+// What programs read of a checkpoint.
+Members model_members(const ModelInfo& info, const fs::path& base) {
     const bool known = !info.tensors.empty(), ready = info.status == Status::ready, has_loss = std::isfinite(info.loss);
     Members metrics;
     for (const auto& [key, value] : info.metrics) metrics.emplace_back(key, value);
@@ -2092,8 +1918,7 @@ Members model_members(const ModelInfo& info, const fs::path& base, const std::st
             {"architecture", architecture_json(info)}, {"parameters", known ? Value(info.parameters) : nullptr},
             {"size_bytes", info.file_bytes}, {"memory_bytes", known ? Value(info.memory_bytes) : nullptr},
             {"file", file_of(info, base)}, {"modified", iso_date(info.modified)}, {"status", name_of(info.status)},
-            {"reason", or_null(info.reason)}, {"loaded", false}, {"can_chat", ready && info.source != "base"},
-            {"default", info.id == default_id}};
+            {"reason", or_null(info.reason)}, {"can_chat", ready && info.source != "base"}};
 }
 // clang-format on
 
@@ -2113,50 +1938,61 @@ bool is_best(const ModelInfo& info, const std::vector<ModelInfo>& models) {
            });
 }
 
-// All checkpoints of --type in the order of --sort; `all` keeps those found.
-std::vector<ModelInfo> listed(const Options& o, std::vector<ModelInfo>& all) {
-    const fs::path base = base_dir(o.base_dir);
-    all = models_in(base, o);
-    if (all.empty()) no_checkpoints(base);
+struct Catalog {  // the checkpoints as they were last seen
+    fs::path base;
     std::vector<ModelInfo> models;
-    for (const ModelInfo& m : all) {
-        const bool fits =
-            o.types.empty() || std::find(o.types.begin(), o.types.end(), m.source) != o.types.end();
-        if (fits) models.push_back(m);
+    Tokens tokens;
+    fs::file_time_type tokenizer_time = {};
+    std::string default_id;
+    std::int64_t unix_time = std::time(nullptr);
+    Clock::time_point time = Clock::now();
+};
+Catalog read_catalog(const Options& o) {
+    Catalog c;
+    c.base = base_dir(o.base_dir);
+    c.models = models_in(c.base, o);
+    if (c.models.empty()) no_checkpoints(c.base);
+    c.tokens = base_tokenizer(c.base);
+    c.default_id = default_of(c.models);
+    return c;
+}
+
+// The checkpoints of --type in the order of --sort.
+std::vector<const ModelInfo*> listed(const Options& o, const Catalog& c) {
+    std::vector<const ModelInfo*> models;
+    for (const ModelInfo& m : c.models) {
+        if (o.types.empty() || has(o.types, m.source)) models.push_back(&m);
     }
     if (models.empty())
         throw Error(ErrorKind::not_found, cat("no checkpoint of type ", join(o.types, ", "), " in ",
-                                              home_relative(base)));
-    const auto less = [&](const ModelInfo& a, const ModelInfo& b) {
-        if (o.sort == "step") return a.step > b.step;
-        if (o.sort == "date") return a.modified > b.modified;
-        if (o.sort == "name") return a.tag != b.tag ? a.tag < b.tag : a.id < b.id;
-        const bool x = std::isfinite(a.loss),
-                   y = std::isfinite(b.loss);  // by loss: each unit by itself
+                                              home_relative(c.base)));
+    const auto less = [&](const ModelInfo* a, const ModelInfo* b) {
+        if (o.sort == "step") return a->step > b->step;
+        if (o.sort == "date") return a->modified > b->modified;
+        if (o.sort == "name") return a->tag != b->tag ? a->tag < b->tag : a->id < b->id;
+        const bool x = std::isfinite(a->loss), y = std::isfinite(b->loss);
         if (!x || !y) return x && !y;
-        return a.loss_unit != b.loss_unit ? a.loss_unit < b.loss_unit : a.loss < b.loss;
+        // by loss: each unit by itself
+        return a->loss_unit != b->loss_unit ? a->loss_unit < b->loss_unit : a->loss < b->loss;
     };
     if (!o.sort.empty()) std::stable_sort(models.begin(), models.end(), less);
     return models;
 }
 
 std::string list_models(const Options& o) {
-    std::vector<ModelInfo> all;
-    const std::vector<ModelInfo> models = listed(o, all);
-    const std::string default_id = default_of(all);
+    const Catalog c = read_catalog(o);
     std::vector<std::vector<std::string>> rows;
     std::size_t hidden = 0;
-    for (const ModelInfo& m : models) {
-        if (m.status == Status::refused && !o.all) {
+    for (const ModelInfo* m : listed(o, c)) {
+        if (m->status == Status::refused && !o.all) {
             hidden++;
             continue;
         }
-        const std::string status =
-            std::string(name_of(m.status)) + (m.reason.empty() ? "" : ": " + m.reason);
-        rows.push_back({upper(m.source), m.tag, std::to_string(m.step), loss_words(m),
-                        m.has_config ? architecture(m.config) : "—", human_bytes(m.file_bytes),
-                        date_of(m.modified, "%Y-%m-%d %H:%M", false),
-                        status + (m.id == default_id ? " *" : "")});
+        rows.push_back({upper(m->source), m->tag, std::to_string(m->step), loss_words(*m),
+                        m->has_config ? architecture(m->config) : "—", human_bytes(m->file_bytes),
+                        date_of(m->modified, "%Y-%m-%d %H:%M", false),
+                        cat(name_of(m->status), m->reason.empty() ? "" : ": ", m->reason,
+                            m->id == c.default_id ? " *" : "")});
     }
     std::string text = table({{"TYPE"},
                               {"MODEL", false, 0, 20},
@@ -2167,61 +2003,50 @@ std::string list_models(const Options& o) {
                               {"CHANGED", false, 3, 16},
                               {"STATUS"}},
                              rows);
-    const fs::path base = base_dir(o.base_dir);
-    const Tokens tokens = base_tokenizer(base);
-    const std::string tokenizer = tokens.reason.empty()
-                                      ? cat("tokenizer ", thousands(tokens.vocab_size), " tokens")
-                                      : cat("no usable tokenizer: ", safe(tokens.reason));
+    const std::string tokenizer = c.tokens.reason.empty()
+                                      ? cat("tokenizer ", thousands(c.tokens.vocab_size), " tokens")
+                                      : cat("no usable tokenizer: ", safe(c.tokens.reason));
     text += cat(rows.size(), rows.size() == 1 ? " checkpoint in " : " checkpoints in ",
-                safe(home_relative(base)), ", ", tokenizer, ".");
+                safe(home_relative(c.base)), ", ", tokenizer, ".");
     if (hidden > 0) text += cat(" ", hidden, " refused: --all lists them.");
     return text + " * = default for \"nanogpt chat\"\n";
 }
 
 Value device_json(const Options& o) {
     const Place place = place_for(o);
-    const std::vector<GpuInfo> gpus = place.cuda ? find_gpus() : std::vector<GpuInfo>{};
-    const bool known = !gpus.empty();
-    return object({{"type", place.cuda ? "cuda" : "cpu"},
-                   {"name", known ? gpus[0].name : cat("CPU (", cpu_features(), ")")},
-                   {"compute_capability", known ? Value(capability(gpus[0])) : Value(nullptr)},
+    const std::optional<GpuInfo> gpu = gpu_in_use(place.cuda);
+    return object({{"type", gpu ? "cuda" : "cpu"},
+                   {"name", gpu ? gpu->name : cat("CPU (", cpu_features(), ")")},
+                   {"compute_capability", gpu ? Value(capability(*gpu)) : nullptr},
                    {"dtype", name_of(place.dtype)},
                    {"fallback_reason", or_null(place.reason)}});
 }
 
 // The list of models, as --json and the HTTP interface tell it.
-Value models_json(const Options& o, const std::vector<const ModelInfo*>& shown,
-                  const std::vector<ModelInfo>& all, const fs::path& base, const Tokens& tokens,
-                  const std::string& default_id, std::int64_t scanned,
+Value models_json(const Options& o, const Catalog& c, const std::vector<const ModelInfo*>& shown,
                   const std::function<bool(const std::string&)>& loaded) {
     const auto entry = [&](const ModelInfo* m) {
-        Members members = model_members(*m, base, default_id);
-        for (auto& [name, value] : members) {
-            if (name == "loaded") value = loaded && loaded(m->id);
-        }
-        members.emplace_back("best", is_best(*m, all));
+        Members members = model_members(*m, c.base);
+        members.emplace_back("loaded", loaded(m->id));
+        members.emplace_back("default", m->id == c.default_id);
+        members.emplace_back("best", is_best(*m, c.models));
         return object(members);
     };
-    const bool usable = tokens.reason.empty();
+    const bool usable = c.tokens.reason.empty();
     return object(
         {{"models", array(shown, entry)},
          {"count", shown.size()},
-         {"default", or_null(default_id)},
+         {"default", or_null(c.default_id)},
          {"tokenizer", object({{"status", usable ? "ready" : "refused"},
-                               {"vocab_size", usable ? Value(tokens.vocab_size) : Value(nullptr)},
-                               {"reason", or_null(tokens.reason)}})},
+                               {"vocab_size", usable ? Value(c.tokens.vocab_size) : nullptr},
+                               {"reason", or_null(c.tokens.reason)}})},
          {"device", device_json(o)},
-         {"scanned_at", iso_date(scanned)}});
+         {"scanned_at", iso_date(c.unix_time)}});
 }
 int run_models(Options& o) {
     if (!o.json) return write_out(list_models(o)), 0;
-    std::vector<ModelInfo> all;
-    const std::vector<ModelInfo> models = listed(o, all);
-    std::vector<const ModelInfo*> shown;
-    for (const ModelInfo& m : models) shown.push_back(&m);
-    const fs::path base = base_dir(o.base_dir);
-    write_json(models_json(o, shown, all, base, base_tokenizer(base), default_of(all),
-                           std::time(nullptr), nullptr));
+    const Catalog c = read_catalog(o);
+    write_json(models_json(o, c, listed(o, c), [](const std::string&) { return false; }));
     return 0;
 }
 Value openai_model_json(const ModelInfo& m) {
@@ -2229,14 +2054,9 @@ Value openai_model_json(const ModelInfo& m) {
         {{"id", m.id}, {"object", "model"}, {"created", m.modified}, {"owned_by", "local"}});
 }
 
-std::string shape_words(const std::vector<std::int64_t>& shape) {
-    return cat("(", join(shape, ", ", [](std::int64_t n) { return std::to_string(n); }), ")");
-}
-
 // One checkpoint in full.
 Members detail_members(const ModelInfo& info, const fs::path& base) {
-    Members members = model_members(info, base, info.id);
-    members.pop_back();  // "default" is a word of lists
+    Members members = model_members(info, base);
     members.emplace_back("cache_bytes_per_token", cache_bytes(info.config, DType::f32));
     members.emplace_back(
         "settings", array(info.settings, [](const Setting& s) {
@@ -2283,7 +2103,7 @@ int run_show(Options& o) {
     text += "\n" + table({{"SETTING"}, {"VALUE"}, {"WHERE FROM"}}, rows) + "\n";
     rows.clear();
     for (const TensorInfo& t : info.tensors)
-        rows.push_back({t.name, std::string(name_of(t.dtype)), shape_words(t.shape)});
+        rows.push_back({t.name, std::string(name_of(t.dtype)), detail::to_string(t.shape)});
     write_out(text + table({{"TENSOR"}, {"DTYPE"}, {"SHAPE"}}, rows));
     return 0;
 }
@@ -2307,9 +2127,8 @@ std::string token_table(const Tokenizer& tokenizer, std::span<const Token> token
     std::vector<std::vector<std::string>> rows;
     for (const Token token : tokens) {
         const std::string piece(tokenizer.piece(token));
-        std::string bytes;
-        for (const int b : bytes_of(piece))
-            bytes += (bytes.empty() ? "" : " ") + hex(static_cast<std::uint32_t>(b), 2);
+        const auto digits = [](int byte) { return hex(static_cast<std::uint32_t>(byte), 2); };
+        const std::string bytes = join(bytes_of(piece), " ", digits);
         const bool special = tokenizer.is_special(token);
         rows.push_back({std::to_string(token), special ? piece : "\"" + piece + "\"",
                         special ? "special" : bytes});
@@ -2324,33 +2143,9 @@ std::vector<Token> parse_ids(std::string_view what, const std::vector<std::strin
         ids.push_back(number<Token>({what, text}, 0, vocab_size - 1, wanted));
     return ids;
 }
-std::vector<Token> parse_ids(std::string_view what, const Json* json, int vocab_size) {
-    if (json == nullptr || json->kind != Json::Kind::array)
-        bad_usage(cat(what, ": an array of token ids is needed"));
-    std::vector<std::string> texts;
-    for (const Json& id : json->array)
-        texts.push_back(id.kind == Json::Kind::number ? id.string : "what stands there");
-    return parse_ids(what, texts, vocab_size);
-}
-
-// Calls each(JSON value, "line N") for every line of stdin that is not empty.
-template <class Each>
-int each_json_line(Each&& each) {
-    LineReader input;
-    std::string line;
-    for (std::size_t n = 1; input.read(line) == LineReader::Result::line; n++) {
-        const std::string where = "stdin, line " + std::to_string(n);
-        if (line.find_first_not_of(" \t\r") == line.npos) continue;
-        Json json;
-        try {
-            json = parse_json(line);
-        } catch (const Error& e) {
-            bad_usage(where + ": " + e.what());
-        }
-        write_out(each(json, where).text + "\n");
-    }
-    flush_out();
-    return 0;
+// "1,2,3", "1 2 3" and a JSON array.
+std::vector<Token> read_ids(std::string_view list, int vocab_size) {
+    return parse_ids("ids", split(list, ", \t\r\n[]"), vocab_size);
 }
 
 Value token_json(const Tokenizer& tokenizer, Token id) {
@@ -2366,33 +2161,17 @@ Value tokens_json(const Tokenizer& tokenizer, const std::vector<Token>& ids) {
 
 int run_tokenize(Options& o) {
     const Tokenizer tokenizer = pick_tokenizer(o);
-    if (o.jsonl) {
-        if (!o.arguments.empty()) bad_usage("tokenize: --jsonl reads stdin, leave the text out");
-        return each_json_line([&](const Json& json, const std::string& where) {
-            const Json* text = json.find("text");
-            if (text == nullptr || text->kind != Json::Kind::string)
-                bad_usage(where + ": {\"text\":\"...\"} is needed");
-            return object({{"ids", array(tokenizer.encode(text->string))}});
-        });
-    }
     const std::string text = to_utf8(o.arguments.empty() ? LineReader().rest() : o.arguments[0]);
     const std::vector<Token> ids = tokenizer.encode(text);
-    if (!o.json) return write_out(token_table(tokenizer, ids)), 0;
-    return write_json(tokens_json(tokenizer, ids)), 0;
+    if (o.json) return write_json(tokens_json(tokenizer, ids)), 0;
+    write_out(token_table(tokenizer, ids));
+    return 0;
 }
 
 int run_detokenize(Options& o) {
     const Tokenizer tokenizer = pick_tokenizer(o);
-    if (o.jsonl) {
-        if (!o.arguments.empty()) bad_usage("detokenize: --jsonl reads stdin, leave the ids out");
-        return each_json_line([&](const Json& json, const std::string& where) {
-            return object({{"text", tokenizer.decode(parse_ids(where, json.find("ids"),
-                                                               tokenizer.vocab_size()))}});
-        });
-    }
     const std::string typed = o.arguments.empty() ? LineReader().rest() : join(o.arguments, " ");
-    const std::vector<Token> ids =
-        parse_ids("ids", split(typed, ", \t\r\n[]"), tokenizer.vocab_size());
+    const std::vector<Token> ids = read_ids(typed, tokenizer.vocab_size());
     const std::string text = to_utf8(tokenizer.decode(ids));
     if (o.json) return write_json(object({{"text", text}, {"count", ids.size()}})), 0;
     write_answer(text + "\n");
@@ -2403,18 +2182,18 @@ int run_detokenize(Options& o) {
 
 // Logits (T, V) of a sequence, to a file and to their argmax; all other values to a file of their own.
 struct LogitRows : Observer {
-    NewFile *out = nullptr, *hooks = nullptr;
+    std::optional<NewFile> out, hooks;
     std::vector<Token> argmax;
     std::vector<float> best;
     bool wants(HookPoint point, int) override {
         // (H, T, keys) are left out: their size grows with the square of the sequence
         const bool map = point == HookPoint::attn_scores || point == HookPoint::pattern;
-        return point == HookPoint::logits || (hooks != nullptr && !map);
+        return point == HookPoint::logits || (hooks && !map);
     }
     void on(const Activation& a) override {
         const std::string_view bytes(reinterpret_cast<const char*>(a.values.data()),
                                      a.values.size_bytes());
-        if (hooks != nullptr) {
+        if (hooks) {
             const Value head = object(
                 {{"name", name(a.point, a.layer)}, {"pos", a.pos}, {"shape", array(a.shape)}});
             hooks->write(head.text + "\n");
@@ -2422,7 +2201,7 @@ struct LogitRows : Observer {
         }
         if (a.point != HookPoint::logits) return;
         const std::size_t V = static_cast<std::size_t>(a.shape[1]);
-        if (out != nullptr) out->write(bytes);
+        if (out) out->write(bytes);
         for (std::size_t at = 0; at < a.values.size(); at += V) {
             const auto row = a.values.subspan(at, V);
             const auto top = std::max_element(row.begin(), row.end());
@@ -2432,27 +2211,21 @@ struct LogitRows : Observer {
     }
 };
 
-std::vector<Token> read_ids(const Options& o, int vocab_size) {
-    if (!o.ids.empty()) return parse_ids("--ids", split(o.ids, ", "), vocab_size);
-    const std::vector<std::byte> bytes = detail::read_file(o.ids_file, 16u << 20);
-    const Json json = parse_json(detail::as_text(bytes));
-    return parse_ids("--ids-file", &json, vocab_size);
-}
-
 int run_logits(Options& o) {
     if (o.ids.empty() == o.ids_file.empty())
         bad_usage("logits: one of --ids LIST and --ids-file FILE is needed");
     catch_interrupts();
     const ModelInfo info = pick_model(o, "sft", false);
-    const std::vector<Token> ids = read_ids(o, info.config.vocab_size);
+    std::string list = o.ids;
+    if (list.empty()) list = detail::as_text(detail::read_file(o.ids_file, 16u << 20));
+    const std::vector<Token> ids = read_ids(list, info.config.vocab_size);
     if (ids.empty()) bad_usage("logits: at least one token id is needed");
     tell_warnings(info);
     const std::unique_ptr<Backend> backend = open_device(info, o).backend;
     const int T = static_cast<int>(ids.size()), V = info.config.vocab_size;
     LogitRows rows;
-    std::optional<NewFile> file, hooks;
-    if (!o.out.empty()) rows.out = &file.emplace(o.out);
-    if (!o.hooks.empty()) rows.hooks = &hooks.emplace(o.hooks);
+    if (!o.out.empty()) rows.out.emplace(o.out);
+    if (!o.hooks.empty()) rows.hooks.emplace(o.hooks);
     const std::unique_ptr<Sequence> sequence = backend->new_sequence(T);
     constexpr std::size_t kPiece = 1024;  // tokens: their logits are in memory at once
     for (std::size_t at = 0; at < ids.size(); at += kPiece) {
@@ -2460,11 +2233,11 @@ int run_logits(Options& o) {
         const Chunk chunk = {sequence.get(), std::span(ids).subspan(at, n), true};
         backend->step({&chunk, 1}, &rows);
     }
-    if (file) file->commit();
-    if (hooks) hooks->commit();
+    if (rows.out) rows.out->commit();
+    if (rows.hooks) rows.hooks->commit();
     if (o.json) {
         write_json(object({{"shape", array(std::array{T, V})}, {"argmax", array(rows.argmax)}}));
-    } else if (file) {
+    } else if (rows.out) {
         note(cat("wrote ", o.out, ": float32 (", T, ", ", V, ")"));
     } else {
         std::vector<std::vector<std::string>> lines;
@@ -2481,21 +2254,26 @@ int run_logits(Options& o) {
 // ---- check: whole and safe? Every byte is read, nothing is executed.
 
 struct Verdict {
-    std::string file, status = "ok", what;
+    std::string file, status = "ok", what = {};
     std::int64_t offset = -1;
-    Members values;  // --values: tensors with NaN or infinities
+    std::vector<Value> values = {};  // --values: tensors with NaN or infinities
 };
 
-void check_entries(const detail::ZipFile& zip) {  // all checksums, 1 MiB at a time
-    std::vector<std::byte> buffer(1u << 20);
+// Calls each(bytes) for `size` bytes of a file from `offset` on, at most 1 MiB at a time.
+template <class Each>
+void each_piece(const File& file, std::uint64_t offset, std::uint64_t size, Each&& each) {
+    std::vector<std::byte> buffer(std::min<std::uint64_t>(size, 1u << 20));
+    for (std::uint64_t at = 0; at < size; at += buffer.size()) {
+        const auto part = std::span(buffer).first(std::min(buffer.size(), size - at));
+        file.read(offset + at, part);
+        each(part);
+    }
+}
+void check_entries(const detail::ZipFile& zip) {  // all checksums
     for (const detail::ZipEntry& entry : zip.entries()) {
         std::uint32_t crc = 0;
-        for (std::uint64_t at = 0; at < entry.size; at += buffer.size()) {
-            const auto part = std::span(buffer).first(
-                static_cast<std::size_t>(std::min<std::uint64_t>(buffer.size(), entry.size - at)));
-            zip.file().read(entry.offset + at, part);
-            crc = detail::crc32(part, crc);
-        }
+        each_piece(zip.file(), entry.offset, entry.size,
+                   [&](std::span<const std::byte> part) { crc = detail::crc32(part, crc); });
         detail::ZipFile::verify(entry, crc);
     }
 }
@@ -2510,22 +2288,17 @@ std::pair<std::int64_t, std::int64_t> count_values(const detail::ZipFile& zip,
                                           {DType::bf16, 0x7f80, 0x7f},
                                           {DType::f16, 0x7c00, 0x3ff},
                                           {DType::f64, 0x7ff0000000000000, 0xfffffffffffff}};
-    const auto layout = std::find_if(std::begin(kLayouts), std::end(kLayouts),
-                                     [&](const Layout& l) { return l.dtype == t.info.dtype; });
-    if (layout == std::end(kLayouts)) return {0, 0};
     std::pair<std::int64_t, std::int64_t> counts;
-    std::vector<std::byte> buffer(1u << 20);
-    const std::size_t step = size_of(t.info.dtype);
-    for (std::uint64_t at = 0; at < t.bytes(); at += buffer.size()) {
-        const auto part = std::span(buffer).first(
-            static_cast<std::size_t>(std::min<std::uint64_t>(buffer.size(), t.bytes() - at)));
-        zip.file().read(t.entry->offset + at, part);
-        for (std::size_t i = 0; i < part.size(); i += step) {
-            std::uint64_t bits = 0;
-            std::memcpy(&bits, part.data() + i, step);
-            if ((bits & layout->exponent) != layout->exponent) continue;
-            ((bits & layout->fraction) != 0 ? counts.first : counts.second)++;
-        }
+    for (const Layout& layout : kLayouts) {
+        if (layout.dtype != t.info.dtype) continue;
+        each_piece(zip.file(), t.entry->offset, t.bytes(), [&](std::span<const std::byte> part) {
+            for (; !part.empty(); part = part.subspan(size_of(layout.dtype))) {
+                std::uint64_t bits = 0;
+                std::memcpy(&bits, part.data(), size_of(layout.dtype));
+                if ((bits & layout.exponent) != layout.exponent) continue;
+                ((bits & layout.fraction) != 0 ? counts.first : counts.second)++;
+            }
+        });
     }
     return counts;
 }
@@ -2554,19 +2327,19 @@ void check_checkpoint(Verdict& v, const fs::path& path, bool values) {
     std::int64_t bad = 0;
     for (const detail::StoredTensor& t : tensors) {
         const auto [nans, infinities] = count_values(zip, t);
-        if (nans + infinities > 0)
-            v.values.emplace_back(
-                "", object({{"tensor", t.info.name}, {"nan", nans}, {"infinite", infinities}}));
         bad += nans + infinities;
+        if (nans + infinities == 0) continue;
+        v.values.push_back(
+            object({{"tensor", t.info.name}, {"nan", nans}, {"infinite", infinities}}));
     }
     v.what += ", " + thousands(bad) + " values that are NaN or infinite";
 }
 
 Verdict check_file(const fs::path& path, bool values) {
-    Verdict v;
-    v.file = path.string();
+    Verdict v = {path.string()};
     try {
         const std::string extension = path.extension().string();
+        const File file(path);  // missing is another answer than refused
         if (extension == ".pt") {
             check_checkpoint(v, path, values);
         } else if (extension == ".pkl") {
@@ -2578,9 +2351,7 @@ Verdict check_file(const fs::path& path, bool values) {
                      architecture(detail::read_config(
                          parse_json(detail::as_text(bytes), JsonDialect::python, 64), has_pattern));
         } else {
-            const File file(path);  // missing is another answer than refused
-            throw Error(ErrorKind::unsupported,
-                        "not a file that nanogpt reads: .pt, .pkl and .json are");
+            detail::unsupported({"not a file that nanogpt reads: .pt, .pkl and .json are"});
         }
     } catch (const Error& e) {
         v.status = e.kind == ErrorKind::not_found     ? "missing"
@@ -2614,47 +2385,33 @@ int run_check(Options& o) {
     if (o.arguments.empty())
         bad_usage("check: a file or a directory is needed. Try: nanogpt help check");
     std::vector<Verdict> verdicts;
+    int refused = 0, missing = 0;
     const auto add = [&](Verdict v) {
-        const char* color = v.status == "ok" ? kGreen : kRed;
+        const bool good = v.status == "ok";
+        if (!good) (v.status == "missing" ? missing : refused)++;
         if (!o.json) {
-            write_out(paint(terminal.out, color, fit(v.status, 11)) + "  " + safe(v.file) + "  " +
-                      safe(v.what) + "\n");
-            for (const auto& [name, counts] : v.values)
-                write_out("             " + counts.text + "\n");
-            flush_out();
+            write_out(cat(paint(terminal.out, good ? kGreen : kRed, fit(v.status, 11)), "  ",
+                          safe(v.file), "  ", safe(v.what), "\n"));
+            for (const Value& counts : v.values) write_out(cat("             ", counts.text, "\n"));
         }
         verdicts.push_back(std::move(v));
     };
     for (const std::string& argument : o.arguments) {
         std::error_code error;
-        if (!fs::is_directory(argument, error)) {
-            add(check_file(argument, o.values));
-            continue;
-        }
-        const std::vector<fs::path> files = files_in(argument);
+        std::vector<fs::path> files = {argument};
+        if (fs::is_directory(argument, error)) files = files_in(argument);
         for (const fs::path& file : files) add(check_file(file, o.values));
-        if (files.empty())
-            add({.file = argument,
-                 .status = "missing",
-                 .what = "holds no file that nanogpt reads",
-                 .offset = -1,
-                 .values = {}});
+        if (files.empty()) add({argument, "missing", "holds no file that nanogpt reads"});
     }
-    const auto count = [&](std::string_view status) {
-        return std::count_if(verdicts.begin(), verdicts.end(),
-                             [&](const Verdict& v) { return v.status == status; });
-    };
-    const auto refused = count("refused") + count("unsupported"), missing = count("missing");
     if (o.json) {
         const auto entry = [](const Verdict& v) {
             const bool good = v.status == "ok";
-            return object(
-                {{"file", v.file},
-                 {"status", v.status},
-                 {"what", good ? Value(v.what) : Value(nullptr)},
-                 {"reason", good ? Value(nullptr) : Value(v.what)},
-                 {"offset", v.offset < 0 ? Value(nullptr) : Value(v.offset)},
-                 {"values", array(v.values, [](const auto& counts) { return counts.second; })}});
+            return object({{"file", v.file},
+                           {"status", v.status},
+                           {"what", or_null(good ? v.what : "")},
+                           {"reason", or_null(good ? "" : v.what)},
+                           {"offset", v.offset < 0 ? nullptr : Value(v.offset)},
+                           {"values", array(v.values)}});
         };
         write_json(object(
             {{"files", array(verdicts, entry)}, {"refused", refused}, {"missing", missing}}));
@@ -2666,8 +2423,7 @@ int run_check(Options& o) {
 
 std::string version() {
     constexpr int v = NANOGPT_VERSION;
-    return std::to_string(v / 10000) + "." + std::to_string(v / 100 % 100) + "." +
-           std::to_string(v % 100);
+    return cat(v / 10000, ".", v / 100 % 100, ".", v % 100);
 }
 // Bytes per second that all threads together read from memory: the best of some passes over more than
 // the caches hold.
@@ -2701,11 +2457,7 @@ public:
     explicit Doctor(Options& o) : options_(o), place_(place_for(o)) {}
 
     int run() {
-        add("program", kOk, cat("nanogpt ", version(), ", compiled by ", compiler()));
-        add("cpu", kOk,
-            cat(cpu_features(), ", ", ThreadPool::physical_cores(), " cores, ",
-                std::thread::hardware_concurrency(), " threads"));
-        examine("memory", &Doctor::memory);
+        examine("memory", &Doctor::machine);
         examine("cuda", &Doctor::cuda);
         examine("bandwidth", &Doctor::bandwidth);
         examine("base dir", &Doctor::base);
@@ -2727,12 +2479,14 @@ private:
         std::string message;
     };
 
-    void add(std::string_view name, std::string_view status, std::string message) {
+    // `remedy`: added to what is not ok.
+    void add(std::string_view name, std::string_view status, std::string message,
+             std::string_view remedy = "") {
         const char* color = status == kOk ? kGreen : status == kFail ? kRed : kYellow;
+        if (status != kOk && !remedy.empty()) message += cat(". ", remedy);
         if (!options_.json) {
             write_out(cat(paint(terminal.out, color, fit(status, 4)), "  ", fit(name, 10), "  ",
                           safe(message), "\n"));
-            flush_out();
         }
         checks_.push_back({name, status, std::move(message)});
     }
@@ -2746,93 +2500,75 @@ private:
             add(name, kFail, e.what());
         }
     }
-    static std::string compiler() { return cat(kHasCuda ? "nvcc and " : "", "C++ ", __VERSION__); }
 
-    void memory() {
+    void machine() {
+        add("program", kOk,
+            cat("nanogpt ", version(), ", compiled by ", kHasCuda ? "nvcc and " : "", "C++ ",
+                __VERSION__));
+        add("cpu", kOk,
+            cat(cpu_features(), ", ", ThreadPool::physical_cores(), " cores, ",
+                std::thread::hardware_concurrency(), " threads"));
         const std::uint64_t have = detail::available_memory();
-        const bool low = have < std::uint64_t{2} << 30;
-        add("memory", low ? kWarn : kOk,
-            cat(human_bytes(have), " of ", human_bytes(detail::total_memory()), " available",
-                low ? ". Close other programs" : ""));
+        add("memory", have < std::uint64_t{2} << 30 ? kWarn : kOk,
+            cat(human_bytes(have), " of ", human_bytes(detail::total_memory()), " available"),
+            "Close other programs");
     }
 
-    // Without a GPU the CPU computes: that is a failure only for those who asked for the GPU.
+    // Without a GPU the CPU computes: that is a failure only for those who asked for the GPU, and no
+    // fault at all of a program made for the CPU on a machine without a driver.
     void cuda() {
-        const std::string_view without = options_.device_type == "cuda" ? kFail : kWarn;
-        if (!kHasCuda) {
-            std::error_code error;
-            const bool driver = fs::exists("/proc/driver/nvidia/version", error);
-            const bool wanted = driver || options_.device_type == "cuda";
-            add("cuda", wanted ? without : kOk,
-                cat("not in this build: the CPU computes",
-                    wanted ? ". Install the CUDA toolkit, 12.8 or later, and build again" : ""));
-            return;
-        }
+        std::error_code error;
         const std::string problem = cuda_problem();
+        const bool asked = options_.device_type == "cuda";
+        const bool missed = asked || kHasCuda || fs::exists("/proc/driver/nvidia/version", error);
+        const std::string_view without = asked ? kFail : missed ? kWarn : kOk;
         add("cuda", problem.empty() ? kOk : without,
             problem.empty() ? cuda_versions()
-                            : cat(problem, " (", cuda_versions(),
-                                  "): the CPU computes. Look whether nvidia-smi shows the GPU"));
+                            : cat(problem, ": the CPU computes",
+                                  kHasCuda ? cat(" (", cuda_versions(), ")") : ""),
+            kHasCuda ? "Look whether nvidia-smi shows the GPU"
+                     : "Install the CUDA toolkit, 12.8 or later, and build again");
         for (const GpuInfo& gpu : find_gpus()) {
-            const bool good = gpu.problem.empty();
             // only the first is used: another one that cannot be is no fault
-            add("gpu",
-                good              ? kOk
-                : gpu.device == 0 ? without
-                                  : kWarn,
+            const std::string_view unused = gpu.device == 0 ? without : kWarn;
+            add("gpu", gpu.problem.empty() ? kOk : unused,
                 cat(gpu.name, ", compute capability ", capability(gpu), ", ", gpu.sms, " SMs, ",
                     human_bytes(gpu.free_bytes), " of ", human_bytes(gpu.memory_bytes), " free",
-                    gpu.integrated ? ", shared with the CPU" : "",
-                    good ? "" : cat(". It is not used: ", gpu.problem)));
+                    gpu.integrated ? ", shared with the CPU" : ""),
+                cat("It is not used: ", gpu.problem));
         }
     }
 
     void bandwidth() {
-        add("bandwidth", kOk,
-            cat("the CPU reads ", gigabytes_per_second(cpu_read_bandwidth(options_.threads)),
-                " from memory"));
+        const double cpu = cpu_read_bandwidth(options_.threads);
+        add("bandwidth", kOk, cat("the CPU reads ", gigabytes_per_second(cpu), " from memory"));
         if (!place_.cuda) return;
-        const std::vector<GpuInfo> gpus = find_gpus();
-        const double measured = cuda_read_bandwidth();
+        const double gpu = cuda_read_bandwidth();
         // A GB10 reads 231 to 240 GB/s; some get stuck at low clocks.
-        const bool slow = !gpus.empty() && gpus[0].integrated && measured < 215e9;
-        add("bandwidth", slow ? kWarn : kOk,
-            cat("the GPU reads ", gigabytes_per_second(measured), " from memory",
-                slow ? ", less than the 215 GB/s that a GB10 exceeds when idle. Stop other "
-                       "programs; "
-                       "if it stays, update the firmware and take it off the mains for a minute"
-                     : ""));
+        add("bandwidth", gpu_in_use(true)->integrated && gpu < 215e9 ? kWarn : kOk,
+            cat("the GPU reads ", gigabytes_per_second(gpu), " from memory"),
+            "A GB10 exceeds 215 GB/s when idle. Stop other programs; if it stays, update the "
+            "firmware and take it off the mains for a minute");
     }
 
     void base() {
         const fs::path base = base_dir(options_.base_dir);
-        const std::string where = home_relative(base);
         std::error_code error;
-        const bool there = fs::is_directory(base, error);
-        add("base dir", there ? kOk : kWarn,
-            there ? where
-                  : cat(where,
-                        " is not there. Name another with --base-dir or "
-                        "NANOCHAT_BASE_DIR"));
-        std::vector<ModelInfo> models =
-            there ? models_in(base, options_) : std::vector<ModelInfo>{};
-        const std::size_t found = models.size();
-        std::erase_if(models, [](const ModelInfo& m) { return m.status != Status::ready; });
-        const std::size_t broken = found - models.size();
-        if (models.empty()) {
-            add("models", kWarn,
-                cat(found, " found, none that is ready: the sample model answers. ",
-                    found > 0 ? "nanogpt models --all says why"
-                              : "They belong in base_checkpoints, mid_checkpoints, "
-                                "chatsft_checkpoints or chatrl_checkpoints"));
-            const fs::path sample = bundled_sample();
-            if (!sample.empty()) models = find_models(sample);
-        } else {
-            add("models", broken > 0 ? kWarn : kOk,
-                cat(models.size(), " ready, ", choose(models, {}, "sft").id, " by default",
-                    broken > 0 ? cat("; ", broken, " not. nanogpt models --all says why") : ""));
-        }
-        models_ = std::move(models);
+        add("base dir", fs::is_directory(base, error) ? kOk : kWarn, home_relative(base),
+            "It is not there. Name another with --base-dir or NANOCHAT_BASE_DIR");
+        models_ = models_in(base, options_);
+        const std::size_t found = models_.size();
+        std::erase_if(models_, [](const ModelInfo& m) { return m.status != Status::ready; });
+        const std::size_t ready = models_.size();
+        const std::string chosen = default_of(models_);
+        add("models", ready > 0 && ready == found ? kOk : kWarn,
+            cat(ready, " of ", found, " ready, by default ",
+                chosen.empty() ? "the sample model answers" : chosen),
+            found > 0 ? "nanogpt models --all says why others are not"
+                      : "They belong in base_checkpoints, mid_checkpoints, chatsft_checkpoints or "
+                        "chatrl_checkpoints");
+        const fs::path sample = bundled_sample();
+        if (ready == 0 && !sample.empty()) models_ = find_models(sample);
     }
 
     void tokenizer() {
@@ -2862,19 +2598,16 @@ private:
             cat(cpu->device(), " on ", info.id, ": ", tokens, " tokens in ",
                 decimals(1000 * seconds_since(start), 1), " ms"));
     }
-
-    void gpu_test(const ModelInfo& info, const std::shared_ptr<const Model>& model) {
+    void gpu_test(const ModelInfo& info, const std::shared_ptr<const Model>& model) try {
         CudaOptions options;
         options.kv_tokens = static_cast<std::uint64_t>(info.config.sequence_len);
-        try {
-            const std::unique_ptr<Backend> gpu = open_cuda(model, options);
-            add("self-test", kOk,
-                cat(gpu->device(), " on ", info.id, ": logits differ from the CPU's by ",
-                    decimals(100 * cuda_self_test(*gpu, model), 3), " %"));
-        } catch (const Error& e) {
-            if (e.kind != ErrorKind::unsupported) throw;
-            add("self-test", kWarn, cat(info.id, ": ", e.what(), ". The CPU runs this model"));
-        }
+        const std::unique_ptr<Backend> gpu = open_cuda(model, options);
+        add("self-test", kOk,
+            cat(gpu->device(), " on ", info.id, ": logits differ from the CPU's by ",
+                decimals(100 * cuda_self_test(*gpu, model), 3), " %"));
+    } catch (const Error& e) {
+        if (e.kind != ErrorKind::unsupported) throw;
+        add("self-test", kWarn, cat(info.id, ": ", e.what()), "The CPU runs this model");
     }
 
     Options& options_;
@@ -2925,33 +2658,30 @@ struct BenchCost {
     std::uint64_t kv_stored = 0, kv_read = 0;  // bytes per token of context; per sequence and step
     double flops = 0, prefill_flops = 0;       // per token written; of the prompt
     std::string dtypes;                        // "1,234 bfloat16, 56 float32"
+    std::uint64_t step(int batch) const {      // bytes
+        return weights + static_cast<std::uint64_t>(batch) * kv_read;
+    }
 };
 BenchCost bench_cost(const ModelInfo& info, const BenchPlan& plan, bool cuda, DType dtype) {
     BenchCost cost;
-    double matmul = 0;
-    std::vector<std::pair<std::string, std::int64_t>> counts;
+    std::map<std::string_view, std::uint64_t> counts;
     for (const TensorInfo& t : info.tensors) {
         const std::uint64_t n = detail::count(t.shape);
         cost.stored += n * size_of(t.dtype);
-        const auto same = [&](const auto& c) { return c.first == name_of(t.dtype); };
-        auto at = std::find_if(counts.begin(), counts.end(), same);
-        if (at == counts.end()) at = counts.insert(at, {std::string(name_of(t.dtype)), 0});
-        at->second += static_cast<std::int64_t>(n);
+        counts[name_of(t.dtype)] += n;
         const bool table = t.name == "transformer.wte.weight" ||
                            t.name.starts_with("value_embeds.") ||
                            t.name.starts_with("bigram_embed.");
         if (table || t.shape.size() < 2) continue;
-        const bool half = dtype == DType::bf16 || t.dtype == DType::bf16;
-        cost.weights += n * (half ? 2u : 4u);
-        matmul += static_cast<double>(n);
+        cost.weights += n * size_of(t.dtype == DType::bf16 ? t.dtype : dtype);
+        cost.flops += 2 * static_cast<double>(n);
     }
-    std::sort(counts.begin(), counts.end());
-    cost.dtypes =
-        join(counts, ", ", [](const auto& c) { return thousands(c.second) + " " + c.first; });
+    cost.dtypes = join(counts, ", ", [](const auto& c) {
+        return cat(thousands(static_cast<std::int64_t>(c.second)), " ", c.first);
+    });
     const Config& c = info.config;
-    const DType cache = cuda ? DType::bf16 : DType::f32;
-    cost.kv_stored = cache_bytes(c, cache);
-    cost.flops = 2 * matmul, cost.prefill_flops = 2 * matmul * plan.prompt;
+    cost.kv_stored = cache_bytes(c, cuda ? DType::bf16 : DType::f32);
+    cost.prefill_flops = cost.flops * plan.prompt;
     for (int layer = 0; layer < c.n_layer; layer++) {
         const int context = std::min(plan.prompt + plan.decode / 2, c.window(layer));
         const double n = plan.prompt, w = std::min(plan.prompt, c.window(layer));
@@ -2963,113 +2693,183 @@ BenchCost bench_cost(const ModelInfo& info, const BenchPlan& plan, bool cuda, DT
     return cost;
 }
 
-struct BenchRow {
-    int batch = 0, steps = 0;
-    double first = 0, step = 0,
-           rate = 0;  // seconds to all first tokens; median of the steps; tok/s
-};
-
 double median(std::vector<double> times) {
     const auto middle = times.begin() + std::ssize(times) / 2;
     std::nth_element(times.begin(), middle, times.end());
     return *middle;
 }
 
-class Bench {
+// Some sequences with the same prompt. Its calls return seconds.
+class BenchGroup {
 public:
-    Bench(const Options& o, Session& s, const BenchPlan& plan) : options_(o), s_(s), plan_(plan) {
-        constexpr std::string_view kParagraph =
-            "The history of science is the study of the development of science, including both the "
-            "natural and social sciences. Science is a body of empirical, theoretical, and "
-            "practical knowledge about the natural world. ";
-        prompt_ = {s.tokenizer.special("<|bos|>")};
-        const std::vector<Token> paragraph = s.tokenizer.encode(kParagraph);
-        const auto length = static_cast<std::size_t>(plan.prompt);
-        while (prompt_.size() < length)
-            prompt_.insert(prompt_.end(), paragraph.begin(), paragraph.end());
-        prompt_.resize(length);
+    BenchGroup(Backend& backend, std::span<const Token> prompt, int decode,
+               const SamplingParams& sampling, int batch)
+        : backend_(backend), prompt_(prompt), tokens_(static_cast<std::size_t>(batch)) {
+        for (std::size_t i = 0; i < tokens_.size(); i++) {
+            const int room = static_cast<int>(prompt.size()) + decode;
+            sequences_.push_back(backend.new_sequence(room));
+            samplers_.push_back(std::make_unique<Sampler>(sampling, i));
+            pointers_.push_back(samplers_[i].get());
+            chunks_.push_back({sequences_[i].get(), {&tokens_[i], 1}});
+        }
     }
-
-    // Median seconds from the ids to the first token, after a warm-up.
-    double prefill() {
-        Group group(*this, 1);
-        std::vector<double> times;
+    double first() {  // one prompt after the other
         const auto start = Clock::now();
-        for (int run = 0; run < 6 && (run < 2 || seconds_since(start) < 5); run++)
-            times.push_back(group.first());
-        times.erase(times.begin());
-        return median(times);
+        for (std::size_t i = 0; i < tokens_.size(); i++) {
+            if (interrupted()) leave_interrupted();
+            sequences_[i]->rewind(0);
+            const Chunk last = detail::read_prompt(backend_, *sequences_[i], prompt_);
+            tokens_[i] = backend_.sample({&last, 1}, {&pointers_[i], 1})[0];
+        }
+        first_ = tokens_;
+        return seconds_since(start);
     }
-
-    BenchRow decode(int batch) {
-        const std::int64_t tokens = std::int64_t{batch} * (plan_.prompt + plan_.decode);
-        if (!s_.cuda) check_memory(s_.info, std::nullopt, tokens);
-        Group group(*this, batch);
-        BenchRow row = {batch, plan_.decode - 1, group.first(), 0, 0};
-        for (int i = 0; i < std::min(row.steps, 8); i++) group.next();  // warm-up
-        group.rewind();
-        std::vector<double> times;
-        double total = 0;
-        for (int i = 0; i < row.steps; i++) total += times.emplace_back(group.next());
-        row.step = median(times);
-        row.rate = batch * row.steps / total;
-        return row;
+    double next() {
+        if (interrupted()) leave_interrupted();
+        const auto start = Clock::now();
+        const std::span<const Token> drawn = backend_.sample(chunks_, pointers_);
+        std::copy(drawn.begin(), drawn.end(), tokens_.begin());
+        return seconds_since(start);
+    }
+    void rewind() {  // to where first() left them
+        for (const auto& sequence : sequences_) sequence->rewind(static_cast<int>(prompt_.size()));
+        std::copy(first_.begin(), first_.end(), tokens_.begin());
     }
 
 private:
-    // Some sequences with the same prompt. Its calls return seconds.
-    class Group {
-    public:
-        Group(Bench& bench, int batch) : bench_(bench) {
-            for (int i = 0; i < batch; i++) {
-                sequences_.push_back(
-                    bench.s_.backend->new_sequence(bench.plan_.prompt + bench.plan_.decode));
-                samplers_.emplace_back(bench.options_.sampling, static_cast<std::uint64_t>(i));
-            }
-            for (Sampler& sampler : samplers_) pointers_.push_back(&sampler);
-        }
-        double first() {  // one prompt after the other
-            const auto start = Clock::now();
-            first_.clear();
-            for (std::size_t i = 0; i < sequences_.size(); i++) {
-                if (interrupted()) leave_interrupted();
-                sequences_[i]->rewind(0);
-                const Chunk last =
-                    detail::read_prompt(*bench_.s_.backend, *sequences_[i], bench_.prompt_);
-                Sampler* const sampler = pointers_[i];
-                first_.push_back(bench_.s_.backend->sample({&last, 1}, {&sampler, 1})[0]);
-            }
-            tokens_ = first_;
-            return seconds_since(start);
-        }
-        double next() {
-            if (interrupted()) leave_interrupted();
-            const auto start = Clock::now();
-            chunks_.clear();
-            for (std::size_t i = 0; i < sequences_.size(); i++)
-                chunks_.push_back({sequences_[i].get(), {&tokens_[i], 1}});
-            const std::span<const Token> drawn = bench_.s_.backend->sample(chunks_, pointers_);
-            std::copy(drawn.begin(), drawn.end(), tokens_.begin());
-            return seconds_since(start);
-        }
-        void rewind() {  // to where first() left them
-            for (const auto& sequence : sequences_) sequence->rewind(bench_.plan_.prompt);
-            tokens_ = first_;
-        }
+    Backend& backend_;
+    std::span<const Token> prompt_;
+    std::vector<Token> tokens_, first_;
+    std::vector<std::unique_ptr<Sequence>> sequences_;
+    std::vector<std::unique_ptr<Sampler>> samplers_;
+    std::vector<Sampler*> pointers_;
+    std::vector<Chunk> chunks_;  // they point into tokens_
+};
 
-    private:
-        Bench& bench_;
-        std::vector<std::unique_ptr<Sequence>> sequences_;
-        std::vector<Sampler> samplers_;
-        std::vector<Sampler*> pointers_;
-        std::vector<Token> first_, tokens_;
-        std::vector<Chunk> chunks_;
-    };
+struct BenchRow {
+    int batch = 0;
+    double first = 0, step = 0, rate = 0;  // s to all first tokens; median s of the steps; tok/s
+};
+
+class Bench {
+public:
+    Bench(const Options& o, Session& s, const BenchPlan& plan)
+        : options_(o),
+          s_(s),
+          plan_(plan),
+          prompt_(static_cast<std::size_t>(plan.prompt), s.tokenizer.special("<|bos|>")) {}
+
+    int run() {
+        const std::string dtype(name_of(s_.device.backend->dtype()));
+        tell(cat(s_.info.id, " on ", s_.device.backend->device(), ", ", dtype, ", reading ",
+                 gigabytes_per_second(bandwidth_), " (measured now)\n"));
+        prefill_ = prefill();
+        tell(cat("prefill: ", plan_.prompt, " tokens in ", decimals(1000 * prefill_, 2), " ms, ",
+                 thousands(static_cast<std::int64_t>(plan_.prompt / prefill_)), " tok/s, ",
+                 decimals(cost_.prefill_flops / prefill_ / 1e12, 2), " TFLOP/s\n"));
+        tell(cat("decode: ", plan_.decode - 1, " steps from a context of ", plan_.prompt,
+                 " tokens. A step reads the matrices once and the keys and values\n"
+                 "of every sequence; not counted are the tables of embeddings, of which it reads "
+                 "single rows.\nMore than 100 % of the measured bandwidth means that the caches "
+                 "hold them.\n"));
+        tell_cells({"BATCH", "FIRST", "STEP", "TOK/S", "READ/STEP", "READ", "OF MEASURED"});
+        for (const int batch : plan_.batches) {
+            try {
+                rows_.push_back(decode(batch));
+                tell_row(rows_.back());
+            } catch (const Error& e) {
+                if (e.kind != ErrorKind::out_of_memory) throw;
+                note(cat("batch size ", batch, " is left out: ", e.what()));
+            }
+        }
+        write_json(as_json());
+        return 0;
+    }
+
+private:
+    BenchGroup group(int batch) const {
+        return {*s_.device.backend, prompt_, plan_.decode, options_.sampling, batch};
+    }
+    // Median seconds from the ids to the first token, after a warm-up.
+    double prefill() const {
+        BenchGroup one = group(1);
+        std::vector<double> times;
+        const auto start = Clock::now();
+        for (int run = 0; run < 6 && (run < 2 || seconds_since(start) < 5); run++)
+            times.push_back(one.first());
+        times.erase(times.begin());
+        return median(times);
+    }
+    BenchRow decode(int batch) const {
+        const std::int64_t tokens = std::int64_t{batch} * (plan_.prompt + plan_.decode);
+        if (!s_.device.cuda) check_memory(s_.info, std::nullopt, tokens);
+        BenchGroup all = group(batch);
+        const int steps = plan_.decode - 1;  // the first token is the prompt's
+        BenchRow row = {batch, all.first()};
+        for (int i = 0; i < std::min(steps, 8); i++) all.next();  // warm-up
+        all.rewind();
+        std::vector<double> times;
+        double total = 0;
+        for (int i = 0; i < steps; i++) total += times.emplace_back(all.next());
+        row.step = median(times);
+        row.rate = batch * steps / total;
+        return row;
+    }
+
+    void tell(const std::string& text) const {
+        if (!options_.json) write_out(text);
+    }
+    void tell_cells(std::initializer_list<std::string> cells) const {
+        std::string line;
+        for (const std::string& cell : cells) line += fit(cell, line.empty() ? 5 : 13, true);
+        tell(line + "\n");
+    }
+    double rate(const BenchRow& r) const {  // bytes per second
+        return static_cast<double>(cost_.step(r.batch)) / r.step;
+    }
+    void tell_row(const BenchRow& r) const {
+        tell_cells({std::to_string(r.batch), decimals(1000 * r.first, 1) + " ms",
+                    decimals(1000 * r.step, 3) + " ms", decimals(r.rate, r.rate < 100 ? 1 : 0),
+                    human_bytes(cost_.step(r.batch)), gigabytes_per_second(rate(r)),
+                    decimals(100 * rate(r) / bandwidth_, 1) + " %"});
+    }
+
+    // clang-format off
+    Value as_json() const {
+        const std::optional<GpuInfo> gpu = gpu_in_use(s_.device.cuda);
+        const std::uint64_t full = cost_.kv_stored * static_cast<std::uint64_t>(s_.info.config.sequence_len);
+        const std::uint64_t total = gpu ? gpu->memory_bytes : 0;
+        const auto known = [&](Value value) { return gpu ? value : nullptr; };
+        const auto row = [&](const BenchRow& r) {
+            return object({{"batch_size", r.batch}, {"ttft_sec", r.first}, {"tpot_sec", r.step}, {"tok_per_sec", r.rate},
+                           {"bytes_per_step", cost_.step(r.batch)}, {"mbu_percent", 100 * rate(r) / bandwidth_},
+                           {"mfu_percent", nullptr}, {"peak_vram_bytes", nullptr}, {"decode_steps", plan_.decode - 1}});
+        };
+        return object({{"source", s_.info.source}, {"model_tag", s_.info.tag}, {"step", s_.info.step},
+            {"model_config", architecture_json(s_.info)}, {"gpu", gpu ? Value(gpu->name) : nullptr},
+            {"device", s_.device.backend->device()}, {"dtype", name_of(s_.device.backend->dtype())},
+            {"peak_bandwidth_bytes_per_sec", nullptr}, {"read_bandwidth_bytes_per_sec", bandwidth_}, {"total_vram_bytes", known(total)},
+            {"num_params", s_.info.parameters}, {"param_dtypes", cost_.dtypes}, {"weight_bytes", cost_.stored},
+            {"kv_bytes_per_token", cost_.kv_stored}, {"kv_read_bytes_per_step", cost_.kv_read}, {"bytes_per_step", cost_.step(1)},
+            {"context_mid", plan_.prompt + plan_.decode / 2}, {"peak_flops_per_sec", nullptr},
+            {"decode_flops_per_token", cost_.flops}, {"prefill_flops", cost_.prefill_flops},
+            {"ceiling_bs1_tok_per_sec", bandwidth_ / static_cast<double>(cost_.step(1))},
+            {"max_full_context_rows", known((total - std::min(total, cost_.stored)) / full)},
+            {"prompt_tokens", plan_.prompt}, {"decode_tokens", plan_.decode}, {"temperature", options_.sampling.temperature},
+            {"sweep", array(rows_, row)},
+            {"prefill", object({{"tok_per_sec", plan_.prompt / prefill_}, {"mfu_percent", nullptr}, {"time_sec", prefill_}})}});
+    }
+    // clang-format on
 
     const Options& options_;
     Session& s_;
-    const BenchPlan& plan_;
-    std::vector<Token> prompt_;
+    const BenchPlan plan_;
+    const std::vector<Token> prompt_;  // what it says changes no speed
+    const BenchCost cost_ = bench_cost(s_.info, plan_, s_.device.cuda, s_.device.backend->dtype());
+    const double bandwidth_ =
+        s_.device.cuda ? cuda_read_bandwidth() : cpu_read_bandwidth(options_.threads);
+    double prefill_ = 0;
+    std::vector<BenchRow> rows_;
 };
 
 // Opens the device with room for the largest batch; what does not fit is left out, with a note.
@@ -3087,92 +2887,18 @@ BenchPlan open_bench(Session& s, const Options& o) {
             plan.batches.erase(largest);
             continue;
         }
-        const bool fell_back = place_for(o).cuda && !s.cuda;
+        const bool fell_back = place_for(o).cuda && !s.device.cuda;
         return fell_back ? plan_bench(o, s.info.config, false) : plan;
     }
-}
-
-// clang-format off
-Value bench_json(const Options& o, const Session& s, const BenchPlan& plan, const BenchCost& cost, double bandwidth,
-                 double prefill, std::span<const BenchRow> rows) {
-    const std::vector<GpuInfo> gpus = s.cuda ? find_gpus() : std::vector<GpuInfo>{};
-    const std::uint64_t full = cost.kv_stored * static_cast<std::uint64_t>(s.info.config.sequence_len);
-    const std::uint64_t total = gpus.empty() ? 0 : gpus[0].memory_bytes, one = cost.weights + cost.kv_read;
-    const auto known = [&](std::uint64_t number) { return gpus.empty() ? Value(nullptr) : Value(number); };
-    const auto row = [&](const BenchRow& r) {
-        const std::uint64_t bytes = cost.weights + static_cast<std::uint64_t>(r.batch) * cost.kv_read;
-        return object({{"batch_size", r.batch}, {"ttft_sec", r.first}, {"tpot_sec", r.step}, {"tok_per_sec", r.rate},
-                       {"bytes_per_step", bytes}, {"mbu_percent", 100 * static_cast<double>(bytes) / r.step / bandwidth},
-                       {"mfu_percent", nullptr}, {"peak_vram_bytes", nullptr}, {"decode_steps", r.steps}});
-    };
-    return object({{"source", s.info.source}, {"model_tag", s.info.tag}, {"step", s.info.step},
-        {"model_config", architecture_json(s.info)}, {"gpu", gpus.empty() ? Value(nullptr) : Value(gpus[0].name)},
-        {"device", s.backend->device()}, {"dtype", name_of(s.backend->dtype())},
-        {"peak_bandwidth_bytes_per_sec", nullptr}, {"read_bandwidth_bytes_per_sec", bandwidth}, {"total_vram_bytes", known(total)},
-        {"num_params", s.info.parameters}, {"param_dtypes", cost.dtypes}, {"weight_bytes", cost.stored},
-        {"kv_bytes_per_token", cost.kv_stored}, {"kv_read_bytes_per_step", cost.kv_read}, {"bytes_per_step", one},
-        {"context_mid", plan.prompt + plan.decode / 2}, {"peak_flops_per_sec", nullptr},
-        {"decode_flops_per_token", cost.flops}, {"prefill_flops", cost.prefill_flops},
-        {"ceiling_bs1_tok_per_sec", bandwidth / static_cast<double>(one)},
-        {"max_full_context_rows", known((total - std::min(total, cost.stored)) / full)},
-        {"prompt_tokens", plan.prompt}, {"decode_tokens", plan.decode}, {"temperature", o.sampling.temperature},
-        {"sweep", array(rows, row)},
-        {"prefill", object({{"tok_per_sec", plan.prompt / prefill}, {"mfu_percent", nullptr}, {"time_sec", prefill}})}});
-}
-// clang-format on
-
-// One line of the table; the head is one too.
-std::string bench_line(std::initializer_list<std::string> cells) {
-    std::string line;
-    for (const std::string& cell : cells) line += fit(cell, line.empty() ? 5 : 13, true);
-    return line + "\n";
-}
-std::string bench_line(const BenchRow& r, const BenchCost& cost, double bandwidth) {
-    const auto bytes =
-        static_cast<double>(cost.weights) + r.batch * static_cast<double>(cost.kv_read);
-    return bench_line({std::to_string(r.batch), decimals(1000 * r.first, 1) + " ms",
-                       decimals(1000 * r.step, 3) + " ms", decimals(r.rate, r.rate < 100 ? 1 : 0),
-                       human_bytes(static_cast<std::uint64_t>(bytes)),
-                       gigabytes_per_second(bytes / r.step),
-                       decimals(100 * bytes / r.step / bandwidth, 1) + " %"});
 }
 
 int run_bench(Options& o) {
     catch_interrupts();
     Session s = pick_session(o, "base");
     const BenchPlan plan = open_bench(s, o);
-    const auto tell = [&](const std::string& text) {
-        if (!o.json) write_out(text), flush_out();
-    };
-    const double bandwidth = s.cuda ? cuda_read_bandwidth() : cpu_read_bandwidth(o.threads);
-    const BenchCost cost = bench_cost(s.info, plan, s.cuda, s.backend->dtype());
-    tell(cat(s.info.id, " on ", s.backend->device(), ", ", name_of(s.backend->dtype()),
-             ", reading ", gigabytes_per_second(bandwidth), " (measured now)\n"));
-    if (!s.cuda && (o.batch_sizes.empty() || o.prompt_tokens == 0 || o.decode_tokens == 0))
+    if (!s.device.cuda && (o.batch_sizes.empty() || o.prompt_tokens == 0 || o.decode_tokens == 0))
         note("what is not given by flags is smaller on the CPU than on a GPU");
-    Bench bench(o, s, plan);
-    const double prefill = bench.prefill();
-    tell(cat("prefill: ", plan.prompt, " tokens in ", decimals(1000 * prefill, 2), " ms, ",
-             thousands(static_cast<std::int64_t>(plan.prompt / prefill)), " tok/s, ",
-             decimals(cost.prefill_flops / prefill / 1e12, 2), " TFLOP/s\n"));
-    tell(cat("decode: ", plan.decode - 1, " steps from a context of ", plan.prompt,
-             " tokens. A step reads the matrices once and the keys and values\n"
-             "of every sequence; not counted are the tables of embeddings, of which it reads "
-             "single rows.\nMore than 100 % of the measured bandwidth means that the caches hold "
-             "them.\n"));
-    tell(bench_line({"BATCH", "FIRST", "STEP", "TOK/S", "READ/STEP", "READ", "OF MEASURED"}));
-    std::vector<BenchRow> rows;
-    for (const int batch : plan.batches) {
-        try {
-            rows.push_back(bench.decode(batch));
-            tell(bench_line(rows.back(), cost, bandwidth));
-        } catch (const Error& e) {
-            if (e.kind != ErrorKind::out_of_memory) throw;
-            note(cat("batch size ", batch, " is left out: ", e.what()));
-        }
-    }
-    write_json(bench_json(o, s, plan, cost, bandwidth, prefill, rows));
-    return 0;
+    return Bench(o, s, plan).run();
 }
 
 // ==== 7. picture =================================================================================
@@ -5765,6 +5491,9 @@ struct Snapshot {  // what monitors see
     Histogram first_token, between_tokens;
     bool loading = false;
     std::string broken;  // a device that failed
+    bool has(std::string_view id) const {
+        return std::any_of(models.begin(), models.end(), [&](const auto& m) { return m.id == id; });
+    }
 };
 
 class Scheduler {
@@ -6862,16 +6591,6 @@ struct Exchange : Job {  // a job with how its answer is told
     Clock::time_point last_event = Clock::now();
 };
 
-struct Catalog {  // the checkpoints as they were last seen
-    fs::path base;
-    std::vector<ModelInfo> models;
-    Tokens tokens;
-    fs::file_time_type tokenizer_time = {};
-    std::string default_id;
-    std::int64_t unix_time = std::time(nullptr);
-    Clock::time_point time = Clock::now();
-};
-
 class Server final : public HttpServer {
 public:
     explicit Server(Options& o);
@@ -7272,16 +6991,14 @@ void Server::answer_models(Connection& c) {
     for (const ModelInfo& m : catalog_->models) {
         if (type.empty() || m.source == type) shown.push_back(&m);
     }
-    const auto loaded = [&](const std::string& id) {
-        return std::any_of(now.models.begin(), now.models.end(),
-                           [&](const auto& m) { return m.id == id; });
-    };
-    send_json(c, models_json(options_, shown, catalog_->models, catalog_->base, catalog_->tokens,
-                             catalog_->default_id, catalog_->unix_time, loaded));
+    const auto loaded = [&](const std::string& id) { return now.has(id); };
+    send_json(c, models_json(options_, *catalog_, shown, loaded));
 }
 void Server::one_model(Connection& c) {
     const ModelInfo& m = find_model(c.request().path.substr(25));
-    send_json(c, object(detail_members(m, catalog_->base)));
+    Members members = detail_members(m, catalog_->base);
+    members.emplace_back("loaded", scheduler_->snapshot().has(m.id));
+    send_json(c, object(members));
 }
 
 const ModelInfo& Server::find_model(const std::string& id) const {
@@ -7416,8 +7133,10 @@ std::vector<Token> read_ids(const Form& form, std::string_view name, int vocab_s
     if (list.kind != Json::Kind::array ||
         !std::all_of(list.array.begin(), list.array.end(), is_number))
         form.wrong(name, name == "prompt" ? "a string or an array of ids" : "an array of ids");
+    std::vector<std::string> texts;
+    for (const Json& id : list.array) texts.push_back(id.string);
     try {
-        return parse_ids(name, &list, vocab_size);
+        return parse_ids(name, texts, vocab_size);
     } catch (const Error& e) {
         Form::out_of_range(name, e.what());
     }
@@ -7742,12 +7461,7 @@ void Server::send_whole(Connection& c, Exchange& x) {
         x, "chat.completion", choices_json(x, "message", message, x.text, finish_word(a.reason)));
     members.emplace_back("usage", usage(x));
     members.emplace_back("seed", x.params.sampling.seed);
-    members.emplace_back(
-        "timings", object({{"queue_ms", milliseconds(x.queue_seconds)},
-                           {"prefill_ms", milliseconds(a.prefill_seconds)},
-                           {"decode_ms", milliseconds(a.decode_seconds)},
-                           {"ttft_ms", milliseconds(a.first_seconds)},
-                           {"tokens_per_second", std::round(10 * tokens_per_second(a)) / 10}}));
+    members.emplace_back("timings", timings_json("queue_ms", x.queue_seconds, a));
     send_json(c, object(members));
 }
 
@@ -8001,7 +7715,6 @@ int Server::run(int signals) {
     const bool made_key = options_.api_keys.empty() && !keys_.empty();
     write_out(cat("nanogpt serve: http://", host, ":", port(), "/",
                   made_key ? cat("#key=", keys_[0]) : "", "\n"));
-    flush_out();
     loop();
     return exit_code_;
 }
@@ -8071,10 +7784,10 @@ int run_serve(Options& o) {
 // ==== 12. main ===================================================================================
 // Help, and the one place where an exception becomes an exit code.
 
-std::string flags_help(unsigned bit) {
+std::string flags_help(const Command& command) {
     std::string text;
     for (const Flag& flag : kFlags) {
-        if (!(flag.commands & bit)) continue;
+        if (!belongs(flag, command)) continue;
         const std::string letter = flag.letter ? std::string("-") + flag.letter + ", " : "    ";
         const std::string name = "  " + letter + "--" + std::string(flag.name) +
                                  (flag.value.empty() ? "" : " ") + std::string(flag.value);
@@ -8097,7 +7810,7 @@ int run_help(Options& o) {
         text = "nanogpt " + std::string(command.name) + arguments + " [FLAGS]\n" +
                wrapped(command.summary, 0);
         if (!command.aliases.empty()) text += "Also: " + std::string(command.aliases) + "\n";
-        text += "\n" + flags_help(command.bit);
+        text += "\n" + flags_help(command);
     } else {
         text =
             "nanogpt " + version() + ": chat with nanochat checkpoints, and look inside them\n\n";
@@ -8197,9 +7910,7 @@ int run(std::span<const std::string> args) {
         }
         open_terminal(o);
         check_device(o);
-        const int code = args.empty() ? run_nothing(o) : command->run(o);
-        flush_out();
-        return code;
+        return args.empty() ? run_nothing(o) : command->run(o);
     } catch (const std::exception& e) {
         if (interrupted()) leave_interrupted();
         return report(o, e);
