@@ -3735,8 +3735,10 @@ struct OperationSum {  // of all layers
     Costs costs = {};
 };
 struct Head {  // how one head looks back; means over the queries, in bits, positions, shares
+    int layer, head;
     double entropy = 0, distance = 0, first = 0, previous = 0, itself = 0;
-    std::vector<float> small, map = {};  // (m, m), pooled; (T, T), of the layers looked at closely
+    std::vector<float> small = {},
+                       map = {};  // (m, m), pooled; (T, T), of the layers looked at closely
     std::string_view label() const {
         if (first > 0.5) return "rests on the first token";
         if (previous > 0.5) return "looks at the previous token";
@@ -3769,12 +3771,13 @@ struct Walk {
     DType dtype = DType::f32;
     bool cuda = false;
     Peak peak;
+    Value tokens = nullptr;  // as JSON
     std::vector<std::string> pieces;
     std::vector<Stage> stages;
     std::vector<OperationSum> operations;
-    Costs whole;                           // unobserved
-    std::vector<std::vector<Head>> heads;  // (L, H)
-    std::vector<float> residual, silent;   // (L + 1, T) RMS; (L, T) share of zeros
+    Costs whole;                          // unobserved
+    std::vector<Head> heads;              // (L, H)
+    std::vector<float> residual, silent;  // (L + 1, T) RMS; (L, T) share of zeros
     std::vector<LensRow> lens;
     std::vector<Candidate> next;
     Candidate choice;
@@ -3783,6 +3786,9 @@ struct Walk {
     std::size_t small() const { return std::min(T(), kSmall); }  // positions of a pooled map
 };
 
+bool has(const std::vector<int>& layers, int layer) {
+    return std::ranges::find(layers, layer) != layers.end();
+}
 // Masked scores are -infinity on purpose: they count as nothing.
 Stage summarize(const Activation& a) {
     Stage s{a.point, a.layer, {a.shape.begin(), a.shape.end()}};
@@ -3806,8 +3812,7 @@ Stage summarize(const Activation& a) {
     s.zero = static_cast<double>(zeros) / count;
     return s;
 }
-Head summarize_head(std::span<const float> map, std::size_t T, std::size_t small) {
-    Head h{.small = max_pooled(map, T, small)};
+void summarize_head(Head& h, std::span<const float> map, std::size_t T) {
     const std::size_t begin = T > 1 ? 1 : 0;  // the first token has nothing to choose from
     for (std::size_t t = begin; t < T; t++) {
         for (std::size_t key = 0; key <= t; key++) {
@@ -3820,7 +3825,6 @@ Head summarize_head(std::span<const float> map, std::size_t T, std::size_t small
     }
     for (double* sum : {&h.entropy, &h.distance, &h.first, &h.previous, &h.itself})
         *sum /= static_cast<double>(T - begin);
-    return h;
 }
 
 // softmax(logits). NaN is impossible, as it is to the sampler; where nothing is left all are NaN.
@@ -3835,18 +3839,13 @@ std::vector<double> probabilities(std::span<const float> logits) {
 }
 // The likeliest tokens, and how sure the model is.
 std::vector<Candidate> likeliest(std::span<const double> p, std::size_t n) {
-    std::vector<Token> ids(p.size());
-    for (std::size_t i = 0; i < ids.size(); i++) ids[i] = static_cast<Token>(i);
-    n = std::min(n, ids.size());
-    const auto before = [&](Token a, Token b) {
-        const double x = p[static_cast<std::size_t>(a)], y = p[static_cast<std::size_t>(b)];
-        return x != y ? x > y : a < b;
-    };
-    std::partial_sort(ids.begin(), ids.begin() + static_cast<std::ptrdiff_t>(n), ids.end(), before);
-    std::vector<Candidate> best;
-    for (std::size_t i = 0; i < n; i++)
-        best.push_back({ids[i], p[static_cast<std::size_t>(ids[i])]});
-    return best;
+    std::vector<Candidate> all;
+    for (const double probability : p) all.push_back({static_cast<Token>(all.size()), probability});
+    const auto end = all.begin() + static_cast<std::ptrdiff_t>(std::min(n, all.size()));
+    std::partial_sort(all.begin(), end, all.end(), [](const Candidate& a, const Candidate& b) {
+        return a.probability != b.probability ? a.probability > b.probability : a.token < b.token;
+    });
+    return {all.begin(), end};
 }
 
 // ---- walking
@@ -3875,6 +3874,7 @@ public:
         w_.plan = plan, w_.info = info, w_.cuda = cuda;
         w_.device = backend.device(), w_.dtype = backend.dtype();
         for (const Token t : plan.prompt) w_.pieces.emplace_back(tokenizer.piece(t));
+        w_.tokens = array(plan.prompt, [&](Token t) { return token_json(tokenizer, t); });
     }
     // One more pass; false when there is none left: observed for the numbers, then the lens, then timed,
     // once more than counts, and then the same for the token that the model chose.
@@ -3948,13 +3948,14 @@ private:
         return static_cast<float>(std::sqrt(squares / static_cast<double>(row.size())));
     }
     void attention(const Activation& a) {
-        const bool close = std::ranges::find(w_.plan.layers, a.layer) != w_.plan.layers.end();
+        const bool close = has(w_.plan.layers, a.layer);
         const std::size_t size = w_.T() * w_.T();
-        std::vector<Head>& heads = w_.heads.emplace_back();
-        for (std::size_t at = 0; at < a.values.size(); at += size) {
-            const auto map = a.values.subspan(at, size);
-            heads.push_back(summarize_head(map, w_.T(), w_.small()));
-            if (close) heads.back().map.assign(map.begin(), map.end());
+        for (int head = 0; head < w_.info.config.n_head; head++) {
+            const auto map = a.values.subspan(static_cast<std::size_t>(head) * size, size);
+            Head& h = w_.heads.emplace_back(Head{a.layer, head});
+            summarize_head(h, map, w_.T());
+            h.small = max_pooled(map, w_.T(), w_.small());
+            if (close) h.map.assign(map.begin(), map.end());
         }
     }
     void count_costs() {
@@ -3969,8 +3970,9 @@ private:
         const Shapes prompt{w_.info.config, T, 0, weight, table, value, value},
             one{w_.info.config, 1, T, weight, table, value, value};
         for (Stage& s : w_.stages) {
-            if (const Operation* const op = operation_at(s.point))
-                s.costs = {op->cost(prompt, s.layer), op->cost(one, s.layer)};
+            const Operation* const op = operation_at(s.point);
+            if (op != nullptr) s.costs = {op->cost(prompt, s.layer), op->cost(one, s.layer)};
+            for (std::size_t pass = 0; pass < 2; pass++) w_.whole[pass] += s.costs[pass];
         }
     }
 
@@ -4036,12 +4038,7 @@ private:
                 if (part == nullptr || part->timed_at(w_.cuda) != op.point) continue;
                 for (std::size_t pass = 0; pass < 2; pass++) sum.costs[pass] += s.costs[pass];
             }
-            if (sum.costs[0].bytes == 0) continue;
-            for (std::size_t pass = 0; pass < 2; pass++) {
-                w_.whole[pass].flops += sum.costs[pass].flops;
-                w_.whole[pass].bytes += sum.costs[pass].bytes;
-            }
-            w_.operations.push_back(sum);
+            if (sum.costs[0].bytes > 0) w_.operations.push_back(sum);
         }
     }
 
@@ -4068,7 +4065,7 @@ std::vector<std::string> token_labels(const Walk& w) {
 }
 std::vector<std::string> layer_labels(const Walk& w) {
     std::vector<std::string> labels;
-    for (std::size_t i = 0; i < w.heads.size(); i++) labels.push_back(cat("layer ", i));
+    for (int i = 0; i < w.info.config.n_layer; i++) labels.push_back(cat("layer ", i));
     return labels;
 }
 // Said in the caption and the alternative text.
@@ -4079,12 +4076,10 @@ std::string percent_of(double share, int digits = 0) { return decimals(100 * sha
 
 // All heads of one layer: what each query (a row) looked at (a column).
 Chart attention_chart(const Walk& w, int layer) {
-    const std::vector<Head>& heads = w.heads[static_cast<std::size_t>(layer)];
     const std::size_t drawn = std::min(w.T(), kMostDrawn);
     const int n = static_cast<int>(drawn), cell = std::clamp(420 / n, 1, 26), tile = n * cell;
     const Labels labels{token_labels(w), token_labels(w), cell, cell};
-    const int count = static_cast<int>(heads.size()),
-              across = std::clamp(2400 / tile, 1, std::min(count, 4)),
+    const int count = w.info.config.n_head, across = std::clamp(2400 / tile, 1, std::min(count, 4)),
               down = (count + across - 1) / across;
     const int left = labels.left(), top = labels.top() + 24, wide = left + tile + 22,
               high = top + tile + 28;
@@ -4097,15 +4092,15 @@ Chart attention_chart(const Walk& w, int layer) {
                        "to 1",
                        pooled, "."),
                    {}, "share of attention");
-    for (int i = 0; i < count; i++) {
-        const Head& head = heads[static_cast<std::size_t>(i)];
-        const int x = kMargin + i % across * wide + left, y = kTop + i / across * high;
-        const std::string name = cat("head ", i);
+    for (const Head& h : w.heads) {
+        if (h.layer != layer) continue;
+        const int x = kMargin + h.head % across * wide + left, y = kTop + h.head / across * high;
+        const std::string name = cat("head ", h.head);
         chart.picture.text(x - 1, y, name, kInk, 1.5, true);
-        if (tile > Picture::length(head.label()) + 80)
-            chart.picture.text(x + 68, y, head.label(), kMuted);
+        if (tile > Picture::length(h.label()) + 80)
+            chart.picture.text(x + 68, y, h.label(), kMuted);
         labels.draw(chart.picture, x, y + top);
-        draw_grid(chart, {name, x, y + top, cell, cell, n, n}, max_pooled(head.map, w.T(), drawn));
+        draw_grid(chart, {name, x, y + top, cell, cell, n, n}, max_pooled(h.map, w.T(), drawn));
     }
     return chart;
 }
@@ -4126,17 +4121,13 @@ Chart attention_overview(const Walk& w) {
             "edge rests on the first token",
             pooled, "."),
         {}, "share of attention");
-    const int left = kMargin + labels.left();
-    int y = kTop + labels.top();
-    labels.draw(chart.picture, left, y);
-    for (std::size_t layer = 0; layer < w.heads.size(); layer++) {
-        int x = left;
-        for (const Head& head : w.heads[layer]) {
-            const std::string what = cat("layer ", layer, " head ", (x - left) / step);
-            draw_grid(chart, {what, x, y, cell, cell, n, n}, head.small);
-            x += step;
-        }
-        y += step;
+    const int left = kMargin + labels.left(), top = kTop + labels.top();
+    labels.draw(chart.picture, left, top);
+    for (const Head& h : w.heads) {
+        draw_grid(chart,
+                  {cat("layer ", h.layer, " head ", h.head), left + h.head * step,
+                   top + h.layer * step, cell, cell, n, n},
+                  h.small);
     }
     return chart;
 }
@@ -4177,9 +4168,12 @@ Chart lens_chart(const Walk& w) {
 }
 
 // Layers x positions.
+Labels position_labels(const Walk& w) {
+    const int wide = std::clamp(1200 / static_cast<int>(w.T()), 1, 30);
+    return {layer_labels(w), token_labels(w), wide, 20};
+}
 Chart residual_chart(const Walk& w) {
-    Labels labels{layer_labels(w), token_labels(w),
-                  std::clamp(1200 / static_cast<int>(w.T()), 1, 30), 20};
+    Labels labels = position_labels(w);
     labels.rows.insert(labels.rows.begin(), "embed");
     return matrix_chart({"residual", "The residual stream grows",
                          "Root mean square of the residual stream, layers by positions"},
@@ -4187,12 +4181,10 @@ Chart residual_chart(const Walk& w) {
                         "Column: a position. Row: after the embedding and after each layer.");
 }
 Chart neurons_chart(const Walk& w) {
-    const Labels labels{layer_labels(w), token_labels(w),
-                        std::clamp(1200 / static_cast<int>(w.T()), 1, 30), 20};
     return matrix_chart(
         {"neurons", "Silent neurons: relu² lets few through",
          "Share of the MLP's neurons that are zero, layers by positions"},
-        labels, w.silent, {}, "of the neurons are zero",
+        position_labels(w), w.silent, {}, "of the neurons are zero",
         "Column: a position. Row: a layer's MLP. Dark: most of its neurons say nothing.");
 }
 
@@ -4344,11 +4336,10 @@ void add_costs(Members& members, const Walk& w, const Costs& costs) {
     for (const std::size_t pass : {0u, 1u})
         members.emplace_back(kPasses[pass], cost_json(w, costs[pass]));
 }
-Value text_json(const std::string& piece) {  // null: these bytes are no text by themselves
-    return detail::is_utf8(piece) ? Value(piece) : Value(nullptr);
-}
-Members candidate_members(const Candidate& c) {
-    return {{"token", c.token}, {"text", text_json(c.piece)}, {"probability", c.probability}};
+Members candidate_members(const Candidate& c) {  // bytes that are no text by themselves: null
+    return {{"token", c.token},
+            {"text", detail::is_utf8(c.piece) ? Value(c.piece) : Value(nullptr)},
+            {"probability", c.probability}};
 }
 Value matrix_json(std::span<const float> values, std::size_t columns) {
     std::vector<Value> rows;
@@ -4383,20 +4374,12 @@ Value operation_json(const Walk& w, const OperationSum& o) {
     add_costs(members, w, o.costs);
     return object(members);
 }
-Value heads_json(const Walk& w) {
-    std::vector<Value> heads;
-    for (std::size_t layer = 0; layer < w.heads.size(); layer++) {
-        for (std::size_t head = 0; head < w.heads[layer].size(); head++) {
-            const Head& h = w.heads[layer][head];
-            Members m = {{"layer", layer},         {"head", head},      {"entropy", h.entropy},
-                         {"distance", h.distance}, {"first", h.first},  {"previous", h.previous},
-                         {"itself", h.itself},     {"label", h.label()}};
-            if (!h.map.empty() && w.T() <= kMostLabelled)
-                m.emplace_back("map", matrix_json(h.map, w.T()));
-            heads.push_back(object(m));
-        }
-    }
-    return array(heads);
+Value head_json(const Walk& w, const Head& h) {
+    Members m = {{"layer", h.layer},       {"head", h.head},    {"entropy", h.entropy},
+                 {"distance", h.distance}, {"first", h.first},  {"previous", h.previous},
+                 {"itself", h.itself},     {"label", h.label()}};
+    if (!h.map.empty() && w.T() <= kMostLabelled) m.emplace_back("map", matrix_json(h.map, w.T()));
+    return object(m);
 }
 Value lens_json(const LensRow& row) {
     const auto cell = [](const LensCell& c) {
@@ -4412,17 +4395,12 @@ Value lens_json(const LensRow& row) {
 Members walk_members(const Walk& w) {
     std::vector<std::size_t> positions;
     for (std::size_t t = w.lens_first(); t < w.T(); t++) positions.push_back(t);
-    std::vector<Value> tokens;
-    for (std::size_t t = 0; t < w.T(); t++)
-        tokens.push_back(object({{"id", w.plan.prompt[t]},
-                                 {"text", text_json(w.pieces[t])},
-                                 {"bytes", array(bytes_of(w.pieces[t]))}}));
     return {
         {"model", w.info.id},
         {"device", w.device},
         {"dtype", name_of(w.dtype)},
         {"text", w.plan.text},
-        {"tokens", array(tokens)},
+        {"tokens", w.tokens},
         {"layers", array(w.plan.layers)},
         {"runs", w.plan.runs},
         {"peak", object({{"bytes_per_second", w.peak.bandwidth},
@@ -4433,7 +4411,7 @@ Members walk_members(const Walk& w) {
         {"operations",
          array(w.operations, [&](const OperationSum& o) { return operation_json(w, o); })},
         {"stages", stages_json(w)},
-        {"attention", heads_json(w)},
+        {"attention", array(w.heads, [&](const Head& h) { return head_json(w, h); })},
         {"residual_rms", matrix_json(w.residual, w.T())},
         {"silent", matrix_json(w.silent, w.T())},
         {"lens_positions", array(positions)},
@@ -4470,28 +4448,32 @@ Value chart_json(const Chart& chart) {
 // ---- on the terminal
 
 std::string stage_table(const Walk& w, const std::vector<int>& layers) {
+    const std::vector<Column> head = {{"LAYER", true}, {"STAGE"},     {"SHAPE"},
+                                      {"MIN", true},   {"MAX", true}, {"MEAN", true},
+                                      {"RMS", true},   {"ZERO", true}};
     std::vector<std::vector<std::string>> rows;
     const auto number = [](double v) {
         return std::abs(v) < 1000 ? decimals(v, 2) : few_digits(v);
     };
     for (const Stage& s : w.stages) {
-        if (s.layer >= 0 && std::ranges::find(layers, s.layer) == layers.end()) continue;
+        if (s.layer >= 0 && !has(layers, s.layer)) continue;
         rows.push_back({s.layer < 0 ? "" : std::to_string(s.layer), name(s.point, -1),
                         join(s.shape, "x", [](int d) { return std::to_string(d); }),
                         number(s.least), number(s.most), number(s.mean), number(s.rms),
                         percent_of(s.zero) + (s.bad == 0 ? "" : cat(", ", s.bad, " NaN"))});
     }
-    return table({{"LAYER", true},
-                  {"STAGE"},
-                  {"SHAPE"},
-                  {"MIN", true},
-                  {"MAX", true},
-                  {"MEAN", true},
-                  {"RMS", true},
-                  {"ZERO", true}},
-                 rows);
+    return table(head, rows);
 }
 std::string time_table(const Walk& w) {
+    const std::vector<Column> head = {{"OPERATION", false, 0, 15},
+                                      {"READ µs", true},
+                                      {"GFLOP/s", true},
+                                      {"GB/s", true},
+                                      {"OF PEAK", true},
+                                      {"ONE µs", true},
+                                      {"GFLOP/s", true, 1},
+                                      {"GB/s", true},
+                                      {"OF PEAK", true}};
     std::vector<std::vector<std::string>> rows;
     const auto add = [&](std::string_view name, const Costs& costs) {
         std::vector<std::string>& row = rows.emplace_back(1, std::string(name));
@@ -4504,16 +4486,7 @@ std::string time_table(const Walk& w) {
     };
     for (const OperationSum& o : w.operations) add(o.operation->name, o.costs);
     add("all", w.whole);
-    return table({{"OPERATION", false, 0, 15},
-                  {"READ µs", true},
-                  {"GFLOP/s", true},
-                  {"GB/s", true},
-                  {"OF PEAK", true},
-                  {"ONE µs", true},
-                  {"GFLOP/s", true, 1},
-                  {"GB/s", true},
-                  {"OF PEAK", true}},
-                 rows);
+    return table(head, rows);
 }
 // The last positions, as many as there is room for; of many layers some.
 std::string lens_table(const Walk& w) {
@@ -4536,24 +4509,17 @@ std::string lens_table(const Walk& w) {
     return table(head, rows);
 }
 std::string head_table(const Walk& w, const std::vector<int>& layers) {
+    const std::vector<Column> head = {{"LAYER", true},    {"HEAD", true},  {"ENTROPY", true},
+                                      {"DISTANCE", true}, {"FIRST", true}, {"PREVIOUS", true},
+                                      {"ITSELF", true},   {"THE HEAD"}};
     std::vector<std::vector<std::string>> rows;
-    for (const int layer : layers) {
-        int head = 0;
-        for (const Head& h : w.heads[static_cast<std::size_t>(layer)]) {
-            rows.push_back({std::to_string(layer), std::to_string(head++), decimals(h.entropy, 2),
-                            decimals(h.distance, 1), percent_of(h.first), percent_of(h.previous),
-                            percent_of(h.itself), std::string(h.label())});
-        }
+    for (const Head& h : w.heads) {
+        if (!has(layers, h.layer)) continue;
+        rows.push_back({std::to_string(h.layer), std::to_string(h.head), decimals(h.entropy, 2),
+                        decimals(h.distance, 1), percent_of(h.first), percent_of(h.previous),
+                        percent_of(h.itself), std::string(h.label())});
     }
-    return table({{"LAYER", true},
-                  {"HEAD", true},
-                  {"ENTROPY", true},
-                  {"DISTANCE", true},
-                  {"FIRST", true},
-                  {"PREVIOUS", true},
-                  {"ITSELF", true},
-                  {"THE HEAD"}},
-                 rows);
+    return table(head, rows);
 }
 std::string next_table(const Walk& w) {
     constexpr const char* kEighths[] = {"", "▏", "▎", "▍", "▌", "▋", "▊", "▉"};
@@ -4580,7 +4546,7 @@ std::string walk_text(const Walk& w, const std::vector<int>& layers) {
         "measured now: memory ", gigabytes_per_second(w.peak.bandwidth), ", products ",
         few_digits(w.peak.rate / 1e9), " GFLOP/s\n", wrapped(words, 2),
         title(cat("What every stage puts out",
-                  layers.size() == w.heads.size()
+                  std::ssize(layers) == w.info.config.n_layer
                       ? ""
                       : cat(" (layer ", numbers, "; --layers for others)"))),
         stage_table(w, layers),
@@ -4634,19 +4600,21 @@ std::string walk_html(const Walk& w, const std::vector<Chart>& charts) {
                "</p>\n<p>All numbers: <a href=\"walk.json\">walk.json</a></p>\n",
                join(charts, "", figure), "</html>\n");
 }
-void write_walk(const Walk& w, const fs::path& directory) {
+void make_directory(const fs::path& directory) {
     std::error_code error;
     fs::create_directories(directory, error);
     if (error)
         throw std::runtime_error(cat("cannot make the directory ",
                                      detail::quote(directory.string(), 300), ": ",
                                      error.message()));
+}
+void write_walk(const Walk& w, const fs::path& directory, bool pictures) {
     const auto write = [&](const std::string& name, std::string_view bytes) {
         NewFile file((directory / name).string());
         file.write(bytes);
         file.commit();
     };
-    const std::vector<Chart> charts = charts_of(w);
+    const std::vector<Chart> charts = pictures ? charts_of(w) : std::vector<Chart>{};
     Progress progress("drawing");
     for (std::size_t i = 0; i < charts.size(); i++) {
         if (!progress(i, charts.size())) leave_interrupted();
@@ -4661,17 +4629,15 @@ void write_walk(const Walk& w, const fs::path& directory) {
 // "all", or a list of layers; nothing said: all are kept, one is printed.
 std::vector<int> read_layers(const std::string& text, int n_layer) {
     std::vector<int> layers;
-    if (text.empty() || text == "all") {
-        for (int i = 0; i < n_layer; i++) layers.push_back(i);
-        return layers;
-    }
+    for (int i = 0; i < n_layer && (text.empty() || text == "all"); i++) layers.push_back(i);
+    if (!layers.empty()) return layers;
     for (const std::string& layer : split(text, ",")) {
-        const int i = number<int>({"--layers", layer}, 0, n_layer - 1,
-                                  cat("a layer from 0 to ", n_layer - 1, ", or all"));
-        if (std::find(layers.begin(), layers.end(), i) == layers.end()) layers.push_back(i);
+        layers.push_back(number<int>({"--layers", layer}, 0, n_layer - 1,
+                                     cat("a layer from 0 to ", n_layer - 1, ", or all")));
     }
     if (layers.empty()) bad_usage("--layers: a list such as 0,5,11 or all is needed");
     std::sort(layers.begin(), layers.end());
+    layers.erase(std::unique(layers.begin(), layers.end()), layers.end());
     return layers;
 }
 constexpr std::size_t kMostWalked = 1024;  // tokens: what a GPU reads in one pass
@@ -4720,15 +4686,17 @@ int run_walk(Options& o) {
     }
     Walk w = walker.take();
     w.peak = measure_peak(device.cuda, o.threads);
-    if (directory) write_walk(w, *directory);
+    if (directory) make_directory(*directory);
     if (o.json) {
         write_json(object(walk_members(w)));
     } else {
         write_out(
             walk_text(w, o.layers.empty() ? std::vector{s.info.config.n_layer / 2} : plan.layers));
     }
-    if (directory)
+    if (directory) {
+        write_walk(w, *directory, pictures);
         note(cat("pictures and numbers are in ", directory->string(), "; begin with index.html"));
+    }
     return 0;
 }
 
