@@ -140,6 +140,7 @@ inline std::unique_ptr<Backend> open_cuda(const std::shared_ptr<const Model>&, c
 #include <mutex>               // mutex
 #include <new>                 // bad_alloc
 #include <optional>            // optional
+#include <ranges>              // iota
 #include <span>                // span
 #include <string>              // string
 #include <string_view>         // string_view
@@ -3692,12 +3693,10 @@ struct Peak {  // what the device can do at best. Zeros: it could not be measure
 };
 // Multiplications and additions per second: the best of some products of the kind a prompt needs.
 double cpu_product_rate(ThreadPool& pool) {
-    constexpr std::size_t T = 256, N = 1024, K = 1024;
+    constexpr std::int64_t T = 256, N = 1024, K = 1024;
     const auto values = std::make_shared<std::vector<float>>(N * K, 0.5f);
-    const Tensor w{DType::f32,
-                   {static_cast<std::int64_t>(N), static_cast<std::int64_t>(K)},
-                   std::shared_ptr<const std::byte>(
-                       values, reinterpret_cast<const std::byte*>(values->data()))};
+    const auto* const bytes = reinterpret_cast<const std::byte*>(values->data());
+    const Tensor w{DType::f32, {N, K}, {values, bytes}};
     std::vector<float> x(T * K, 0.25f), y(T * N);
     double best = 0;
     for (int pass = 0; pass < 6; pass++) {
@@ -3758,8 +3757,7 @@ struct LensCell {
     double chosen = 0;   // its probability
 };
 struct LensRow {
-    std::string name;
-    bool is_output = false;
+    std::string after;  // a layer, "embed" or "output": the last row
     std::vector<LensCell> cells = {};
 };
 constexpr std::size_t kLensColumns = 16, kSmall = 48, kMostDrawn = 512, kMostLabelled = 64;
@@ -3860,19 +3858,16 @@ void check_maps(const Config& c, std::size_t T, std::size_t layers) {
                   " are the most. Choose fewer --layers or a shorter text"));
 }
 
-// Walks pass by pass, so that others may have their turn between two of them. The backend, the model's
-// lm_head, the sequence (room for the text and one token more) and the threads stay the caller's.
+// Walks pass by pass, so that others may have their turn between two of them. The device (with its
+// model's lm_head), the sequence (room for the text and one token more) and the threads stay the
+// caller's.
 class Walker : private Observer {
 public:
-    Walker(Backend& backend, const Tensor& lm_head, bool cuda, Sequence& sequence, ThreadPool& pool,
-           const ModelInfo& info, const Tokenizer& tokenizer, const WalkPlan& plan)
-        : backend_(backend),
-          lm_head_(lm_head),
-          sequence_(sequence),
-          pool_(pool),
-          tokenizer_(tokenizer) {
-        w_.plan = plan, w_.info = info, w_.cuda = cuda;
-        w_.device = backend.device(), w_.dtype = backend.dtype();
+    Walker(const Device& device, Sequence& sequence, ThreadPool& pool, const ModelInfo& info,
+           const Tokenizer& tokenizer, const WalkPlan& plan)
+        : device_(device), sequence_(sequence), pool_(pool), tokenizer_(tokenizer) {
+        w_.plan = plan, w_.info = info, w_.cuda = device.cuda;
+        w_.device = device.backend->device(), w_.dtype = device.backend->dtype();
         for (const Token t : plan.prompt) w_.pieces.emplace_back(tokenizer.piece(t));
         w_.tokens = array(plan.prompt, [&](Token t) { return token_json(tokenizer, t); });
     }
@@ -3898,7 +3893,7 @@ private:
     std::vector<float> step(std::span<const Token> tokens, bool prompt, Observer* observer) {
         sequence_.rewind(prompt ? 0 : static_cast<int>(w_.T()));
         const Chunk chunk{&sequence_, tokens, prompt};
-        const std::span<const float> logits = backend_.step({&chunk, 1}, observer);
+        const std::span<const float> logits = device_.backend->step({&chunk, 1}, observer);
         return {logits.begin(), logits.end()};
     }
     std::vector<Candidate> best_of(std::span<const double> p, std::size_t n) const {
@@ -3926,26 +3921,22 @@ private:
     void on(const Activation& a) override {
         w_.stages.push_back(summarize(a));
         const std::size_t width = a.values.size() / w_.T();  // of a token
-        const auto row = [&](std::size_t t) { return a.values.subspan(t * width, width); };
         const bool x0 = a.point == HookPoint::embed_norm || a.point == HookPoint::smear;
+        const bool stream = x0 || a.point == HookPoint::resid_post;
         if (x0) w_.residual.clear(), streams_.clear();  // smeared, if it is
-        if (x0 || a.point == HookPoint::resid_post) {
-            for (std::size_t t = 0; t < w_.T(); t++) w_.residual.push_back(rms(row(t)));
-        }
-        if (x0 || a.point == HookPoint::resid_post || a.point == HookPoint::final_norm) {
+        if (stream || a.point == HookPoint::final_norm) {
             const auto columns = a.values.subspan(w_.lens_first() * width);
             streams_.emplace_back(columns.begin(), columns.end());
         }
-        for (std::size_t t = 0; t < w_.T() && a.point == HookPoint::mlp_post; t++) {
-            const auto zeros = std::ranges::count(row(t), 0.0f);
-            w_.silent.push_back(static_cast<float>(zeros) / static_cast<float>(width));
+        for (std::size_t t = 0; t < w_.T(); t++) {
+            double zeros = 0, squares = 0;
+            for (const float v : a.values.subspan(t * width, width))
+                zeros += v == 0, squares += double{v} * double{v};
+            const auto n = static_cast<double>(width);
+            if (stream) w_.residual.push_back(static_cast<float>(std::sqrt(squares / n)));
+            if (a.point == HookPoint::mlp_post) w_.silent.push_back(static_cast<float>(zeros / n));
         }
         if (a.point == HookPoint::pattern) attention(a);
-    }
-    static float rms(std::span<const float> row) {
-        double squares = 0;
-        for (const float v : row) squares += double{v} * double{v};
-        return static_cast<float>(std::sqrt(squares / static_cast<double>(row.size())));
     }
     void attention(const Activation& a) {
         const bool close = has(w_.plan.layers, a.layer);
@@ -3986,19 +3977,19 @@ private:
         const std::size_t columns = streams_[i].size() / D;
         std::vector<float>&x = streams_[i], logits(columns * V);
         LensRow& row = w_.lens[i];
-        row.is_output = i + 1 == streams_.size();
-        row.name = row.is_output ? "output" : i == 0 ? "embed" : std::to_string(i - 1);
+        const bool output = i + 1 == streams_.size();
+        row.after = output ? "output" : i == 0 ? "embed" : std::to_string(i - 1);
         // G4 takes out some of the middle layer before the output: this row is not the output yet.
-        if (i + 2 == streams_.size() && c.generation == Generation::g4) row.name += " (no backout)";
-        if (!row.is_output) ops::rms_norm(x.data(), x.data(), columns, D);
-        ops::linear(pool_, logits.data(), x.data(), lm_head_, columns, V);
+        if (i + 2 == streams_.size() && c.generation == Generation::g4)
+            row.after += " (no backout)";
+        if (!output) ops::rms_norm(x.data(), x.data(), columns, D);
+        ops::linear(pool_, logits.data(), x.data(), device_.lm_head, columns, V);
         for (std::size_t t = 0; t < columns; t++) {
             float* const at = &logits[t * V];
             ops::softcap(at, V, c.softcap);
             const std::vector<double> p = probabilities({at, V});
             LensCell cell{best_of(p, 1)[0]};
-            const Token final_token =
-                row.is_output ? cell.best.token : w_.lens.back().cells[t].best.token;
+            const Token final_token = output ? cell.best.token : w_.lens.back().cells[t].best.token;
             cell.chosen = p[static_cast<std::size_t>(final_token)];
             for (std::size_t id = 0; id < V; id++) {
                 if (p[id] != 0) cell.entropy -= p[id] * std::log2(p[id]);
@@ -4042,8 +4033,7 @@ private:
         }
     }
 
-    Backend& backend_;
-    const Tensor& lm_head_;
+    const Device& device_;
     Sequence& sequence_;
     ThreadPool& pool_;
     const Tokenizer& tokenizer_;
@@ -4060,6 +4050,12 @@ private:
 std::vector<std::string> token_labels(const Walk& w) {
     std::vector<std::string> labels;
     for (std::size_t t = 0; t < w.T() && w.T() <= kMostLabelled; t++)
+        labels.push_back(label_of(w.pieces[t], 10));
+    return labels;
+}
+std::vector<std::string> lens_labels(const Walk& w) {
+    std::vector<std::string> labels;
+    for (std::size_t t = w.lens_first(); t < w.T(); t++)
         labels.push_back(label_of(w.pieces[t], 10));
     return labels;
 }
@@ -4134,12 +4130,10 @@ Chart attention_overview(const Walk& w) {
 
 // What the model would say after each layer, and how sure it would be.
 Chart lens_chart(const Walk& w) {
-    Labels labels{{}, {}, 104, 26};
-    for (std::size_t t = w.lens_first(); t < w.T(); t++)
-        labels.columns.push_back(label_of(w.pieces[t], 10));
+    Labels labels{{}, lens_labels(w), 104, 26};
     std::vector<float> values;
     for (const LensRow& row : w.lens) {
-        labels.rows.push_back(row.name);
+        labels.rows.push_back(row.after);
         for (const LensCell& cell : row.cells)
             values.push_back(static_cast<float>(cell.best.probability));
     }
@@ -4236,79 +4230,73 @@ Chart timing_chart(const Walk& w) {
     return chart;
 }
 
-// Both axes of the roofline are logarithmic: operations per byte, operations per second.
-struct Roofline {
-    Picture& picture;
-    double x0, x1, y0, y1;  // decades
-    static constexpr int kLeft = kMargin + 96, kWide = 860, kHigh = 480;
-    double x(double intensity) const {
-        return kLeft + (std::log10(intensity) - x0) / (x1 - x0) * kWide;
+// The height nearest to y that no label has taken.
+double place(std::vector<double>& taken, double y) {
+    double at = y;
+    const auto near = [&](double other) { return std::abs(other - at) < 15; };
+    for (int i = 1; std::ranges::any_of(taken, near); i++)
+        at = y + (i % 2 ? 15 : -15) * ((i + 1) / 2);
+    return taken.emplace_back(at);
+}
+// Points of one pass; products and attention have labels beside them.
+template <class X, class Y>
+void draw_points(Picture& p, const std::vector<OperationSum>& operations, std::size_t pass, X x,
+                 Y y) {
+    std::vector<double> taken;
+    const int side = pass == 0 ? 1 : -1;
+    for (const auto& [operation, costs] : operations) {
+        const Cost& c = costs[pass];
+        if (c.seconds <= 0 || c.flops <= 0) continue;
+        const double px = x(c.flops / c.bytes), py = y(c.flops / c.seconds);
+        p.dot(px, py, kPassColors[pass], operation->large() ? 5 : 2.5);
+        if (!operation->large()) continue;
+        const double label = place(taken, py);
+        const int width = Picture::length(operation->name, 1.3);
+        p.line(px + 7 * side, py, px + 22 * side, label, kRule, 0.7);
+        p.text(static_cast<int>(px) + (pass == 0 ? 26 : -26 - width), static_cast<int>(label) - 7,
+               operation->name, kMuted, 1.3);
     }
-    double y(double speed) const {  // what is below the axis stands on it
-        return kTop + kHigh - (std::max(std::log10(speed), y0) - y0) / (y1 - y0) * kHigh;
-    }
-    void draw_axes() const {
-        for (double d = std::ceil(x0); d <= x1; d++) {
-            const int at = static_cast<int>(x(std::pow(10, d)));
-            picture.fill(at, kTop, 1, kHigh, kRule);
-            picture.text(at - 12, kTop + kHigh + 6, few_digits(std::pow(10, d)), kMuted, 1.4);
-        }
-        for (double d = std::ceil(y0); d <= y1; d++) {
-            const int at = static_cast<int>(y(std::pow(10, d)));
-            picture.fill(kLeft, at, kWide, 1, kRule);
-            picture.text(kMargin + 20, at - 8, few_digits(std::pow(10, d - 9)), kMuted, 1.4);
-        }
-        picture.text(kLeft + kWide - 190, kTop + kHigh + 26, "operations per byte", kMuted);
-        picture.text(kMargin - 2, kTop + kHigh / 2 + 60, "GFLOP/s", kMuted, 1.5, false, true);
-    }
-    void draw_roof(const Peak& peak) const {
-        const double edge = peak.rate / peak.bandwidth, left = std::pow(10, x0);
-        const double top = y(peak.rate);
-        picture.line(x(left), y(peak.bandwidth * left), x(edge), top, kInk, 1.2);
-        picture.line(x(edge), top, kLeft + kWide, top, kInk, 1.2);
-    }
-    // Points of one pass; products and attention have labels beside them, none over another.
-    void draw_points(const std::vector<OperationSum>& operations, std::size_t pass) const {
-        std::vector<double> taken;
-        const int side = pass == 0 ? 1 : -1;
-        for (const auto& [operation, costs] : operations) {
-            const Cost& c = costs[pass];
-            if (c.seconds <= 0 || c.flops <= 0) continue;
-            const double px = x(c.flops / c.bytes), py = y(c.flops / c.seconds);
-            picture.dot(px, py, kPassColors[pass], operation->large() ? 5 : 2.5);
-            if (!operation->large()) continue;
-            double label = py;
-            const auto near = [&](double other) { return std::abs(other - label) < 15; };
-            for (int i = 1; std::any_of(taken.begin(), taken.end(), near); i++)
-                label = py + (i % 2 ? 15 : -15) * ((i + 1) / 2);
-            taken.push_back(label);
-            picture.line(px + 7 * side, py, px + 22 * side, label, kRule, 0.7);
-            const int width = Picture::length(operation->name, 1.3);
-            picture.text(static_cast<int>(px) + (pass == 0 ? 26 : -26 - width),
-                         static_cast<int>(label) - 7, operation->name, kMuted, 1.3);
-        }
-    }
-};
-// Speed over arithmetic intensity (Williams et al. 2009): the roof is what the machine can do.
+}
+// Speed over arithmetic intensity (Williams et al. 2009), both axes logarithmic: the roof is what the
+// machine can do.
 Chart roofline_chart(const Walk& w) {
+    constexpr int kLeft = kMargin + 96, kWide = 860, kHigh = 480;
     Chart chart{"roofline", "Roofline: what limits each operation",
                 "Operations under the roof of memory and multipliers, both axes logarithmic"};
-    begin_chart(chart, Roofline::kLeft - kMargin + Roofline::kWide, Roofline::kHigh + 56,
+    begin_chart(chart, kLeft - kMargin + kWide, kHigh + 56,
                 "Left of the edge the memory sets the pace, right of it the multipliers. Small: "
                 "norms and mixes. Above the roof: caches.");
-    const double top = std::log10(2 * w.peak.rate), edge = w.peak.rate / w.peak.bandwidth;
-    Roofline roofline{chart.picture, std::log10(0.05), std::log10(std::max(1000.0, 4 * edge)),
-                      top - 4, top};
+    Picture& p = chart.picture;
+    const double edge = w.peak.rate / w.peak.bandwidth, top = 2 * w.peak.rate;
+    const double left = 0.05, right = std::max(1000.0, 4 * edge);
+    double bottom = top / 1e4;
     for (const auto& [operation, costs] : w.operations) {
         for (const Cost& c : costs) {
             if (c.seconds > 0 && operation->large())
-                roofline.y0 = std::min(roofline.y0, std::log10(c.flops / c.seconds) - 0.2);
+                bottom = std::min(bottom, 0.6 * c.flops / c.seconds);
         }
     }
-    roofline.draw_axes();
-    roofline.draw_roof(w.peak);
-    for (const std::size_t pass : {0u, 1u}) roofline.draw_points(w.operations, pass);
-    draw_legend(chart.picture);
+    const auto x = [&](double intensity) {
+        return kLeft + std::log(intensity / left) / std::log(right / left) * kWide;
+    };
+    const auto y = [&](double speed) {  // what is below the axis stands on it
+        const double share = std::log(std::max(speed, bottom) / bottom) / std::log(top / bottom);
+        return kTop + kHigh - share * kHigh;
+    };
+    for (double at = 0.1; at < 1.01 * right; at *= 10) {
+        p.fill(static_cast<int>(x(at)), kTop, 1, kHigh, kRule);
+        p.text(static_cast<int>(x(at)) - 12, kTop + kHigh + 6, few_digits(at), kMuted, 1.4);
+    }
+    for (double at = std::pow(10, std::ceil(std::log10(bottom))); at < top; at *= 10) {
+        p.fill(kLeft, static_cast<int>(y(at)), kWide, 1, kRule);
+        p.text(kMargin + 20, static_cast<int>(y(at)) - 8, few_digits(at / 1e9), kMuted, 1.4);
+    }
+    p.text(kLeft + kWide - 190, kTop + kHigh + 26, "operations per byte", kMuted);
+    p.text(kMargin - 2, kTop + kHigh / 2 + 60, "GFLOP/s", kMuted, 1.5, false, true);
+    p.line(x(left), y(w.peak.bandwidth * left), x(edge), y(w.peak.rate), kInk, 1.2);
+    p.line(x(edge), y(w.peak.rate), x(right), y(w.peak.rate), kInk, 1.2);
+    for (const std::size_t pass : {0u, 1u}) draw_points(p, w.operations, pass, x, y);
+    draw_legend(p);
     return chart;
 }
 
@@ -4369,11 +4357,6 @@ Value stages_json(const Walk& w) {
         return object(members);
     });
 }
-Value operation_json(const Walk& w, const OperationSum& o) {
-    Members members = {{"name", o.operation->name}, {"kind", o.operation->kind}};
-    add_costs(members, w, o.costs);
-    return object(members);
-}
 Value head_json(const Walk& w, const Head& h) {
     Members m = {{"layer", h.layer},       {"head", h.head},    {"entropy", h.entropy},
                  {"distance", h.distance}, {"first", h.first},  {"previous", h.previous},
@@ -4389,12 +4372,11 @@ Value lens_json(const LensRow& row) {
         members.emplace_back("probability_of_final", c.chosen);
         return object(members);
     };
-    return object(
-        {{"after", row.name}, {"is_output", row.is_output}, {"cells", array(row.cells, cell)}});
+    return object({{"after", row.after},
+                   {"is_output", row.after == "output"},
+                   {"cells", array(row.cells, cell)}});
 }
 Members walk_members(const Walk& w) {
-    std::vector<std::size_t> positions;
-    for (std::size_t t = w.lens_first(); t < w.T(); t++) positions.push_back(t);
     return {
         {"model", w.info.id},
         {"device", w.device},
@@ -4409,12 +4391,17 @@ Members walk_members(const Walk& w) {
         {kPasses[0], cost_json(w, w.whole[0])},
         {kPasses[1], cost_json(w, w.whole[1])},
         {"operations",
-         array(w.operations, [&](const OperationSum& o) { return operation_json(w, o); })},
+         array(w.operations,
+               [&](const OperationSum& o) {
+                   Members members = {{"name", o.operation->name}, {"kind", o.operation->kind}};
+                   add_costs(members, w, o.costs);
+                   return object(members);
+               })},
         {"stages", stages_json(w)},
         {"attention", array(w.heads, [&](const Head& h) { return head_json(w, h); })},
         {"residual_rms", matrix_json(w.residual, w.T())},
         {"silent", matrix_json(w.silent, w.T())},
-        {"lens_positions", array(positions)},
+        {"lens_positions", array(std::views::iota(w.lens_first(), w.T()))},
         {"lens", array(w.lens, lens_json)},
         {"next", array(w.next, [](const Candidate& c) { return object(candidate_members(c)); })},
         {"choice", object(candidate_members(w.choice))}};
@@ -4491,17 +4478,15 @@ std::string time_table(const Walk& w) {
 // The last positions, as many as there is room for; of many layers some.
 std::string lens_table(const Walk& w) {
     const std::size_t n = w.lens.size(), shown = std::min<std::size_t>(n, 9);
-    std::vector<std::string> titles;
-    for (std::size_t t = w.lens_first(); t < w.T(); t++)
-        titles.push_back(label_of(w.pieces[t], 10));
+    const std::vector<std::string> titles = lens_labels(w);
     std::vector<Column> head = {{"AFTER", false, 0, 14}};
-    for (std::size_t t = 0; t < titles.size(); t++)
-        head.push_back({titles[t], false, static_cast<int>(titles.size() - t) - 1, 10});
+    int leave = static_cast<int>(titles.size());
+    for (const std::string& title : titles) head.push_back({title, false, --leave, 10});
     head.insert(head.end(), {{"SURE", true}, {"RANK", true}});
     std::vector<std::vector<std::string>> rows;
     for (std::size_t i = 0; i < shown; i++) {
         const LensRow& row = w.lens[i * (n - 1) / (shown - 1)];
-        std::vector<std::string>& line = rows.emplace_back(1, row.name);
+        std::vector<std::string>& line = rows.emplace_back(1, row.after);
         for (const LensCell& cell : row.cells) line.push_back(label_of(cell.best.piece, 10));
         line.push_back(percent_of(row.cells.back().best.probability));
         line.push_back(std::to_string(row.cells.back().rank));
@@ -4676,8 +4661,7 @@ int run_walk(Options& o) {
     const int room = static_cast<int>(plan.prompt.size()) + 1;
     const std::unique_ptr<Sequence> sequence = device.backend->new_sequence(room);
     ThreadPool pool(o.threads);
-    Walker walker(*device.backend, device.lm_head, device.cuda, *sequence, pool, s.info,
-                  s.tokenizer, plan);
+    Walker walker(device, *sequence, pool, s.info, s.tokenizer, plan);
     {
         Progress progress("walking through " + s.info.id);
         while (walker.advance()) {
@@ -5872,9 +5856,9 @@ Scheduler::Start Scheduler::start(const std::shared_ptr<Job>& job) {
         m->running.push_back(std::make_unique<Running>(job, std::move(sequence)));
         Running& r = *m->running.back();
         if (job->walk != nullptr) {
-            r.walker = std::make_unique<Walker>(m->backend(), m->device.lm_head, m->device.cuda,
-                                                *r.sequence, lens_pool_, job->offer->info,
-                                                *job->offer->tokenizer, job->walk->plan);
+            r.walker =
+                std::make_unique<Walker>(m->device, *r.sequence, lens_pool_, job->offer->info,
+                                         *job->offer->tokenizer, job->walk->plan);
         }
         m->used = true;
         const auto here = std::find_if(models_.begin(), models_.end(),
