@@ -34,9 +34,9 @@
 //    4. sample, chat         Output (text or JSON), run_sample; Repl: the slash commands; run_chat
 //    5. show, models, ...    run_show, run_models, run_tokenize, LogitRows, run_check, Doctor
 //    6. bench       plan_bench, bench_cost (the bytes of a step), Bench, run_bench
-//    7. picture     shade_of (colours), kStrokes (the font), Picture (the canvas), Chart, draw_grid
-//    8. walk        kOperations, cost_of; Walk (all that is kept), WalkObserver, Walker; charts_of;
-//                   walk_members (JSON); walk_text; plan_walk, run_walk
+//    7. picture     shade_of (colours), kStrokes (the font), Picture (the canvas), Chart, matrix_chart
+//    8. walk        kOperations (what each costs), StageClock; Walk (all that is kept), Walker;
+//                   charts_of; walk_members (JSON); walk_text; plan_walk, run_walk
 //    9. http        Limits; RequestReader (parsing); HttpServer: loop, accept_some, parse, send,
 //                   check_time (timeouts)
 //   10. scheduler   Job; Scheduler: round (one turn), admit (who is next), models in memory
@@ -3517,25 +3517,27 @@ Chart matrix_chart(Chart chart, const Labels& labels, std::span<const float> val
 struct Bar {
     std::string name;  // empty: it belongs to the one above it
     std::string label;
-    double share;  // of the longest
+    double value;
     Rgb color;
 };
-void draw_bars(Chart& chart, const std::vector<Bar>& bars, std::string_view caption) {
+Chart bars_chart(Chart chart, const std::vector<Bar>& bars, std::string_view caption) {
     constexpr int kSide = 170, kLongest = 560, kHigh = 14;
     const auto space = [](const Bar& bar) { return bar.name.empty() ? 2 : 10; };
     int height = 0;
-    for (const Bar& bar : bars) height += space(bar) + kHigh;
+    double most = 1e-9;
+    for (const Bar& bar : bars) height += space(bar) + kHigh, most = std::max(most, bar.value);
     begin_chart(chart, kSide + kLongest + 100, height, caption);
     int y = kTop;
     for (const Bar& bar : bars) {
         const int x = kMargin + kSide,
-                  length = std::max(1, static_cast<int>(std::lround(bar.share * kLongest)));
+                  length = std::max(1, static_cast<int>(std::lround(bar.value / most * kLongest)));
         y += space(bar);
         chart.picture.text(x - 8 - Picture::length(bar.name), y - 1, bar.name);
         chart.picture.fill(x, y, length, kHigh, bar.color);
         chart.picture.text(x + length + 6, y, bar.label, kMuted, 1.3);
         y += kHigh;
     }
+    return chart;
 }
 
 // The largest of each block, so that one bright point among a thousand stays: (n, n) to (m, m), m <= n.
@@ -4185,14 +4187,12 @@ Chart neurons_chart(const Walk& w) {
 Chart next_chart(const Walk& w) {
     std::vector<Bar> bars;
     for (const Candidate& c : w.next) {
-        bars.push_back({label_of(c.piece), percent_of(c.probability, 1),
-                        c.probability / w.next[0].probability,
+        bars.push_back({label_of(c.piece), percent_of(c.probability, 1), c.probability,
                         c.token == w.choice.token ? kBlue : shades()[110]});
     }
-    Chart chart{"next_token", "The next token", "Bars of the likeliest next tokens"};
-    draw_bars(chart, bars,
-              cat("Softmax of the logits, at temperature 1. Chosen: ", label_of(w.choice.piece)));
-    return chart;
+    return bars_chart(
+        {"next_token", "The next token", "Bars of the likeliest next tokens"}, bars,
+        cat("Softmax of the logits, at temperature 1. Chosen: ", label_of(w.choice.piece)));
 }
 
 // Of the two passes that are timed.
@@ -4206,26 +4206,22 @@ void draw_legend(Picture& picture) {
     }
 }
 Chart timing_chart(const Walk& w) {
-    double most = 1e-9;
-    for (const OperationSum& o : w.operations)
-        most = std::max({most, o.costs[0].seconds, o.costs[1].seconds});
     std::vector<Bar> bars;
     for (const OperationSum& o : w.operations) {
         for (const std::size_t pass : {0u, 1u}) {
             const double seconds = o.costs[pass].seconds;
             bars.push_back({pass == 0 ? std::string(o.operation->name) : "",
-                            cat(few_digits(1e6 * seconds), " µs"), seconds / most,
-                            kPassColors[pass]});
+                            cat(few_digits(1e6 * seconds), " µs"), seconds, kPassColors[pass]});
         }
     }
-    Chart chart{"timing",
-                cat("Where the time goes: ", w.T(), w.T() == 1 ? " token" : " tokens",
-                    " read, then one more"),
-                "Time of every operation, reading the prompt and one more token"};
-    draw_bars(chart, bars,
-              cat("Median of ", w.plan.runs, ", all layers together. In all ",
-                  decimals(1e3 * w.whole[0].seconds, 2), " ms and ",
-                  decimals(1e3 * w.whole[1].seconds, 2), " ms."));
+    const std::string tokens = cat(w.T(), w.T() == 1 ? " token" : " tokens");
+    Chart chart =
+        bars_chart({"timing", cat("Where the time goes: ", tokens, " read, then one more"),
+                    "Time of every operation, reading the prompt and one more token"},
+                   bars,
+                   cat("Median of ", w.plan.runs, ", all layers together. In all ",
+                       decimals(1e3 * w.whole[0].seconds, 2), " ms and ",
+                       decimals(1e3 * w.whole[1].seconds, 2), " ms."));
     draw_legend(chart.picture);
     return chart;
 }
@@ -4452,15 +4448,13 @@ std::string stage_table(const Walk& w, const std::vector<int>& layers) {
     return table(head, rows);
 }
 std::string time_table(const Walk& w) {
-    const std::vector<Column> head = {{"OPERATION", false, 0, 15},
-                                      {"READ µs", true},
-                                      {"GFLOP/s", true},
-                                      {"GB/s", true},
-                                      {"OF PEAK", true},
-                                      {"ONE µs", true},
-                                      {"GFLOP/s", true, 1},
-                                      {"GB/s", true},
-                                      {"OF PEAK", true}};
+    std::vector<Column> head = {{"OPERATION", false, 0, 15}};
+    for (const int pass : {0, 1}) {
+        const char* const microseconds = pass == 0 ? "READ µs" : "ONE µs";
+        head.insert(
+            head.end(),
+            {{microseconds, true}, {"GFLOP/s", true, pass}, {"GB/s", true}, {"OF PEAK", true}});
+    }
     std::vector<std::vector<std::string>> rows;
     const auto add = [&](std::string_view name, const Costs& costs) {
         std::vector<std::string>& row = rows.emplace_back(1, std::string(name));
