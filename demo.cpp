@@ -3259,14 +3259,13 @@ Points rounded(Points points) {
     return points;
 }
 std::vector<Points> strokes_of(char32_t c) {
-    constexpr std::size_t kAscii = 0x7f - 0x20;
-    const std::size_t more = std::u32string_view(U"\u00b7\u00b2\u00b5\u2026").find(c);
-    const bool ascii = c >= 0x20 && c < 0x7f, known = ascii || more != std::string::npos;
+    constexpr std::u32string_view kMore = U"\u00b7\u00b2\u00b5\u2026";
+    const std::size_t more = kMore.find(c);
+    std::size_t at = U'?' - 0x20;  // for what it has not
+    if (c >= 0x20 && c < 0x7f) at = c - 0x20;
+    if (more != kMore.npos) at = 0x5f + more;
     std::vector<Points> strokes;
-    for (const std::string& stroke : split(kStrokes[ascii   ? c - 0x20
-                                                    : known ? kAscii + more
-                                                            : U'?' - 0x20],
-                                           " ")) {
+    for (const std::string& stroke : split(kStrokes[at], " ")) {
         Points points;
         for (std::size_t i = 0; i + 1 < stroke.size(); i += 2)
             points.emplace_back(stroke[i] - '0', stroke[i + 1] - '0');
@@ -3738,8 +3737,8 @@ struct OperationSum {  // of all layers
 struct Head {  // how one head looks back; means over the queries, in bits, positions, shares
     int layer, head;
     double entropy = 0, distance = 0, first = 0, previous = 0, itself = 0;
-    std::vector<float> small = {},
-                       map = {};  // (m, m), pooled; (T, T), of the layers looked at closely
+    std::vector<float> small = {};  // (m, m), pooled
+    std::vector<float> map = {};    // (T, T), of the layers looked at closely
     std::string_view label() const {
         if (first > 0.5) return "rests on the first token";
         if (previous > 0.5) return "looks at the previous token";
@@ -3892,9 +3891,11 @@ public:
 
 private:
     std::size_t timed() const { return static_cast<std::size_t>(w_.plan.runs) + 1; }
-    std::vector<float> step(std::span<const Token> tokens, bool prompt, Observer* observer) {
-        sequence_.rewind(prompt ? 0 : static_cast<int>(w_.T()));
-        const Chunk chunk{&sequence_, tokens, prompt};
+    std::vector<float> step(std::size_t pass, Observer* observer) {
+        std::span<const Token> tokens = w_.plan.prompt;
+        if (pass == 1) tokens = {&w_.choice.token, 1};
+        sequence_.rewind(pass == 0 ? 0 : static_cast<int>(w_.T()));
+        const Chunk chunk{&sequence_, tokens, pass == 0};
         const std::span<const float> logits = device_.backend->step({&chunk, 1}, observer);
         return {logits.begin(), logits.end()};
     }
@@ -3905,7 +3906,7 @@ private:
     }
 
     void observe() {
-        const std::vector<float> logits = step(w_.plan.prompt, true, this);
+        const std::vector<float> logits = step(0, this);
         const int shape[] = {1, static_cast<int>(logits.size())};
         on({HookPoint::logits, -1, 0, shape, logits});
         const Token choice =
@@ -4004,13 +4005,11 @@ private:
 
     // One clocked and one plain pass; the first is not counted. Medians after the last.
     void time(std::size_t pass, std::size_t run) {
-        const std::span<const Token> tokens =
-            pass == 0 ? std::span<const Token>(w_.plan.prompt) : std::span(&w_.choice.token, 1);
         StageClock clock(w_.cuda);
-        step(tokens, pass == 0, &clock);
+        step(pass, &clock);
         clock.lap(HookPoint::logits, -1);
         const auto start = Clock::now();
-        step(tokens, pass == 0, nullptr);
+        step(pass, nullptr);
         whole_.push_back(seconds_since(start));
         laps_.push_back(std::move(clock));
         if (run == 0) laps_.clear(), whole_.clear();
