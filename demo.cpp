@@ -35,9 +35,9 @@
 //    4. sample, chat         Output (text or JSON), run_sample; Repl: the slash commands; run_chat
 //    5. show, models, ...    Catalog, run_show, run_models, LogitRows, run_check, Doctor
 //    6. bench       plan_bench, bench_cost (the bytes of a step), BenchGroup, Bench
-//    7. picture     shade_of (colours), kStrokes (the font), Picture (the canvas), Chart, draw_grid
-//    8. walk        kOperations, cost_of; Walk (all that is kept), WalkObserver, Walker; charts_of;
-//                   walk_members (JSON); walk_text; plan_walk, run_walk
+//    7. picture     shade_of (colours), kStrokes (the font), Picture (the canvas), Chart, matrix_chart
+//    8. walk        kOperations (what each costs), StageClock; Walk (all that is kept), Walker;
+//                   charts_of; walk_members (JSON); walk_text; plan_walk, run_walk
 //    9. http        Limits (connections of an address); RequestReader (parsing); HttpServer: loop,
 //                   accept_some, parse, send, check_time (timeouts)
 //   10. scheduler   Job; Scheduler: round (one turn), admit (who is next), models in memory
@@ -143,6 +143,7 @@ inline std::unique_ptr<Backend> open_cuda(const std::shared_ptr<const Model>&, c
 #include <mutex>               // mutex
 #include <new>                 // bad_alloc
 #include <optional>            // optional
+#include <ranges>              // iota
 #include <span>                // span
 #include <string>              // string
 #include <string_view>         // string_view
@@ -2969,14 +2970,12 @@ constexpr std::string_view kStrokes[] = {
     "24", "102031 3112 1232", "0208 0205163645 4246", "06 26 46"};  // then · ² µ …
 // clang-format on
 
-struct Segment {
-    double x0, y0, x1, y1;  // in units of the grid
-};
+using Points = std::vector<std::pair<double, double>>;  // on the font's grid
 // The curve that the points pull: corners cut twice (Chaikin 1974), ends kept.
-std::vector<std::pair<double, double>> rounded(std::vector<std::pair<double, double>> points) {
+Points rounded(Points points) {
     for (int round = 0; round < 2 && points.size() > 2; round++) {
         const bool loop = points.front() == points.back();
-        std::vector<std::pair<double, double>> next;
+        Points next;
         if (!loop) next.push_back(points.front());
         for (std::size_t i = 0; i + 1 < points.size(); i++) {
             const auto [ax, ay] = points[i];
@@ -2989,59 +2988,41 @@ std::vector<std::pair<double, double>> rounded(std::vector<std::pair<double, dou
     }
     return points;
 }
-const std::vector<Segment>& strokes_of(char32_t c) {
-    static const std::vector<std::vector<Segment>> font = [] {
-        std::vector<std::vector<Segment>> glyphs;
-        for (const std::string_view glyph : kStrokes) {
-            std::vector<Segment>& segments = glyphs.emplace_back();
-            for (const std::string& stroke : split(glyph, " ")) {
-                std::vector<std::pair<double, double>> points;
-                for (std::size_t i = 0; i + 1 < stroke.size(); i += 2)
-                    points.emplace_back(stroke[i] - '0', stroke[i + 1] - '0');
-                if (points.size() == 1) points.push_back(points[0]);
-                points = rounded(std::move(points));
-                for (std::size_t i = 0; i + 1 < points.size(); i++)
-                    segments.push_back({points[i].first, points[i].second, points[i + 1].first,
-                                        points[i + 1].second});
-            }
-        }
-        return glyphs;
-    }();
+std::vector<Points> strokes_of(char32_t c) {
     constexpr std::u32string_view kMore = U"\u00b7\u00b2\u00b5\u2026";
     const std::size_t more = kMore.find(c);
-    if (c >= 0x20 && c < 0x7f) return font[c - 0x20];
-    return font[more == kMore.npos ? U'?' - 0x20 : 0x5f + more];
+    std::size_t at = U'?' - 0x20;  // for what it has not
+    if (c >= 0x20 && c < 0x7f) at = c - 0x20;
+    if (more != kMore.npos) at = 0x5f + more;
+    std::vector<Points> strokes;
+    for (const std::string& stroke : split(kStrokes[at], " ")) {
+        Points points;
+        for (std::size_t i = 0; i + 1 < stroke.size(); i += 2)
+            points.emplace_back(stroke[i] - '0', stroke[i + 1] - '0');
+        strokes.push_back(rounded(std::move(points)));
+    }
+    return strokes;
 }
 
 // What the font can show of a token: blanks as dots, what is not ASCII as escapes; at most `most` signs.
 std::string label_of(std::string_view piece, std::size_t most = 12) {
-    std::vector<std::string> units;
+    std::string out;
     if (detail::is_utf8(piece)) {
         each_character(piece, [&](char32_t c, std::string_view bytes) {
-            units.push_back(c == ' '               ? "·"
-                            : c == '\n'            ? "\\n"
-                            : c > 0x20 && c < 0x7f ? std::string(bytes)
-                            : c < 0x10000          ? "\\u" + hex(c, 4)
-                                                   : "\\U" + hex(c, 6));
+            out += c == ' '               ? "·"
+                   : c == '\n'            ? "\\n"
+                   : c > 0x20 && c < 0x7f ? std::string(bytes)
+                   : c < 0x10000          ? "\\u" + hex(c, 4)
+                                          : "\\U" + hex(c, 6);
         });
     } else {
-        for (const char c : piece) units.push_back("\\x" + hex(static_cast<unsigned char>(c), 2));
+        for (const char c : piece) out += "\\x" + hex(static_cast<unsigned char>(c), 2);
     }
-    std::string out;
-    for (std::size_t i = 0; i < units.size(); i++) {
-        const bool last = i + 1 == units.size();
-        if (width_of(out + units[i]) + (last ? 0 : 1) > most) return out + "…";
-        out += units[i];
-    }
-    return out;
+    return fit(out, std::min(most, width_of(out)));
 }
 
 #ifdef NANOGPT_PNG
 constexpr bool kHasPng = true;
-void append_png(void* to, void* bytes, int size) {
-    static_cast<std::string*>(to)->append(static_cast<const char*>(bytes),
-                                          static_cast<std::size_t>(size));
-}
 #else
 constexpr bool kHasPng = false;
 #endif
@@ -3060,12 +3041,12 @@ public:
             for (int i = std::max(x, 0); i < std::min(x + w, width_); i++) at(i, j) = color;
         }
     }
-    void frame(int x, int y, int w, int h, Rgb color = kRule) {  // around the rectangle
-        fill(x - 1, y - 1, w + 2, 1, color), fill(x - 1, y + h, w + 2, 1, color);
-        fill(x - 1, y - 1, 1, h + 2, color), fill(x + w, y - 1, 1, h + 2, color);
+    void frame(int x, int y, int w, int h) {  // around the rectangle
+        fill(x - 1, y - 1, w + 2, 1, kRule), fill(x - 1, y + h, w + 2, 1, kRule);
+        fill(x - 1, y - 1, 1, h + 2, kRule), fill(x + w, y - 1, 1, h + 2, kRule);
     }
     // A line with round ends; of no length, a dot. `half` is half its width, in pixels.
-    void line(double x0, double y0, double x1, double y1, Rgb color, double half = 0.8) {
+    void line(double x0, double y0, double x1, double y1, Rgb color, double half) {
         const double dx = x1 - x0, dy = y1 - y0, length = dx * dx + dy * dy, reach = half + 1;
         const auto from = [](double v) { return static_cast<int>(std::floor(v)); };
         for (int j = from(std::min(y0, y1) - reach); j <= from(std::max(y0, y1) + reach); j++) {
@@ -3078,29 +3059,32 @@ public:
             }
         }
     }
+    void dot(double x, double y, Rgb color, double radius) { line(x, y, x, y, color, radius); }
     // Signs of 6 x 10 units from the upper left corner on; upwards: from the lower left corner up.
     void text(int x, int y, std::string_view words, Rgb color = kInk, double unit = 1.5,
               bool bold = false, bool upwards = false) {
         const double half = (bold ? 0.5 : 0.36) * unit;
         double along = 0;
         each_character(words, [&](char32_t c, std::string_view) {
-            const auto put = [&](double px, double py) {  // of the grid to the picture
-                const double u = along + (px + 1) * unit, v = (py + 1.2) * unit;
+            const auto put = [&](std::pair<double, double> p) {  // of the grid to the picture
+                const double u = along + (p.first + 1) * unit, v = (p.second + 1.2) * unit;
                 return upwards ? std::pair(x + v, y - u) : std::pair(x + u, y + v);
             };
-            for (const Segment& s : strokes_of(c)) {
-                const auto [x0, y0] = put(s.x0, s.y0);
-                const auto [x1, y1] = put(s.x1, s.y1);
-                const bool dot = s.x0 == s.x1 && s.y0 == s.y1;
-                line(x0, y0, x1, y1, color, dot ? 1.5 * half : half);
+            for (const Points& stroke : strokes_of(c)) {
+                auto [x0, y0] = put(stroke[0]);
+                if (stroke.size() == 1) dot(x0, y0, color, 1.5 * half);
+                for (std::size_t i = 1; i < stroke.size(); i++) {
+                    const auto [x1, y1] = put(stroke[i]);
+                    line(x0, y0, x1, y1, color, half);
+                    x0 = x1, y0 = y1;
+                }
             }
             along += 6 * unit;
         });
     }
+    // Of words that the font can show: each sign has one column.
     static int length(std::string_view words, double unit = 1.5) {
-        std::size_t n = 0;
-        each_character(words, [&](char32_t, std::string_view) { n++; });
-        return static_cast<int>(std::ceil(static_cast<double>(n) * 6 * unit));
+        return static_cast<int>(std::ceil(static_cast<double>(width_of(words)) * 6 * unit));
     }
     void paste(const Picture& other, int x, int y) {
         for (int j = 0; j < other.height_ && y + j < height_; j++) {
@@ -3111,10 +3095,14 @@ public:
     std::string png() const {
         std::string bytes;
 #ifdef NANOGPT_PNG
+        const auto append = [](void* to, void* part, int size) {
+            static_cast<std::string*>(to)->append(static_cast<const char*>(part),
+                                                  static_cast<std::size_t>(size));
+        };
         // flat areas and few colours: trying more filters and longer matches saves 3 % of the bytes
         // and made a walk with pictures a quarter slower
         stbi_write_force_png_filter = 2, stbi_write_png_compression_level = 5;
-        if (stbi_write_png_to_func(append_png, &bytes, width_, height_, 3, pixels_.data(),
+        if (stbi_write_png_to_func(append, &bytes, width_, height_, 3, pixels_.data(),
                                    3 * width_) == 0)
             throw std::bad_alloc();
 #endif
@@ -3149,23 +3137,19 @@ struct Scale {
     bool log = false;
     Rgb color(double value) const {
         if (std::isnan(value)) return kNotANumber;
-        const double x = share(value);
+        const auto f = [&](double v) { return log ? std::log(std::max(v, 1e-30)) : v; };
+        const double x = high > low ? (f(value) - f(low)) / (f(high) - f(low)) : 0;
         return shades()[static_cast<std::size_t>(std::lround(255 * std::clamp(x, 0.0, 1.0)))];
     }
-    double share(double value) const {
-        const auto f = [&](double v) { return log ? std::log(std::max(v, 1e-30)) : v; };
-        return high > low ? (f(value) - f(low)) / (f(high) - f(low)) : 0.0;
-    }
 };
-// From the smallest to the largest of the finite numbers.
-Scale scale_of(std::span<const float> values, bool log) {
-    Scale scale{std::numeric_limits<double>::infinity(), -std::numeric_limits<double>::infinity(),
-                log};
+// From the smallest to the largest of the finite numbers above 0, of their logarithms.
+Scale logarithmic_scale(std::span<const float> values) {
+    Scale scale{std::numeric_limits<double>::infinity(), 0, true};
     for (const float v : values) {
-        if (!std::isfinite(v) || (log && v <= 0)) continue;
+        if (!std::isfinite(v) || v <= 0) continue;
         scale.low = std::min(scale.low, double{v}), scale.high = std::max(scale.high, double{v});
     }
-    return scale.low <= scale.high ? scale : Scale{0, 1, log};
+    return scale.low <= scale.high ? scale : Scale{0, 1, true};
 }
 
 // A matrix in a picture, its geometry kept for the picture's twin in numbers.
@@ -3189,37 +3173,109 @@ void begin_chart(Chart& chart, int width, int height, std::string_view caption) 
     chart.picture.text(kMargin - 3, 18, chart.title, kInk, 2, true);
     chart.picture.text(kMargin - 2, kTop + height + 30, caption, kMuted);
 }
-void draw_grid(Chart& chart, const Grid& grid, std::span<const float> values) {
-    for (int r = 0; r < grid.rows; r++) {
-        for (int c = 0; c < grid.columns; c++) {
-            const float v =
-                values[static_cast<std::size_t>(r) * static_cast<std::size_t>(grid.columns) +
-                       static_cast<std::size_t>(c)];
-            chart.picture.fill(grid.x + c * grid.cell_width, grid.y + r * grid.cell_height,
-                               grid.cell_width, grid.cell_height, grid.scale.color(double{v}));
-        }
-    }
-    chart.picture.frame(grid.x, grid.y, grid.columns * grid.cell_width,
-                        grid.rows * grid.cell_height);
-    chart.grids.push_back(grid);
-}
 std::string few_digits(double value) {  // three that count; no exponents where people read
     if (std::abs(value) >= 999.5 && std::abs(value) < 1e15) return thousands(std::llround(value));
     char text[32];
     std::snprintf(text, sizeof text, "%.3g", value);
     return text;
 }
-// The 256 shades in a row, with the numbers at their ends.
-void draw_scale(Chart& chart, int x, int y, const Scale& scale, std::string_view unit) {
-    const std::string low = few_digits(scale.low), high = few_digits(scale.high);
-    chart.picture.text(x, y - 2, low, kMuted);
-    chart.bar_x = x + Picture::length(low) + 6, chart.bar_y = y;
+// Room for matrices; below them the 256 shades in a row, with the numbers at their ends.
+void begin_matrices(Chart& chart, int width, int height, std::string_view caption,
+                    const Scale& scale, std::string_view unit) {
+    const std::string low = few_digits(scale.low), high = cat(few_digits(scale.high), " ", unit);
+    const int left = Picture::length(low) + 6, y = kTop + height + 10;
+    begin_chart(chart, std::max(width, left + 262 + Picture::length(high)), height + 26, caption);
+    chart.bar_x = kMargin + left, chart.bar_y = y;
+    chart.picture.text(kMargin, y - 2, low, kMuted);
     for (int i = 0; i < 256; i++)
         chart.picture.fill(chart.bar_x + i, y, 1, 12, shades()[static_cast<std::size_t>(i)]);
     chart.picture.frame(chart.bar_x, y, 256, 12);
-    chart.picture.text(chart.bar_x + 262, y - 2, cat(high, " ", unit), kMuted);
+    chart.picture.text(chart.bar_x + 262, y - 2, high, kMuted);
 }
-constexpr int kScaleWidth = 256 + 200;  // of a scale with its words
+void draw_grid(Chart& chart, const Grid& grid, std::span<const float> values) {
+    for (int i = 0; i < grid.rows * grid.columns; i++) {
+        chart.picture.fill(grid.x + i % grid.columns * grid.cell_width,
+                           grid.y + i / grid.columns * grid.cell_height, grid.cell_width,
+                           grid.cell_height,
+                           grid.scale.color(double{values[static_cast<std::size_t>(i)]}));
+    }
+    chart.picture.frame(grid.x, grid.y, grid.columns * grid.cell_width,
+                        grid.rows * grid.cell_height);
+    chart.grids.push_back(grid);
+}
+
+// Words beside the rows of a matrix and above its columns: upwards where a column is too narrow.
+struct Labels {
+    std::vector<std::string> rows, columns;
+    int cell_width, cell_height;
+    int left() const { return longest(rows, cell_height) + 6; }
+    int top() const { return upwards() ? longest(columns, cell_width) + 6 : 20; }
+    void draw(Picture& picture, int x, int y) const {  // of a matrix that begins there
+        const auto middle = [](int cell) {
+            return cell / 2 - static_cast<int>(4.2 * unit(cell) + 0.8);
+        };
+        int at = y + middle(cell_height);
+        for (const std::string& row : rows) {
+            const double size = unit(cell_height);
+            picture.text(x - 4 - Picture::length(row, size), at, row, kMuted, size);
+            at += cell_height;
+        }
+        at = x + (upwards() ? middle(cell_width) : 4);
+        for (const std::string& column : columns) {
+            picture.text(at, upwards() ? y - 4 : y - 19, column, kMuted, unit(cell_width), false,
+                         upwards());
+            at += cell_width;
+        }
+    }
+
+private:
+    static double unit(int cell) { return cell >= 14 ? 1.4 : 1; }
+    static int longest(const std::vector<std::string>& words, int cell) {
+        int most = 0;
+        for (const std::string& word : words)
+            most = std::max(most, Picture::length(word, unit(cell)));
+        return most;
+    }
+    bool upwards() const { return longest(columns, cell_width) > cell_width; }
+};
+Chart matrix_chart(Chart chart, const Labels& labels, std::span<const float> values,
+                   const Scale& scale, std::string_view unit, std::string_view caption) {
+    const int rows = static_cast<int>(labels.rows.size()),
+              columns = static_cast<int>(values.size()) / rows;
+    const int left = labels.left(), top = labels.top(), wide = labels.cell_width,
+              high = labels.cell_height;
+    begin_matrices(chart, left + columns * wide, top + rows * high, caption, scale, unit);
+    labels.draw(chart.picture, kMargin + left, kTop + top);
+    draw_grid(chart, {chart.name, kMargin + left, kTop + top, wide, high, rows, columns, scale},
+              values);
+    return chart;
+}
+
+struct Bar {
+    std::string name;  // empty: it belongs to the one above it
+    std::string label;
+    double value;
+    Rgb color;
+};
+Chart bars_chart(Chart chart, const std::vector<Bar>& bars, std::string_view caption) {
+    constexpr int kSide = 170, kLongest = 560, kHigh = 14;
+    const auto space = [](const Bar& bar) { return bar.name.empty() ? 2 : 10; };
+    int height = 0;
+    double most = 1e-9;
+    for (const Bar& bar : bars) height += space(bar) + kHigh, most = std::max(most, bar.value);
+    begin_chart(chart, kSide + kLongest + 100, height, caption);
+    int y = kTop;
+    for (const Bar& bar : bars) {
+        const int x = kMargin + kSide,
+                  length = std::max(1, static_cast<int>(std::lround(bar.value / most * kLongest)));
+        y += space(bar);
+        chart.picture.text(x - 8 - Picture::length(bar.name), y - 1, bar.name);
+        chart.picture.fill(x, y, length, kHigh, bar.color);
+        chart.picture.text(x + length + 6, y, bar.label, kMuted, 1.3);
+        y += kHigh;
+    }
+    return chart;
+}
 
 // The largest of each block, so that one bright point among a thousand stays: (n, n) to (m, m), m <= n.
 std::vector<float> max_pooled(std::span<const float> map, std::size_t n, std::size_t m) {
@@ -3239,19 +3295,243 @@ std::vector<float> max_pooled(std::span<const float> map, std::size_t n, std::si
 // numbers, in time and in pictures. What is shown are the header's hook points: the same arithmetic
 // that chat computes with, observed.
 
-struct Summary {  // of one tensor
+// ---- what an operation costs
+
+// Of one operation, of some, of a whole pass.
+struct Cost {
+    double flops = 0, bytes = 0, seconds = 0;
+    Cost& operator+=(const Cost& c) {
+        return flops += c.flops, bytes += c.bytes, seconds += c.seconds, *this;
+    }
+};
+// Of the two passes that are timed: all tokens of the prompt are read, then one more.
+using Costs = std::array<Cost, 2>;
+constexpr std::array kPasses = {"prefill", "decode"};
+
+struct Shapes {
+    const Config& c;
+    double T, pos;  // tokens of the pass, and before it
+    // bytes of a number: in a matrix, in an embedding, of an activation, of a key
+    double weight, table, value, kept;
+    double D = c.n_embd, H = c.n_head, KV = c.n_kv_head * c.head_dim();
+};
+// A matrix product reads its weights once and its rows once: x (T, K), w (N, K) -> (T, N).
+Cost product(const Shapes& s, double T, double K, double N) {
+    return {2 * T * N * K, N * K * s.weight + T * (K + N) * s.value};
+}
+// `n` numbers are read, as many are written.
+Cost each_number(const Shapes& s, double flops, double n) { return {flops * n, 2 * n * s.value}; }
+Cost norm_cost(const Shapes& s, int) { return each_number(s, 3, s.T * s.D); }
+Cost add_cost(const Shapes& s, int) { return {s.T * s.D, 3 * s.T * s.D * s.value}; }
+Cost smear_cost(const Shapes& s, int) {  // the first token has none before it
+    return {(s.T - (s.pos == 0)) * (48 + 2 * s.D), 3 * s.T * s.D * s.value};
+}
+Cost mix_cost(const Shapes& s, int) {
+    const double n = s.T * s.D;
+    if (s.c.generation == Generation::g2e)  // and the bigram's embedding
+        return {5 * n, n * (s.table + 3 * s.value)};
+    return s.c.has_lambdas() ? Cost{3 * n, 3 * n * s.value} : Cost{};
+}
+Cost value_cost(const Shapes& s, int) {
+    const double gate = s.c.n_kv_head * 2.0 * s.c.ve_gate_channels;
+    return {s.T * (gate + 2 * s.KV), s.T * s.KV * (s.table + 2 * s.value)};
+}
+Cost attention_cost(const Shapes& s, int layer) {
+    const double S = s.pos + s.T;
+    const double window = std::min(S, double{1} + std::min(s.c.window(layer), 1 << 30));
+    double pairs = 0;  // of a query and a key that it sees
+    for (double t = 0; t < s.T; t++) pairs += std::min(s.pos + t + 1, window);
+    const double keys = std::min(S, window + s.T - 1);
+    return {pairs * 4 * (s.D + s.H), 2 * s.T * s.D * s.value + 2 * (keys + s.T) * s.KV * s.kept};
+}
+
+// What is computed between the hook point of the operation before and its own. A GPU computes some in
+// one kernel with others: they have no time of their own there.
+struct Operation {
+    HookPoint point;
+    std::string_view name, kind;
+    HookPoint on_gpu;  // whose time holds it there
+    Cost (*cost)(const Shapes&, int layer);
+    bool large() const { return kind == "product" || kind == "attention"; }
+    HookPoint timed_at(bool cuda) const { return cuda ? on_gpu : point; }
+};
+constexpr Operation kOperations[] = {
+    {HookPoint::embed, "embedding", "lookup", HookPoint::embed_norm,
+     [](const Shapes& s, int) {
+         return Cost{0, s.T * s.D * (s.table + s.value)};
+     }},
+    {HookPoint::embed_norm, "norm of it", "norm", HookPoint::embed_norm, norm_cost},
+    {HookPoint::smear, "previous token", "mix", HookPoint::embed_norm, smear_cost},
+    {HookPoint::resid_pre, "residual mix", "mix", HookPoint::attn_in, mix_cost},
+    {HookPoint::attn_in, "norm", "norm", HookPoint::attn_in, norm_cost},
+    {HookPoint::q, "q, k, v", "product", HookPoint::q,
+     [](const Shapes& s, int) { return product(s, s.T, s.D, s.D + 2 * s.KV); }},
+    {HookPoint::ve_gate, "value embedding", "mix", HookPoint::rot_q, value_cost},
+    {HookPoint::rot_q, "rotary, QK norm", "norm", HookPoint::rot_q,
+     [](const Shapes& s, int) { return each_number(s, 7, s.T * (s.D + s.KV)); }},
+    {HookPoint::z, "attention", "attention", HookPoint::z, attention_cost},
+    {HookPoint::attn_out, "attn c_proj", "product", HookPoint::resid_mid,
+     [](const Shapes& s, int) { return product(s, s.T, s.D, s.D); }},
+    {HookPoint::resid_mid, "add", "mix", HookPoint::resid_mid, add_cost},
+    {HookPoint::mlp_in, "norm (MLP)", "norm", HookPoint::mlp_in, norm_cost},
+    {HookPoint::mlp_pre, "mlp c_fc", "product", HookPoint::mlp_post,
+     [](const Shapes& s, int) { return product(s, s.T, s.D, 4 * s.D); }},
+    {HookPoint::mlp_post, "relu²", "mix", HookPoint::mlp_post,
+     [](const Shapes& s, int) { return each_number(s, 2, s.T * 4 * s.D); }},
+    {HookPoint::mlp_out, "mlp c_proj", "product", HookPoint::resid_post,
+     [](const Shapes& s, int) { return product(s, s.T, 4 * s.D, s.D); }},
+    {HookPoint::resid_post, "add (MLP)", "mix", HookPoint::resid_post, add_cost},
+    {HookPoint::backout, "backout", "mix", HookPoint::final_norm,
+     [](const Shapes& s, int) {
+         return Cost{2 * s.T * s.D, 3 * s.T * s.D * s.value};
+     }},
+    {HookPoint::final_norm, "final norm", "norm", HookPoint::final_norm, norm_cost},
+    {HookPoint::logits, "lm_head", "product", HookPoint::logits,  // of the last token alone
+     [](const Shapes& s, int) { return product(s, 1, s.D, s.c.vocab_size); }},
+};
+const Operation* operation_at(HookPoint point) {
+    const auto at = std::ranges::find(kOperations, point, &Operation::point);
+    return at == std::end(kOperations) ? nullptr : at;
+}
+
+// Seconds of every operation of a pass. Asking whether anybody wants to watch is what a pass does there
+// anyway, so a clock that wants nothing sees it as it always runs; only relu² is asked for apart.
+class StageClock : public Observer {
+public:
+    explicit StageClock(bool cuda) : cuda_(cuda) {}
+    bool wants(HookPoint point, int layer) override {
+        lap(point, layer);
+        return point == HookPoint::mlp_pre && !cuda_;
+    }
+    void on(const Activation&) override {}
+    void lap(HookPoint point, int layer) {
+        if (point == HookPoint::v) point = HookPoint::ve_gate;  // whose work is done only here
+        const Operation* const op = operation_at(point);
+        if (op == nullptr || op->timed_at(cuda_) != point) return;  // it is the next one's time
+        if (cuda_) cuda_wait();  // a launched kernel is not a finished one
+        seconds_[{layer, point}] += seconds_since(last_);
+        last_ = Clock::now();
+    }
+    double seconds(HookPoint point, int layer) { return seconds_[{layer, point}]; }
+
+private:
+    bool cuda_;
+    std::map<std::pair<int, HookPoint>, double> seconds_;
+    Clock::time_point last_ = Clock::now();
+};
+
+struct Peak {  // what the device can do at best. Zeros: it could not be measured
+    double bandwidth = 0, rate = 0;  // bytes read; multiplications and additions: per second
+    bool known() const { return bandwidth > 0 && rate > 0; }
+    // Below the roof's edge the memory sets the pace, above it the multipliers.
+    bool memory_bound(const Cost& c) const { return c.flops * bandwidth < c.bytes * rate; }
+    // Of the faster of the two that it could reach.
+    double share(const Cost& c) const {
+        return c.seconds > 0 ? std::max(c.bytes / bandwidth, c.flops / rate) / c.seconds : 0;
+    }
+};
+// Multiplications and additions per second: the best of some products of the kind a prompt needs.
+double cpu_product_rate(ThreadPool& pool) {
+    constexpr std::int64_t T = 256, N = 1024, K = 1024;
+    const auto values = std::make_shared<std::vector<float>>(N * K, 0.5f);
+    const auto* const bytes = reinterpret_cast<const std::byte*>(values->data());
+    const Tensor w{DType::f32, {N, K}, {values, bytes}};
+    std::vector<float> x(T * K, 0.25f), y(T * N);
+    double best = 0;
+    for (int pass = 0; pass < 6; pass++) {
+        const auto start = Clock::now();
+        ops::linear(pool, y.data(), x.data(), w, T, N);
+        best = std::max(best, 2.0 * T * N * K / seconds_since(start));
+    }
+    return best;
+}
+Peak measure_peak(bool cuda, int threads) {
+    if (cuda) return {cuda_read_bandwidth(), cuda_product_rate()};
+    ThreadPool pool(threads);
+    return {cpu_read_bandwidth(threads), cpu_product_rate(pool)};
+}
+
+// ---- what is kept of a walk
+
+struct WalkPlan {
+    std::vector<Token> prompt;  // with what begins a text in front
+    std::string text;
+    std::vector<int> layers;  // those looked at closely
+    int top = 10, runs = 5;
+    SamplingParams sampling = {};
+};
+struct Stage {  // of one hook point
+    HookPoint point;
+    int layer;  // -1: of the whole model
     std::vector<int> shape;
     double least = 0, most = 0, mean = 0, rms = 0, zero = 0;  // zero: share of zeros
     std::size_t bad = 0;                                      // NaN and infinities
+    Costs costs = {};                                         // of the operation that it ends
 };
+struct OperationSum {  // of all layers
+    const Operation* operation;
+    Costs costs = {};
+};
+struct Head {  // how one head looks back; means over the queries, in bits, positions, shares
+    int layer, head;
+    double entropy = 0, distance = 0, first = 0, previous = 0, itself = 0;
+    std::vector<float> small = {};  // (m, m), pooled
+    std::vector<float> map = {};    // (T, T), of the layers looked at closely
+    std::string_view label() const {
+        if (first > 0.5) return "rests on the first token";
+        if (previous > 0.5) return "looks at the previous token";
+        if (itself > 0.5) return "looks at itself";
+        return distance < 3 ? "local" : "broad";
+    }
+};
+struct Candidate {
+    Token token = 0;
+    double probability = 0;
+    std::string piece = {};
+};
+struct LensCell {
+    Candidate best;
+    double entropy = 0;  // in bits
+    int rank = 1;        // of the token that the model ends up with
+    double chosen = 0;   // its probability
+};
+struct LensRow {
+    std::string after;  // a layer, "embed" or "output": the last row
+    std::vector<LensCell> cells = {};
+};
+constexpr std::size_t kLensColumns = 16, kSmall = 48, kMostDrawn = 512, kMostLabelled = 64;
+
+struct Walk {
+    WalkPlan plan;
+    ModelInfo info;
+    std::string device;
+    DType dtype = DType::f32;
+    bool cuda = false;
+    Peak peak;
+    Value tokens = nullptr;  // as JSON
+    std::vector<std::string> pieces;
+    std::vector<Stage> stages;
+    std::vector<OperationSum> operations;
+    Costs whole;                          // unobserved
+    std::vector<Head> heads;              // (L, H)
+    std::vector<float> residual, silent;  // (L + 1, T) RMS; (L, T) share of zeros
+    std::vector<LensRow> lens;
+    std::vector<Candidate> next;
+    Candidate choice;
+    std::size_t T() const { return plan.prompt.size(); }
+    std::size_t lens_first() const { return T() - std::min(T(), kLensColumns); }  // a position
+    std::size_t small() const { return std::min(T(), kSmall); }  // positions of a pooled map
+};
+
 // Masked scores are -infinity on purpose: they count as nothing.
-Summary summarize(std::span<const int> shape, std::span<const float> values, bool masked) {
-    Summary s{{shape.begin(), shape.end()}};
+Stage summarize(const Activation& a) {
+    Stage s{a.point, a.layer, {a.shape.begin(), a.shape.end()}};
     double sum = 0, squares = 0;
     std::size_t zeros = 0, n = 0;
     s.least = std::numeric_limits<double>::infinity(), s.most = -s.least;
-    for (const float v : values) {
-        if (masked && v == -std::numeric_limits<float>::infinity()) continue;
+    for (const float v : a.values) {
+        if (a.point == HookPoint::attn_scores && v == -std::numeric_limits<float>::infinity())
+            continue;
         if (!std::isfinite(v)) {
             s.bad++;
             continue;
@@ -3266,317 +3546,20 @@ Summary summarize(std::span<const int> shape, std::span<const float> values, boo
     s.zero = static_cast<double>(zeros) / count;
     return s;
 }
-
-// ---- what a stage costs, from the shapes
-
-struct Cost {
-    double flops = 0, bytes = 0;
-    Cost& operator+=(const Cost& c) { return flops += c.flops, bytes += c.bytes, *this; }
-};
-struct WalkSizes {
-    double T = 0, pos = 0;  // tokens of the call, and before it
-    // bytes of a number: in a matrix, in an embedding, of an activation, of a key
-    double weight = 4, table = 4, value = 4, kept = 4;
-};
-// A matrix product reads its weights once and its rows once: x (T, K), w (N, K) -> (T, N).
-Cost product(const WalkSizes& s, double T, double K, double N) {
-    return {2 * T * N * K, N * K * s.weight + T * (K + N) * s.value};
-}
-Cost attention_cost(const Config& c, const WalkSizes& s, int layer) {
-    const double D = c.n_embd, H = c.n_head, KV = c.n_kv_head * c.head_dim(), S = s.pos + s.T;
-    const double window = std::min(S, double{1} + std::min(c.window(layer), 1 << 30));
-    double pairs = 0;  // of a query and a key that it sees
-    for (double t = 0; t < s.T; t++) pairs += std::min(s.pos + t + 1, window);
-    const double keys = std::min(S, window + s.T - 1);
-    return {pairs * (4 * D + 4 * H), 2 * s.T * D * s.value + 2 * (keys + s.T) * KV * s.kept};
-}
-// What is computed between the hook point before this one and this one.
-Cost cost_of(const Config& c, const WalkSizes& s, HookPoint point, int layer) {
-    const double T = s.T, D = c.n_embd, KV = c.n_kv_head * c.head_dim(), v = s.value;
-    const double gates = c.ve_gate_channels;
-    switch (point) {
-        case HookPoint::embed:
-            return {0, T * D * (s.table + v)};
-        case HookPoint::embed_norm:
-        case HookPoint::attn_in:
-        case HookPoint::mlp_in:
-        case HookPoint::final_norm:
-            return {3 * T * D, 2 * T * D * v};
-        case HookPoint::smear:  // the first token has none before it
-            return {(T - (s.pos == 0)) * (48 + 2 * D), 3 * T * D * v};
-        case HookPoint::resid_pre:
-            if (c.generation == Generation::g2e)  // and the bigram's embedding
-                return {5 * T * D, T * D * (s.table + 3 * v)};
-            return c.has_lambdas() ? Cost{3 * T * D, 3 * T * D * v} : Cost{};
-        case HookPoint::q:
-            return product(s, T, D, D + 2 * KV);
-        case HookPoint::ve_gate:
-            return {T * (c.n_kv_head * 2 * gates + 2 * KV), T * KV * (s.table + 2 * v)};
-        case HookPoint::rot_q:
-            return {7 * T * (D + KV), 2 * T * (D + KV) * v};
-        case HookPoint::z:
-            return attention_cost(c, s, layer);
-        case HookPoint::attn_out:
-            return product(s, T, D, D);
-        case HookPoint::resid_mid:
-        case HookPoint::resid_post:
-            return {T * D, 3 * T * D * v};
-        case HookPoint::mlp_pre:
-            return product(s, T, D, 4 * D);
-        case HookPoint::mlp_post:
-            return {8 * T * D, 8 * T * D * v};
-        case HookPoint::mlp_out:
-            return product(s, T, 4 * D, D);
-        case HookPoint::backout:
-            return {2 * T * D, 3 * T * D * v};
-        case HookPoint::logits:
-            return product(s, 1, D, c.vocab_size);  // of the last token alone
-        default:
-            return {};
-    }
-}
-
-// A row of the table of times: one operation, timed at the hook point behind it. A GPU computes some
-// of them in one kernel with the next: they have no time of their own there.
-struct Operation {
-    HookPoint point;
-    std::string_view name, kind;
-    HookPoint on_gpu;  // whose time holds it there
-};
-constexpr Operation kOperations[] = {
-    {HookPoint::embed, "embedding", "lookup", HookPoint::embed_norm},
-    {HookPoint::embed_norm, "norm of it", "norm", HookPoint::embed_norm},
-    {HookPoint::smear, "previous token", "mix", HookPoint::embed_norm},
-    {HookPoint::resid_pre, "residual mix", "mix", HookPoint::attn_in},
-    {HookPoint::attn_in, "norm", "norm", HookPoint::attn_in},
-    {HookPoint::q, "q, k, v", "product", HookPoint::q},
-    {HookPoint::ve_gate, "value embedding", "mix", HookPoint::rot_q},
-    {HookPoint::rot_q, "rotary, QK norm", "norm", HookPoint::rot_q},
-    {HookPoint::z, "attention", "attention", HookPoint::z},
-    {HookPoint::attn_out, "attn c_proj", "product", HookPoint::resid_mid},
-    {HookPoint::resid_mid, "add", "mix", HookPoint::resid_mid},
-    {HookPoint::mlp_in, "norm (MLP)", "norm", HookPoint::mlp_in},
-    {HookPoint::mlp_pre, "mlp c_fc", "product", HookPoint::mlp_post},
-    {HookPoint::mlp_post, "relu²", "mix", HookPoint::mlp_post},
-    {HookPoint::mlp_out, "mlp c_proj", "product", HookPoint::resid_post},
-    {HookPoint::resid_post, "add (MLP)", "mix", HookPoint::resid_post},
-    {HookPoint::backout, "backout", "mix", HookPoint::final_norm},
-    {HookPoint::final_norm, "final norm", "norm", HookPoint::final_norm},
-    {HookPoint::logits, "lm_head", "product", HookPoint::logits},
-};
-constexpr std::size_t kPoints = static_cast<std::size_t>(HookPoint::logits) + 1;
-
-const Operation* operation_at(HookPoint point) {
-    const auto at = std::find_if(std::begin(kOperations), std::end(kOperations),
-                                 [&](const Operation& op) { return op.point == point; });
-    return at == std::end(kOperations) ? nullptr : at;
-}
-// The operation whose time a hook point ends: those between two operations end nothing themselves.
-HookPoint timed_as(HookPoint point, bool cuda) {
-    switch (point) {
-        case HookPoint::k:
-            point = HookPoint::q;
-            break;
-        case HookPoint::v:
-            point = HookPoint::ve_gate;
-            break;
-        case HookPoint::rot_k:
-            point = HookPoint::rot_q;
-            break;
-        case HookPoint::attn_scores:
-        case HookPoint::pattern:
-            point = HookPoint::z;
-            break;
-        case HookPoint::logits_raw:
-            point = HookPoint::logits;
-            break;
-        default:
-            break;
-    }
-    return cuda ? operation_at(point)->on_gpu : point;
-}
-
-// Seconds between hook points. Asking whether anybody wants to watch is what a pass does there anyway,
-// so a clock that wants nothing sees the pass as it always runs; only relu² is asked for apart.
-class StageClock : public Observer {
-public:
-    StageClock(int layers, bool cuda)
-        : cuda_(cuda), seconds_((static_cast<std::size_t>(layers) + 1) * kPoints) {}
-    bool wants(HookPoint point, int layer) override {
-        lap(point, layer);
-        return point == HookPoint::mlp_pre && !cuda_;
-    }
-    void on(const Activation&) override {}
-    void start() {
-        std::fill(seconds_.begin(), seconds_.end(), 0.0);
-        last_ = Clock::now();
-    }
-    void stop() { lap(HookPoint::logits, -1); }
-    const std::vector<double>& seconds() const { return seconds_; }
-    static std::size_t index(HookPoint point, int layer) {
-        return static_cast<std::size_t>(layer + 1) * kPoints + static_cast<std::size_t>(point);
-    }
-
-private:
-    void lap(HookPoint point, int layer) {
-        if (cuda_) cuda_wait();  // a launched kernel is not a finished one
-        const auto now = Clock::now();
-        seconds_[index(timed_as(point, cuda_), layer)] +=
-            std::chrono::duration<double>(now - last_).count();
-        last_ = Clock::now();
-    }
-    bool cuda_;
-    std::vector<double> seconds_;
-    Clock::time_point last_;
-};
-
-// ---- what is kept of a walk
-
-struct Candidate {
-    Token token = 0;
-    double probability = 0;
-};
-struct Stage {  // of one hook point
-    HookPoint point;
-    int layer;  // -1: of the whole model
-    Summary summary;
-};
-struct HeadSummary {  // how one head looks back; means over the queries, in bits, positions, shares
-    double entropy = 0, distance = 0, first = 0, previous = 0, itself = 0;
-    std::string_view label() const {
-        if (first > 0.5) return "rests on the first token";
-        if (previous > 0.5) return "looks at the previous token";
-        if (itself > 0.5) return "looks at itself";
-        return distance < 3 ? "local" : "broad";
-    }
-};
-struct LensCell {
-    Token token = 0;
-    double probability = 0, entropy = 0;  // of the likeliest; of all, in bits
-    int rank = 0;                         // of the token that the model ends up with, from 1 on
-    double chosen = 0;                    // its probability
-};
-struct LensRow {
-    std::string name;
-    bool is_output = false;
-    std::vector<LensCell> cells;
-};
-struct Peak {
-    double bandwidth = 0, rate = 0;  // bytes read; multiplications and additions: per second
-    bool known() const { return bandwidth > 0 && rate > 0; }
-};
-struct Timing {        // seconds; by StageClock::index
-    double whole = 0;  // unobserved
-    std::vector<double> stages;
-};
-struct Walk {
-    ModelInfo info;
-    std::string device, text;
-    DType dtype = DType::f32;
-    bool cuda = false;
-    std::vector<Token> tokens;
-    std::vector<std::string> pieces;
-    std::vector<int> layers;  // those looked at closely
-    int runs = 0;
-    Peak peak;
-    WalkSizes prefill_sizes, decode_sizes;
-    Timing prefill, decode;
-    std::vector<Stage> stages;
-    std::vector<std::vector<HeadSummary>> heads;  // (L, H)
-    std::vector<std::vector<float>> maps;         // of `layers`: (H, T, T)
-    std::vector<std::vector<float>> thumbs;       // (L): (H, m, m), pooled
-    std::size_t thumb = 0;                        // m
-    std::vector<float> residual, silent;          // (L + 1, T) RMS; (L, T) share of zeros
-    std::size_t lens_first = 0;                   // position of the lens' first column
-    std::vector<LensRow> lens;
-    std::vector<Candidate> next;
-    Candidate choice;
-    std::unordered_map<Token, std::string> words;  // the pieces of all tokens in lens and next
-    std::vector<int> shown;                        // layers that are printed
-    std::size_t T() const { return tokens.size(); }
-    std::size_t L() const { return static_cast<std::size_t>(info.config.n_layer); }
-    std::size_t H() const { return static_cast<std::size_t>(info.config.n_head); }
-};
-constexpr std::size_t kLensColumns = 16, kThumb = 48, kMostDrawn = 512, kMostLabelled = 64;
-
-HeadSummary summarize_head(std::span<const float> map, std::size_t T) {
-    HeadSummary s;
+void summarize_head(Head& h, std::span<const float> map, std::size_t T) {
     const std::size_t begin = T > 1 ? 1 : 0;  // the first token has nothing to choose from
     for (std::size_t t = begin; t < T; t++) {
         for (std::size_t key = 0; key <= t; key++) {
             const double p = double{map[t * T + key]};
-            if (p > 0) s.entropy -= p * std::log2(p);
-            s.distance += p * static_cast<double>(t - key);
+            if (p > 0) h.entropy -= p * std::log2(p);
+            h.distance += p * static_cast<double>(t - key);
         }
-        s.first += double{map[t * T]}, s.itself += double{map[t * T + t]};
-        if (t > 0) s.previous += double{map[t * T + t - 1]};
+        h.first += double{map[t * T]}, h.itself += double{map[t * T + t]};
+        if (t > 0) h.previous += double{map[t * T + t - 1]};
     }
-    const auto n = static_cast<double>(T - begin);
-    return {s.entropy / n, s.distance / n, s.first / n, s.previous / n, s.itself / n};
+    for (double* sum : {&h.entropy, &h.distance, &h.first, &h.previous, &h.itself})
+        *sum /= static_cast<double>(T - begin);
 }
-
-// Takes from every hook point of one pass what a walk keeps.
-class WalkObserver : public Observer {
-public:
-    explicit WalkObserver(Walk& walk) : w_(walk) {
-        w_.thumb = std::min(w_.T(), kThumb);
-        w_.heads.resize(w_.L()), w_.thumbs.resize(w_.L());
-        w_.lens_first = w_.T() - std::min(w_.T(), kLensColumns);
-    }
-    bool wants(HookPoint point, int) override {
-        return point != HookPoint::logits_raw && point != HookPoint::logits;
-    }
-    void on(const Activation& a) override {
-        const auto rows = static_cast<std::size_t>(w_.T());
-        w_.stages.push_back(
-            {a.point, a.layer, summarize(a.shape, a.values, a.point == HookPoint::attn_scores)});
-        if (a.point == HookPoint::pattern) attention(a);
-        const bool x0 = a.point == HookPoint::embed_norm || a.point == HookPoint::smear;
-        if (x0 || a.point == HookPoint::resid_post || a.point == HookPoint::final_norm) {
-            const std::size_t D = a.values.size() / rows;
-            if (x0) w_.residual.clear(), lens_.clear();
-            if (a.point != HookPoint::final_norm) {
-                for (std::size_t t = 0; t < rows; t++)
-                    w_.residual.push_back(rms(a.values.subspan(t * D, D)));
-            }
-            const auto columns = a.values.subspan(w_.lens_first * D);
-            lens_.emplace_back(columns.begin(), columns.end());
-        }
-        if (a.point == HookPoint::mlp_post) {
-            const std::size_t F = a.values.size() / rows;
-            for (std::size_t t = 0; t < rows; t++) {
-                const auto row = a.values.subspan(t * F, F);
-                w_.silent.push_back(static_cast<float>(std::count(row.begin(), row.end(), 0.0f)) /
-                                    static_cast<float>(F));
-            }
-        }
-    }
-    // The stream at the lens' positions, (columns, D): embedding, every layer, and the normed end.
-    const std::vector<std::vector<float>>& lens() const { return lens_; }
-
-private:
-    static float rms(std::span<const float> row) {
-        double squares = 0;
-        for (const float v : row) squares += double{v} * double{v};
-        return static_cast<float>(std::sqrt(squares / static_cast<double>(row.size())));
-    }
-    void attention(const Activation& a) {
-        const auto layer = static_cast<std::size_t>(a.layer);
-        const std::size_t T = w_.T(), size = T * T;
-        for (std::size_t head = 0; head < w_.H(); head++) {
-            const auto map = a.values.subspan(head * size, size);
-            w_.heads[layer].push_back(summarize_head(map, T));
-            const std::vector<float> small = max_pooled(map, T, w_.thumb);
-            w_.thumbs[layer].insert(w_.thumbs[layer].end(), small.begin(), small.end());
-        }
-        if (std::find(w_.layers.begin(), w_.layers.end(), a.layer) != w_.layers.end())
-            w_.maps.emplace_back(a.values.begin(), a.values.end());
-    }
-    Walk& w_;
-    std::vector<std::vector<float>> lens_;
-};
-
-// ---- walking
 
 // softmax(logits). NaN is impossible, as it is to the sampler; where nothing is left all are NaN.
 std::vector<double> probabilities(std::span<const float> logits) {
@@ -3590,52 +3573,17 @@ std::vector<double> probabilities(std::span<const float> logits) {
 }
 // The likeliest tokens, and how sure the model is.
 std::vector<Candidate> likeliest(std::span<const double> p, std::size_t n) {
-    std::vector<Token> ids(p.size());
-    for (std::size_t i = 0; i < ids.size(); i++) ids[i] = static_cast<Token>(i);
-    n = std::min(n, ids.size());
-    const auto before = [&](Token a, Token b) {
-        const double x = p[static_cast<std::size_t>(a)], y = p[static_cast<std::size_t>(b)];
-        return x != y ? x > y : a < b;
-    };
-    std::partial_sort(ids.begin(), ids.begin() + static_cast<std::ptrdiff_t>(n), ids.end(), before);
-    std::vector<Candidate> best;
-    for (std::size_t i = 0; i < n; i++)
-        best.push_back({ids[i], p[static_cast<std::size_t>(ids[i])]});
-    return best;
+    std::vector<Candidate> all;
+    for (const double probability : p) all.push_back({static_cast<Token>(all.size()), probability});
+    const auto end = all.begin() + static_cast<std::ptrdiff_t>(std::min(n, all.size()));
+    std::partial_sort(all.begin(), end, all.end(), [](const Candidate& a, const Candidate& b) {
+        return a.probability != b.probability ? a.probability > b.probability : a.token < b.token;
+    });
+    return {all.begin(), end};
 }
 
-// Multiplications and additions per second: the best of some products of the kind a prompt needs.
-double cpu_product_rate(ThreadPool& pool) {
-    constexpr std::size_t T = 256, N = 1024, K = 1024;
-    const auto values = std::make_shared<std::vector<float>>(N * K, 0.5f);
-    const Tensor w{DType::f32,
-                   {static_cast<std::int64_t>(N), static_cast<std::int64_t>(K)},
-                   std::shared_ptr<const std::byte>(
-                       values, reinterpret_cast<const std::byte*>(values->data()))};
-    std::vector<float> x(T * K, 0.25f), y(T * N);
-    double best = 0;
-    for (int pass = 0; pass < 6; pass++) {
-        const auto start = Clock::now();
-        ops::linear(pool, y.data(), x.data(), w, T, N);
-        best = std::max(best, 2.0 * T * N * K / seconds_since(start));
-    }
-    return best;
-}
+// ---- walking
 
-// What the device can do at best, measured now. Zeros: it could not be measured.
-Peak measure_peak(bool cuda, int threads) {
-    if (cuda) return {cuda_read_bandwidth(), cuda_product_rate()};
-    ThreadPool pool(threads);
-    return {cpu_read_bandwidth(threads), cpu_product_rate(pool)};
-}
-
-struct WalkPlan {
-    std::vector<Token> prompt;  // with what begins a text in front
-    std::string text;
-    std::vector<int> layers;
-    int top = 10, runs = 5;
-    SamplingParams sampling = {};
-};
 // The most memory for maps: of the layer under observation, and of the layers that are kept.
 void check_maps(const Config& c, std::size_t T, std::size_t layers) {
     const std::uint64_t map = std::uint64_t{4} * static_cast<std::uint64_t>(c.n_head) * T * T;
@@ -3646,75 +3594,115 @@ void check_maps(const Config& c, std::size_t T, std::size_t layers) {
                   " are the most. Choose fewer --layers or a shorter text"));
 }
 
-// Walks pass by pass, so that others may have their turn between two of them. The backend, the model's
-// lm_head, the sequence (room for the text and one token more) and the threads stay the caller's.
-class Walker {
+// Walks pass by pass, so that others may have their turn between two of them. The device (with its
+// model's lm_head), the sequence (room for the text and one token more) and the threads stay the
+// caller's.
+class Walker : private Observer {
 public:
-    Walker(Backend& backend, const Tensor& lm_head, bool cuda, Sequence& sequence, ThreadPool& pool,
-           const ModelInfo& info, const Tokenizer& tokenizer, const WalkPlan& plan)
-        : backend_(backend),
-          lm_head_(lm_head),
-          sequence_(sequence),
-          pool_(pool),
-          tokenizer_(tokenizer),
-          sampling_(plan.sampling),
-          top_(static_cast<std::size_t>(plan.top)) {
-        w_.info = info, w_.text = plan.text, w_.tokens = plan.prompt, w_.layers = plan.layers;
-        w_.device = backend.device(), w_.dtype = backend.dtype(), w_.cuda = cuda;
-        w_.runs = plan.runs;
-        for (const Token t : w_.tokens) w_.pieces.emplace_back(tokenizer.piece(t));
-        const auto T = static_cast<double>(w_.T()), value = cuda ? 2.0 : 4.0;
-        const auto held = [&](std::string_view tensor) {  // bfloat16 in the file stays so
-            const auto at = std::ranges::find(info.tensors, tensor, &TensorInfo::name);
-            const bool half = at != info.tensors.end() && at->dtype == DType::bf16;
-            return half || w_.dtype == DType::bf16 ? 2.0 : 4.0;
-        };
-        const double weight = held("lm_head.weight"), table = held("transformer.wte.weight");
-        w_.prefill_sizes = {T, 0, weight, table, value, value};
-        w_.decode_sizes = {1, T, weight, table, value, value};
+    Walker(const Device& device, Sequence& sequence, ThreadPool& pool, const ModelInfo& info,
+           const Tokenizer& tokenizer, const WalkPlan& plan)
+        : device_(device), sequence_(sequence), pool_(pool), tokenizer_(tokenizer) {
+        w_.plan = plan, w_.info = info, w_.cuda = device.cuda;
+        w_.device = device.backend->device(), w_.dtype = device.backend->dtype();
+        for (const Token t : plan.prompt) w_.pieces.emplace_back(tokenizer.piece(t));
+        w_.tokens = array(plan.prompt, [&](Token t) { return token_json(tokenizer, t); });
     }
     // One more pass; false when there is none left: observed for the numbers, then the lens, then timed,
     // once more than counts, and then the same for the token that the model chose.
     bool advance() {
-        const std::size_t lens = w_.L() + 2, timed = static_cast<std::size_t>(w_.runs) + 1;
-        const std::size_t at = done_++;
+        const std::size_t at = done_++, lens = streams_.size();
         if (at == 0) {
             observe();
         } else if (at <= lens) {
             look_through_lens(lens - at);
         } else {
-            time(at - lens > timed, (at - lens - 1) % timed);
+            time((at - lens - 1) / timed(), (at - lens - 1) % timed());
         }
         return done_ < passes();
     }
-    std::size_t passes() const {
-        return 1 + w_.L() + 2 + 2 * (static_cast<std::size_t>(w_.runs) + 1);
-    }
+    std::size_t passes() const { return 1 + streams_.size() + 2 * timed(); }
     std::size_t done() const { return done_; }
     Walk take() { return std::move(w_); }
 
 private:
-    std::vector<float> step(std::span<const Token> tokens, bool prompt, Observer* observer) {
-        sequence_.rewind(prompt ? 0 : static_cast<int>(w_.T()));
-        const Chunk chunk{&sequence_, tokens, prompt};
-        const std::span<const float> logits = backend_.step({&chunk, 1}, observer);
+    std::size_t timed() const { return static_cast<std::size_t>(w_.plan.runs) + 1; }
+    std::vector<float> step(std::size_t pass, Observer* observer) {
+        std::span<const Token> tokens = w_.plan.prompt;
+        if (pass == 1) tokens = {&w_.choice.token, 1};
+        sequence_.rewind(pass == 0 ? 0 : static_cast<int>(w_.T()));
+        const Chunk chunk{&sequence_, tokens, pass == 0};
+        const std::span<const float> logits = device_.backend->step({&chunk, 1}, observer);
         return {logits.begin(), logits.end()};
     }
-    void know(Token token) { w_.words.emplace(token, tokenizer_.piece(token)); }
+    std::vector<Candidate> best_of(std::span<const double> p, std::size_t n) const {
+        std::vector<Candidate> best = likeliest(p, n);
+        for (Candidate& c : best) c.piece = tokenizer_.piece(c.token);
+        return best;
+    }
 
     void observe() {
-        WalkObserver observer(w_);
-        const std::vector<float> logits = step(w_.tokens, true, &observer);
+        const std::vector<float> logits = step(0, this);
         const int shape[] = {1, static_cast<int>(logits.size())};
-        w_.stages.push_back({HookPoint::logits, -1, summarize(shape, logits, false)});
-        streams_ = observer.lens();
-        w_.lens.resize(streams_.size());
-        w_.choice.token = Sampler(sampling_).sample(logits);  // throws if they are no numbers
+        on({HookPoint::logits, -1, 0, shape, logits});
+        const Token choice =
+            Sampler(w_.plan.sampling).sample(logits);  // throws if they are no numbers
         const std::vector<double> p = probabilities(logits);
-        w_.choice.probability = p[static_cast<std::size_t>(w_.choice.token)];
-        w_.next = likeliest(p, top_);
-        for (const Candidate& c : w_.next) know(c.token);
-        know(w_.choice.token);
+        w_.choice = {choice, p[static_cast<std::size_t>(choice)],
+                     std::string(tokenizer_.piece(choice))};
+        w_.next = best_of(p, static_cast<std::size_t>(w_.plan.top));
+        w_.lens.resize(streams_.size());
+        count_costs();
+    }
+    bool wants(HookPoint point, int) override {
+        return point != HookPoint::logits_raw && point != HookPoint::logits;
+    }
+    void on(const Activation& a) override {
+        w_.stages.push_back(summarize(a));
+        const std::size_t width = a.values.size() / w_.T();  // of a token
+        const bool x0 = a.point == HookPoint::embed_norm || a.point == HookPoint::smear;
+        const bool stream = x0 || a.point == HookPoint::resid_post;
+        if (x0) w_.residual.clear(), streams_.clear();  // smeared, if it is
+        if (stream || a.point == HookPoint::final_norm) {
+            const auto columns = a.values.subspan(w_.lens_first() * width);
+            streams_.emplace_back(columns.begin(), columns.end());
+        }
+        for (std::size_t t = 0; t < w_.T(); t++) {
+            double zeros = 0, squares = 0;
+            for (const float v : a.values.subspan(t * width, width))
+                zeros += v == 0, squares += double{v} * double{v};
+            const auto n = static_cast<double>(width);
+            if (stream) w_.residual.push_back(static_cast<float>(std::sqrt(squares / n)));
+            if (a.point == HookPoint::mlp_post) w_.silent.push_back(static_cast<float>(zeros / n));
+        }
+        if (a.point == HookPoint::pattern) attention(a);
+    }
+    void attention(const Activation& a) {
+        const bool close = has(w_.plan.layers, a.layer);
+        const std::size_t size = w_.T() * w_.T();
+        for (int head = 0; head < w_.info.config.n_head; head++) {
+            const auto map = a.values.subspan(static_cast<std::size_t>(head) * size, size);
+            Head& h = w_.heads.emplace_back(Head{a.layer, head});
+            summarize_head(h, map, w_.T());
+            h.small = max_pooled(map, w_.T(), w_.small());
+            if (close) h.map.assign(map.begin(), map.end());
+        }
+    }
+    void count_costs() {
+        const auto held = [&](std::string_view tensor) {  // bfloat16 in the file stays so
+            const auto at = std::ranges::find(w_.info.tensors, tensor, &TensorInfo::name);
+            const bool half = at != w_.info.tensors.end() && at->dtype == DType::bf16;
+            return half || w_.dtype == DType::bf16 ? 2.0 : 4.0;
+        };
+        const double weight = held("lm_head.weight"), table = held("transformer.wte.weight"),
+                     value = w_.cuda ? 2 : 4;
+        const auto T = static_cast<double>(w_.T());
+        const Shapes prompt{w_.info.config, T, 0, weight, table, value, value},
+            one{w_.info.config, 1, T, weight, table, value, value};
+        for (Stage& s : w_.stages) {
+            const Operation* const op = operation_at(s.point);
+            if (op != nullptr) s.costs = {op->cost(prompt, s.layer), op->cost(one, s.layer)};
+            for (std::size_t pass = 0; pass < 2; pass++) w_.whole[pass] += s.costs[pass];
+        }
     }
 
     // Logit lens (nostalgebraist 2020): what the model would say if it ended after a layer, and how the
@@ -3727,81 +3715,90 @@ private:
         const std::size_t columns = streams_[i].size() / D;
         std::vector<float>&x = streams_[i], logits(columns * V);
         LensRow& row = w_.lens[i];
-        row.is_output = i + 1 == streams_.size();
-        row.name = row.is_output ? "output" : i == 0 ? "embed" : std::to_string(i - 1);
+        const bool output = i + 1 == streams_.size();
+        row.after = output ? "output" : i == 0 ? "embed" : std::to_string(i - 1);
         // G4 takes out some of the middle layer before the output: this row is not the output yet.
-        if (i + 2 == streams_.size() && c.generation == Generation::g4) row.name += " (no backout)";
-        if (!row.is_output) ops::rms_norm(x.data(), x.data(), columns, D);
-        ops::linear(pool_, logits.data(), x.data(), lm_head_, columns, V);
+        if (i + 2 == streams_.size() && c.generation == Generation::g4)
+            row.after += " (no backout)";
+        if (!output) ops::rms_norm(x.data(), x.data(), columns, D);
+        ops::linear(pool_, logits.data(), x.data(), device_.lm_head, columns, V);
         for (std::size_t t = 0; t < columns; t++) {
             float* const at = &logits[t * V];
             ops::softcap(at, V, c.softcap);
             const std::vector<double> p = probabilities({at, V});
-            LensCell cell;
-            cell.token = likeliest(p, 1)[0].token;
-            cell.probability = p[static_cast<std::size_t>(cell.token)];
-            if (row.is_output) final_.push_back(cell.token);
-            cell.chosen = p[static_cast<std::size_t>(final_[t])];
-            cell.rank = 1;
+            LensCell cell{best_of(p, 1)[0]};
+            const Token final_token = output ? cell.best.token : w_.lens.back().cells[t].best.token;
+            cell.chosen = p[static_cast<std::size_t>(final_token)];
             for (std::size_t id = 0; id < V; id++) {
                 if (p[id] != 0) cell.entropy -= p[id] * std::log2(p[id]);
                 cell.rank += p[id] > cell.chosen ||
-                             (p[id] == cell.chosen && static_cast<Token>(id) < final_[t]);
+                             (p[id] == cell.chosen && static_cast<Token>(id) < final_token);
             }
-            know(cell.token);
             row.cells.push_back(cell);
         }
     }
 
     // One clocked and one plain pass; the first is not counted. Medians after the last.
-    void time(bool decode, std::size_t run) {
-        const std::span<const Token> tokens = decode ? std::span<const Token>(&w_.choice.token, 1)
-                                                     : std::span<const Token>(w_.tokens);
-        StageClock clock(w_.info.config.n_layer, w_.cuda);
-        clock.start();
-        step(tokens, !decode, &clock);
-        clock.stop();
+    void time(std::size_t pass, std::size_t run) {
+        StageClock clock(w_.cuda);
+        step(pass, &clock);
+        clock.lap(HookPoint::logits, -1);
         const auto start = Clock::now();
-        step(tokens, !decode, nullptr);
-        const double seconds = seconds_since(start);
-        if (run == 0) return laps_.clear(), whole_.clear();
-        laps_.push_back(clock.seconds()), whole_.push_back(seconds);
-        if (run < static_cast<std::size_t>(w_.runs)) return;
-        Timing& timing = decode ? w_.decode : w_.prefill;
-        timing.whole = median(whole_);
-        for (std::size_t i = 0; i < laps_[0].size(); i++) {
-            std::vector<double> runs;
-            for (const auto& lap : laps_) runs.push_back(lap[i]);
-            timing.stages.push_back(median(runs));
+        step(pass, nullptr);
+        whole_.push_back(seconds_since(start));
+        laps_.push_back(std::move(clock));
+        if (run == 0) laps_.clear(), whole_.clear();
+        if (run + 1 < timed()) return;
+        for (Stage& s : w_.stages) {
+            std::vector<double> seconds;
+            for (StageClock& lap : laps_) seconds.push_back(lap.seconds(s.point, s.layer));
+            s.costs[pass].seconds = median(seconds);
+        }
+        w_.whole[pass].seconds = median(whole_);
+        if (pass == 1) sum_up();
+    }
+    void sum_up() {
+        for (const Operation& op : kOperations) {
+            OperationSum sum{&op};
+            for (const Stage& s : w_.stages) {
+                const Operation* const part = operation_at(s.point);
+                if (part == nullptr || part->timed_at(w_.cuda) != op.point) continue;
+                for (std::size_t pass = 0; pass < 2; pass++) sum.costs[pass] += s.costs[pass];
+            }
+            if (sum.costs[0].bytes > 0) w_.operations.push_back(sum);
         }
     }
 
-    Backend& backend_;
-    const Tensor& lm_head_;
+    const Device& device_;
     Sequence& sequence_;
     ThreadPool& pool_;
     const Tokenizer& tokenizer_;
-    const SamplingParams sampling_;
-    const std::size_t top_;
     Walk w_;
-    std::size_t done_ = 0;  // passes
-    std::vector<std::vector<float>> streams_;
-    std::vector<std::vector<double>> laps_;
+    std::size_t done_ = 0;                     // passes
+    std::vector<std::vector<float>> streams_;  // the residual stream at the lens' positions
+    std::vector<StageClock> laps_;
     std::vector<double> whole_;
-    std::vector<Token> final_;  // what the output says at each of the lens' positions
 };
 
 // ---- pictures
 
-std::vector<std::string> labels_of(const Walk& w, std::size_t most) {
+// Beside rows and columns of tokens; none where they would be too many.
+std::vector<std::string> token_labels(const Walk& w) {
     std::vector<std::string> labels;
-    for (const std::string& piece : w.pieces) labels.push_back(label_of(piece, most));
+    for (std::size_t t = 0; t < w.T() && w.T() <= kMostLabelled; t++)
+        labels.push_back(label_of(w.pieces[t], 10));
     return labels;
 }
-int longest(const std::vector<std::string>& labels, double unit) {
-    int most = 0;
-    for (const std::string& label : labels) most = std::max(most, Picture::length(label, unit));
-    return most;
+std::vector<std::string> lens_labels(const Walk& w) {
+    std::vector<std::string> labels;
+    for (std::size_t t = w.lens_first(); t < w.T(); t++)
+        labels.push_back(label_of(w.pieces[t], 10));
+    return labels;
+}
+std::vector<std::string> layer_labels(const Walk& w) {
+    std::vector<std::string> labels;
+    for (int i = 0; i < w.info.config.n_layer; i++) labels.push_back(cat("layer ", i));
+    return labels;
 }
 // Said in the caption and the alternative text.
 std::string pooled_words(std::size_t T, std::size_t drawn) {
@@ -3810,342 +3807,226 @@ std::string pooled_words(std::size_t T, std::size_t drawn) {
 std::string percent_of(double share, int digits = 0) { return decimals(100 * share, digits) + "%"; }
 
 // All heads of one layer: what each query (a row) looked at (a column).
-Chart attention_chart(const Walk& w, std::size_t which) {
-    const int layer = w.layers[which];
-    const std::size_t T = w.T(), drawn = std::min(T, kMostDrawn), size = T * T;
-    const bool labelled = T <= kMostLabelled;
-    const int n = static_cast<int>(drawn), cell = std::max(1, std::min(26, 420 / n));
-    const double unit = cell >= 14 ? 1.4 : 1.0;
-    const std::vector<std::string> labels = labels_of(w, 10);
-    const int side = labelled ? longest(labels, unit) + 6 : 6, tile = n * cell;
-    const int heads = static_cast<int>(w.H());
-    const int across = std::min(heads, std::max(1, std::min(heads > 4 ? 4 : heads, 2400 / tile)));
-    const int down = (heads + across - 1) / across, gap = 22;
-    const int wide = side + tile + gap, high = side + tile + 30 + gap;
-    const std::string pooled = pooled_words(T, drawn);
+Chart attention_chart(const Walk& w, int layer) {
+    const std::size_t drawn = std::min(w.T(), kMostDrawn);
+    const int n = static_cast<int>(drawn), cell = std::clamp(420 / n, 1, 26), tile = n * cell;
+    const Labels labels{token_labels(w), token_labels(w), cell, cell};
+    const int count = w.info.config.n_head, across = std::clamp(2400 / tile, 1, std::min(count, 4)),
+              down = (count + across - 1) / across;
+    const int left = labels.left(), top = labels.top() + 24, wide = left + tile + 22,
+              high = top + tile + 28;
+    const std::string pooled = pooled_words(w.T(), drawn);
     Chart chart{cat("attention_L", layer < 10 ? "0" : "", layer),
                 cat("Layer ", layer, ": where each head looks"),
-                cat("Attention of the ", heads, " heads of layer ", layer, pooled)};
-    begin_chart(chart, std::max(across * wide, kScaleWidth), down * high + 24,
-                cat("Row: the token that looks. Column: the token looked at. Each row adds up to 1",
-                    pooled, "."));
-    draw_scale(chart, kMargin, kTop + down * high + 2, {}, "share of attention");
-    for (int head = 0; head < heads; head++) {
-        const auto map =
-            std::span(w.maps[which]).subspan(static_cast<std::size_t>(head) * size, size);
-        const std::vector<float> values = max_pooled(map, T, drawn);
-        const int x = kMargin + head % across * wide + side,
-                  y = kTop + head / across * high + 24 + side;
-        const std::string_view says =
-            w.heads[static_cast<std::size_t>(layer)][static_cast<std::size_t>(head)].label();
-        chart.picture.text(x - 1, y - side - 24, cat("head ", head), kInk, 1.5, true);
-        if (tile > Picture::length(says) + 80)
-            chart.picture.text(x + 68, y - side - 24, says, kMuted);
-        for (int t = 0; labelled && t < n; t++) {
-            const std::string& label = labels[static_cast<std::size_t>(t)];
-            const int middle = t * cell + cell / 2 - static_cast<int>(4.2 * unit + 0.8);
-            chart.picture.text(x - 4 - Picture::length(label, unit), y + middle, label, kMuted,
-                               unit);
-            chart.picture.text(x + middle, y - 4, label, kMuted, unit, false, true);
-        }
-        draw_grid(chart, {cat("head ", head), x, y, cell, cell, n, n, {}}, values);
+                cat("Attention of the ", count, " heads of layer ", layer, pooled)};
+    begin_matrices(chart, across * wide, down * high,
+                   cat("Row: the token that looks. Column: the token looked at. Each row adds up "
+                       "to 1",
+                       pooled, "."),
+                   {}, "share of attention");
+    for (const Head& h : w.heads) {
+        if (h.layer != layer) continue;
+        const int x = kMargin + h.head % across * wide + left, y = kTop + h.head / across * high;
+        const std::string name = cat("head ", h.head);
+        chart.picture.text(x - 1, y, name, kInk, 1.5, true);
+        if (tile > Picture::length(h.label()) + 80)
+            chart.picture.text(x + 68, y, h.label(), kMuted);
+        labels.draw(chart.picture, x, y + top);
+        draw_grid(chart, {name, x, y + top, cell, cell, n, n}, max_pooled(h.map, w.T(), drawn));
     }
     return chart;
 }
 
 // Layers x heads, small: which heads do what.
 Chart attention_overview(const Walk& w) {
-    const int heads = static_cast<int>(w.H()), layers = static_cast<int>(w.L());
-    const int n = static_cast<int>(w.thumb), most = std::clamp(900 / heads, 48, 120);
-    const int cell = std::max(1, most / n), tile = n * cell, step = tile + 10, side = 84;
-    const std::string pooled = pooled_words(w.T(), w.thumb);
+    const int heads = w.info.config.n_head, n = static_cast<int>(w.small());
+    const int cell = std::max(1, std::clamp(900 / heads, 48, 120) / n), tile = n * cell,
+              step = tile + 10;
+    Labels labels{layer_labels(w), {}, step, step};
+    for (int head = 0; head < heads; head++) labels.columns.push_back(cat(head));
+    const std::string pooled = pooled_words(w.T(), w.small());
     Chart chart{"attention_all", "Attention of all layers and heads",
                 cat("Small attention maps, layers down and heads across", pooled)};
-    begin_chart(chart, std::max(side + heads * step, kScaleWidth), 24 + layers * step + 24,
-                cat("Row: a layer, the first on top. Column: a head. Diagonals look near, a left "
-                    "edge rests on the first token",
-                    pooled, "."));
-    for (int head = 0; head < heads; head++)
-        chart.picture.text(kMargin + side + head * step + 2, kTop, cat(head), kMuted, 1.4);
-    for (int layer = 0; layer < layers; layer++) {
-        const int y = kTop + 24 + layer * step;
-        chart.picture.text(kMargin, y + tile / 2 - 8, cat("layer ", layer), kMuted, 1.4);
-        for (int head = 0; head < heads; head++) {
-            const std::size_t size = w.thumb * w.thumb;
-            const auto map = std::span(w.thumbs[static_cast<std::size_t>(layer)])
-                                 .subspan(static_cast<std::size_t>(head) * size, size);
-            draw_grid(chart,
-                      {cat("layer ", layer, " head ", head),
-                       kMargin + side + head * step,
-                       y,
-                       cell,
-                       cell,
-                       n,
-                       n,
-                       {}},
-                      map);
-        }
+    begin_matrices(
+        chart, labels.left() + heads * step, labels.top() + w.info.config.n_layer * step,
+        cat("Row: a layer, the first on top. Column: a head. Diagonals look near, a left "
+            "edge rests on the first token",
+            pooled, "."),
+        {}, "share of attention");
+    const int left = kMargin + labels.left(), top = kTop + labels.top();
+    labels.draw(chart.picture, left, top);
+    for (const Head& h : w.heads) {
+        draw_grid(chart,
+                  {cat("layer ", h.layer, " head ", h.head), left + h.head * step,
+                   top + h.layer * step, cell, cell, n, n},
+                  h.small);
     }
-    draw_scale(chart, kMargin, kTop + 24 + layers * step + 2, {}, "share of attention");
     return chart;
 }
 
 // What the model would say after each layer, and how sure it would be.
 Chart lens_chart(const Walk& w) {
-    const int columns = static_cast<int>(w.T() - w.lens_first),
-              rows = static_cast<int>(w.lens.size());
-    int side = 76;
-    for (const LensRow& row : w.lens) side = std::max(side, Picture::length(row.name) + 10);
-    const int wide = 104, high = 26;
-    Chart chart{"lens", "Logit lens: the next token, if the model ended here",
-                "Likeliest next token and its probability, layers by positions"};
-    const std::string part =
-        w.lens_first > 0 ? cat(" The last ", columns, " of ", w.T(), " positions.") : "";
-    begin_chart(chart, std::max(side + columns * wide, kScaleWidth), 26 + rows * high + 26,
-                cat("Column: a position, its token on top. Word: the likeliest next token. Colour: "
-                    "its probability.",
-                    part));
+    Labels labels{{}, lens_labels(w), 104, 26};
     std::vector<float> values;
     for (const LensRow& row : w.lens) {
+        labels.rows.push_back(row.after);
         for (const LensCell& cell : row.cells)
-            values.push_back(static_cast<float>(cell.probability));
+            values.push_back(static_cast<float>(cell.best.probability));
     }
-    const Grid grid{"lens", kMargin + side, kTop + 26, wide, high, rows, columns, {}};
-    draw_grid(chart, grid, values);
-    for (int c = 0; c < columns; c++)
-        chart.picture.text(grid.x + c * wide + 6, kTop + 3,
-                           label_of(w.pieces[w.lens_first + static_cast<std::size_t>(c)], 10), kInk,
-                           1.5, true);
-    for (int r = 0; r < rows; r++) {
-        const LensRow& row = w.lens[static_cast<std::size_t>(r)];
-        const int y = grid.y + r * high + 6;
-        chart.picture.text(kMargin, y, row.name, row.is_output ? kInk : kMuted, 1.5, row.is_output);
-        for (int c = 0; c < columns; c++) {
-            const LensCell& cell = row.cells[static_cast<std::size_t>(c)];
-            chart.picture.text(grid.x + c * wide + 6, y, label_of(w.words.at(cell.token), 10),
-                               is_dark(grid.scale.color(cell.probability)) ? kPaper : kInk);
+    const std::string part = w.lens_first() == 0 ? ""
+                                                 : cat(" The last ", labels.columns.size(), " of ",
+                                                       w.T(), " positions.");
+    Chart chart = matrix_chart(
+        {"lens", "Logit lens: the next token, if the model ended here",
+         "Likeliest next token and its probability, layers by positions"},
+        labels, values, {}, "probability",
+        cat("Column: a position, its token on top. Word: the likeliest next token. Colour: its "
+            "probability.",
+            part));
+    const Grid grid = chart.grids[0];
+    int y = grid.y + 6;
+    for (const LensRow& row : w.lens) {
+        int x = grid.x + 6;
+        for (const LensCell& cell : row.cells) {
+            const Rgb color = is_dark(grid.scale.color(cell.best.probability)) ? kPaper : kInk;
+            chart.picture.text(x, y, label_of(cell.best.piece, 10), color);
+            x += grid.cell_width;
         }
+        y += grid.cell_height;
     }
-    draw_scale(chart, kMargin, grid.y + rows * high + 10, {}, "probability");
     return chart;
 }
 
-// Layers x positions of one number each, with the tokens along the top.
-Chart layers_chart(const Walk& w, Chart chart, std::span<const float> values, const Scale& scale,
-                   std::string_view unit, const std::string& caption) {
-    const int T = static_cast<int>(w.T()), rows = static_cast<int>(values.size() / w.T());
-    const bool labelled = w.T() <= kMostLabelled;
-    const int cell = std::max(1, std::min(30, 1200 / T)), high = 20, side = 76;
-    const std::vector<std::string> labels = labels_of(w, 10);
-    const double unit_size = cell >= 14 ? 1.4 : 1.0;
-    const int top = labelled ? longest(labels, unit_size) + 6 : 6;
-    begin_chart(chart, std::max(side + T * cell, kScaleWidth), top + rows * high + 26, caption);
-    const Grid grid{chart.name, kMargin + side, kTop + top, cell, high, rows, T, scale};
-    draw_grid(chart, grid, values);
-    for (int t = 0; labelled && t < T; t++) {
-        chart.picture.text(grid.x + t * cell + cell / 2 - static_cast<int>(4.2 * unit_size + 0.8),
-                           grid.y - 4, labels[static_cast<std::size_t>(t)], kMuted, unit_size,
-                           false, true);
-    }
-    const int first = rows - static_cast<int>(w.L());  // a row for the embedding, or none
-    for (int r = 0; r < rows; r++)
-        chart.picture.text(kMargin, grid.y + r * high + 3,
-                           r < first ? "embed" : cat("layer ", r - first), kMuted, 1.4);
-    draw_scale(chart, kMargin, grid.y + rows * high + 10, scale, unit);
-    return chart;
+// Layers x positions.
+Labels position_labels(const Walk& w) {
+    const int wide = std::clamp(1200 / static_cast<int>(w.T()), 1, 30);
+    return {layer_labels(w), token_labels(w), wide, 20};
 }
 Chart residual_chart(const Walk& w) {
-    return layers_chart(w,
-                        {"residual", "The residual stream grows",
+    Labels labels = position_labels(w);
+    labels.rows.insert(labels.rows.begin(), "embed");
+    return matrix_chart({"residual", "The residual stream grows",
                          "Root mean square of the residual stream, layers by positions"},
-                        w.residual, scale_of(w.residual, true), "RMS, logarithmic",
+                        labels, w.residual, logarithmic_scale(w.residual), "RMS, logarithmic",
                         "Column: a position. Row: after the embedding and after each layer.");
 }
 Chart neurons_chart(const Walk& w) {
-    return layers_chart(
-        w,
+    return matrix_chart(
         {"neurons", "Silent neurons: relu² lets few through",
          "Share of the MLP's neurons that are zero, layers by positions"},
-        w.silent, {}, "of the neurons are zero",
+        position_labels(w), w.silent, {}, "of the neurons are zero",
         "Column: a position. Row: a layer's MLP. Dark: most of its neurons say nothing.");
 }
 
 Chart next_chart(const Walk& w) {
-    const int rows = static_cast<int>(w.next.size()), high = 28, side = 150, most = 520;
-    Chart chart{"next_token", "The next token", "Bars of the likeliest next tokens"};
-    begin_chart(chart, side + most + 90, rows * high,
-                cat("Softmax of the logits, at temperature 1. Chosen: ",
-                    label_of(w.words.at(w.choice.token))));
-    for (int r = 0; r < rows; r++) {
-        const Candidate& c = w.next[static_cast<std::size_t>(r)];
-        const std::string label = label_of(w.words.at(c.token));
-        const int y = kTop + r * high,
-                  length =
-                      static_cast<int>(std::lround(c.probability / w.next[0].probability * most));
-        const bool chosen = c.token == w.choice.token;
-        chart.picture.text(kMargin + side - 8 - Picture::length(label, 1.6), y + 3, label, kInk,
-                           1.6, chosen);
-        chart.picture.fill(kMargin + side, y + 2, std::max(length, 1), high - 8,
-                           chosen ? kBlue : shades()[110]);
-        chart.picture.text(kMargin + side + length + 6, y + 4, percent_of(c.probability, 1),
-                           kMuted);
+    std::vector<Bar> bars;
+    for (const Candidate& c : w.next) {
+        bars.push_back({label_of(c.piece), percent_of(c.probability, 1), c.probability,
+                        c.token == w.choice.token ? kBlue : shades()[110]});
     }
-    return chart;
+    return bars_chart(
+        {"next_token", "The next token", "Bars of the likeliest next tokens"}, bars,
+        cat("Softmax of the logits, at temperature 1. Chosen: ", label_of(w.choice.piece)));
 }
 
-// ---- time
-
-struct StageTime {  // one operation, summed over all layers
-    const Operation* operation = nullptr;
-    double seconds = 0;
-    Cost cost = {};
-    bool large() const { return operation->kind == "product" || operation->kind == "attention"; }
-};
-std::vector<StageTime> stage_times(const Walk& w, bool decode) {
-    const WalkSizes& sizes = decode ? w.decode_sizes : w.prefill_sizes;
-    const Timing& timing = decode ? w.decode : w.prefill;
-    std::vector<StageTime> times;
-    for (const Operation& op : kOperations) times.push_back({&op});
-    for (const Stage& stage : w.stages) {
-        if (operation_at(stage.point) == nullptr) continue;
-        const HookPoint carrier = timed_as(stage.point, w.cuda);
-        StageTime& time = times[static_cast<std::size_t>(operation_at(carrier) - kOperations)];
-        time.cost += cost_of(w.info.config, sizes, stage.point, stage.layer);
-        if (stage.point == carrier)
-            time.seconds += timing.stages[StageClock::index(carrier, stage.layer)];
+// Of the two passes that are timed.
+constexpr std::array kPassColors = {kBlue, kOrange};
+void draw_legend(Picture& picture) {
+    int x = kMargin + 4;
+    for (const std::size_t pass : {0u, 1u}) {
+        picture.dot(x, 52, kPassColors[pass], 5);
+        picture.text(x + 12, 44, pass == 0 ? "the prompt" : "one more token");
+        x += 130;
     }
-    std::erase_if(times, [](const StageTime& t) { return t.cost.bytes == 0; });
-    return times;
 }
-Cost sum_of(const std::vector<StageTime>& times) {
-    Cost sum;
-    for (const StageTime& t : times) sum += t.cost;
-    return sum;
-}
-// Below the roof's edge the memory sets the pace, above it the multipliers.
-bool memory_bound(const Walk& w, const Cost& c) {
-    return c.flops * w.peak.bandwidth < c.bytes * w.peak.rate;
-}
-// Of the faster of the two that it could reach.
-double share_of_peak(const Walk& w, const Cost& c, double seconds) {
-    const double least = std::max(c.bytes / w.peak.bandwidth, c.flops / w.peak.rate);
-    return seconds > 0 ? least / seconds : 0;
-}
-
 Chart timing_chart(const Walk& w) {
-    const std::vector<StageTime> prefill = stage_times(w, false), decode = stage_times(w, true);
-    double most = 1e-9;
-    for (const auto* times : {&prefill, &decode}) {
-        for (const StageTime& t : *times) most = std::max(most, t.seconds);
-    }
-    const int high = 40, side = 170, longest_bar = 560, rows = static_cast<int>(prefill.size());
-    Chart chart{"timing",
-                cat("Where the time goes: ", w.T(), w.T() == 1 ? " token" : " tokens",
-                    " read, then one more"),
-                "Time of every operation, reading the prompt and one more token"};
-    begin_chart(chart, side + longest_bar + 150, rows * high + 24,
-                cat("Median of ", w.runs, ", all layers together. In all ",
-                    decimals(1e3 * w.prefill.whole, 2), " ms and ",
-                    decimals(1e3 * w.decode.whole, 2), " ms."));
-    for (int r = 0; r < rows; r++) {
-        const int y = kTop + r * high;
-        chart.picture.text(
-            kMargin + side - 8 -
-                Picture::length(prefill[static_cast<std::size_t>(r)].operation->name),
-            y + 8, prefill[static_cast<std::size_t>(r)].operation->name);
-        for (const bool second : {false, true}) {
-            const StageTime& t = (second ? decode : prefill)[static_cast<std::size_t>(r)];
-            const int length =
-                std::max(1, static_cast<int>(std::lround(t.seconds / most * longest_bar)));
-            const int top = y + (second ? 18 : 2);
-            chart.picture.fill(kMargin + side, top, length, 14, second ? kOrange : kBlue);
-            chart.picture.text(kMargin + side + length + 6, top,
-                               cat(few_digits(1e6 * t.seconds), " µs"), kMuted, 1.3);
+    std::vector<Bar> bars;
+    for (const OperationSum& o : w.operations) {
+        for (const std::size_t pass : {0u, 1u}) {
+            const double seconds = o.costs[pass].seconds;
+            bars.push_back({pass == 0 ? std::string(o.operation->name) : "",
+                            cat(few_digits(1e6 * seconds), " µs"), seconds, kPassColors[pass]});
         }
     }
-    const int y = kTop + rows * high + 4;
-    chart.picture.fill(kMargin + side, y, 14, 14, kBlue),
-        chart.picture.text(kMargin + side + 20, y, "the prompt", kInk);
-    chart.picture.fill(kMargin + side + 160, y, 14, 14, kOrange),
-        chart.picture.text(kMargin + side + 180, y, "one more token", kInk);
+    const std::string tokens = cat(w.T(), w.T() == 1 ? " token" : " tokens");
+    Chart chart =
+        bars_chart({"timing", cat("Where the time goes: ", tokens, " read, then one more"),
+                    "Time of every operation, reading the prompt and one more token"},
+                   bars,
+                   cat("Median of ", w.plan.runs, ", all layers together. In all ",
+                       decimals(1e3 * w.whole[0].seconds, 2), " ms and ",
+                       decimals(1e3 * w.whole[1].seconds, 2), " ms."));
+    draw_legend(chart.picture);
     return chart;
 }
 
-// Both axes of the roofline are logarithmic: operations per byte, operations per second.
-struct RoofAxes {
-    double x0, x1, y0, y1;  // decades
-    static constexpr int kLeft = kMargin + 96, kWide = 860, kHigh = 480;
-    double x(double intensity) const {
-        return kLeft + (std::log10(intensity) - x0) / (x1 - x0) * kWide;
-    }
-    double y(double speed) const {  // what is below the axis stands on it
-        return kTop + kHigh - (std::max(std::log10(speed), y0) - y0) / (y1 - y0) * kHigh;
-    }
-    void draw(Picture& p) const {
-        for (double d = std::ceil(x0); d <= x1; d++) {
-            const int at = static_cast<int>(x(std::pow(10, d)));
-            p.fill(at, kTop, 1, kHigh, kRule);
-            p.text(at - 12, kTop + kHigh + 6, few_digits(std::pow(10, d)), kMuted, 1.4);
-        }
-        for (double d = std::ceil(y0); d <= y1; d++) {
-            const int at = static_cast<int>(y(std::pow(10, d)));
-            p.fill(kLeft, at, kWide, 1, kRule);
-            p.text(kMargin + 20, at - 8, few_digits(std::pow(10, d - 9)), kMuted, 1.4);
-        }
-        p.text(kLeft + kWide - 190, kTop + kHigh + 26, "operations per byte", kMuted);
-        p.text(kMargin - 2, kTop + kHigh / 2 + 60, "GFLOP/s", kMuted, 1.5, false, true);
-    }
-};
-// Points of one pass; products and attention have labels beside them, none over another.
-void draw_points(Picture& p, const RoofAxes& axes, const std::vector<StageTime>& times,
-                 bool second) {
+// The height nearest to y that no label has taken.
+double place(std::vector<double>& taken, double y) {
+    double at = y;
+    const auto near = [&](double other) { return std::abs(other - at) < 15; };
+    for (int i = 1; std::ranges::any_of(taken, near); i++)
+        at = y + (i % 2 ? 15 : -15) * ((i + 1) / 2);
+    return taken.emplace_back(at);
+}
+// Points of one pass; products and attention have labels beside them.
+template <class X, class Y>
+void draw_points(Picture& p, const std::vector<OperationSum>& operations, std::size_t pass, X x,
+                 Y y) {
     std::vector<double> taken;
-    for (const StageTime& t : times) {
-        if (t.seconds <= 0 || t.cost.flops <= 0) continue;
-        const bool large = t.large();
-        const double x = axes.x(t.cost.flops / t.cost.bytes), y = axes.y(t.cost.flops / t.seconds);
-        p.line(x, y, x, y, second ? kOrange : kBlue, large ? 5 : 2.5);
-        if (!large) continue;
-        double label = y;
-        const auto near = [&](double other) { return std::abs(other - label) < 15; };
-        for (int i = 1; std::any_of(taken.begin(), taken.end(), near); i++)
-            label = y + (i % 2 ? 15 : -15) * ((i + 1) / 2);
-        taken.push_back(label);
-        const int width = Picture::length(t.operation->name, 1.3), away = second ? -26 - width : 26;
-        p.line(x + (second ? -7 : 7), y, x + (second ? -22 : 22), label, kRule, 0.7);
-        p.text(static_cast<int>(x) + away, static_cast<int>(label) - 7, t.operation->name, kMuted,
-               1.3);
+    const int side = pass == 0 ? 1 : -1;
+    for (const auto& [operation, costs] : operations) {
+        const Cost& c = costs[pass];
+        if (c.seconds <= 0 || c.flops <= 0) continue;
+        const double px = x(c.flops / c.bytes), py = y(c.flops / c.seconds);
+        p.dot(px, py, kPassColors[pass], operation->large() ? 5 : 2.5);
+        if (!operation->large()) continue;
+        const double label = place(taken, py);
+        const int width = Picture::length(operation->name, 1.3);
+        p.line(px + 7 * side, py, px + 22 * side, label, kRule, 0.7);
+        p.text(static_cast<int>(px) + (pass == 0 ? 26 : -26 - width), static_cast<int>(label) - 7,
+               operation->name, kMuted, 1.3);
     }
 }
-// Speed over arithmetic intensity (Williams et al. 2009): the roof is what the machine can do.
+// Speed over arithmetic intensity (Williams et al. 2009), both axes logarithmic: the roof is what the
+// machine can do.
 Chart roofline_chart(const Walk& w) {
+    constexpr int kLeft = kMargin + 96, kWide = 860, kHigh = 480;
     Chart chart{"roofline", "Roofline: what limits each operation",
                 "Operations under the roof of memory and multipliers, both axes logarithmic"};
-    begin_chart(chart, RoofAxes::kLeft - kMargin + RoofAxes::kWide, RoofAxes::kHigh + 56,
+    begin_chart(chart, kLeft - kMargin + kWide, kHigh + 56,
                 "Left of the edge the memory sets the pace, right of it the multipliers. Small: "
                 "norms and mixes. Above the roof: caches.");
-    const double edge = w.peak.rate / w.peak.bandwidth, top = std::log10(2 * w.peak.rate);
-    double bottom = top - 4;
-    for (const bool second : {false, true}) {
-        for (const StageTime& t : stage_times(w, second)) {
-            if (t.seconds > 0 && t.cost.flops > 0 && t.large())
-                bottom = std::min(bottom, std::log10(t.cost.flops / t.seconds) - 0.2);
+    Picture& p = chart.picture;
+    const double edge = w.peak.rate / w.peak.bandwidth, top = 2 * w.peak.rate;
+    const double left = 0.05, right = std::max(1000.0, 4 * edge);
+    double bottom = top / 1e4;
+    for (const auto& [operation, costs] : w.operations) {
+        for (const Cost& c : costs) {
+            if (c.seconds > 0 && operation->large())
+                bottom = std::min(bottom, 0.6 * c.flops / c.seconds);
         }
     }
-    const RoofAxes axes{std::log10(0.05), std::log10(std::max(1000.0, 4 * edge)), bottom, top};
-    Picture& p = chart.picture;
-    axes.draw(p);
-    const double left = std::pow(10, axes.x0), right = std::pow(10, axes.x1);
-    p.line(axes.x(left), axes.y(w.peak.bandwidth * left), axes.x(edge), axes.y(w.peak.rate), kInk,
-           1.2);
-    p.line(axes.x(edge), axes.y(w.peak.rate), axes.x(right), axes.y(w.peak.rate), kInk, 1.2);
-    draw_points(p, axes, stage_times(w, false), false);
-    draw_points(p, axes, stage_times(w, true), true);
-    const int x = RoofAxes::kLeft + 20;
-    p.line(x, kTop + 16, x, kTop + 16, kBlue, 5);
-    p.text(x + 14, kTop + 8, "the prompt");
-    p.line(x + 150, kTop + 16, x + 150, kTop + 16, kOrange, 5);
-    p.text(x + 164, kTop + 8, "one more token");
+    const auto x = [&](double intensity) {
+        return kLeft + std::log(intensity / left) / std::log(right / left) * kWide;
+    };
+    const auto y = [&](double speed) {  // what is below the axis stands on it
+        const double share = std::log(std::max(speed, bottom) / bottom) / std::log(top / bottom);
+        return kTop + kHigh - share * kHigh;
+    };
+    for (double at = 0.1; at < 1.01 * right; at *= 10) {
+        p.fill(static_cast<int>(x(at)), kTop, 1, kHigh, kRule);
+        p.text(static_cast<int>(x(at)) - 12, kTop + kHigh + 6, few_digits(at), kMuted, 1.4);
+    }
+    for (double at = std::pow(10, std::ceil(std::log10(bottom))); at < top; at *= 10) {
+        p.fill(kLeft, static_cast<int>(y(at)), kWide, 1, kRule);
+        p.text(kMargin + 20, static_cast<int>(y(at)) - 8, few_digits(at / 1e9), kMuted, 1.4);
+    }
+    p.text(kLeft + kWide - 190, kTop + kHigh + 26, "operations per byte", kMuted);
+    p.text(kMargin - 2, kTop + kHigh / 2 + 60, "GFLOP/s", kMuted, 1.5, false, true);
+    p.line(x(left), y(w.peak.bandwidth * left), x(edge), y(w.peak.rate), kInk, 1.2);
+    p.line(x(edge), y(w.peak.rate), x(right), y(w.peak.rate), kInk, 1.2);
+    for (const std::size_t pass : {0u, 1u}) draw_points(p, w.operations, pass, x, y);
+    draw_legend(p);
     return chart;
 }
 
@@ -4173,41 +4054,36 @@ Chart overview_chart(const Walk& w, std::span<const Chart> parts) {
 }
 
 std::vector<Chart> charts_of(const Walk& w) {
-    std::vector<Chart> charts;
-    charts.push_back(next_chart(w)), charts.push_back(lens_chart(w));
-    charts.push_back(residual_chart(w)), charts.push_back(neurons_chart(w));
-    charts.push_back(attention_overview(w)), charts.push_back(timing_chart(w));
+    std::vector<Chart> charts = {next_chart(w),    lens_chart(w),         residual_chart(w),
+                                 neurons_chart(w), attention_overview(w), timing_chart(w)};
     if (w.peak.known()) charts.push_back(roofline_chart(w));
     charts.insert(charts.begin(), overview_chart(w, charts));
-    for (std::size_t i = 0; i < w.layers.size(); i++) charts.push_back(attention_chart(w, i));
+    for (const int layer : w.plan.layers) charts.push_back(attention_chart(w, layer));
     return charts;
 }
 
 // ---- numbers
 
-std::string bound_word(const Walk& w, const Cost& c) {
-    return memory_bound(w, c) ? "memory" : "compute";
-}
-Value cost_json(const Walk& w, const Cost& c, double seconds) {
-    return object({{"us", 1e6 * seconds},
+Value cost_json(const Walk& w, const Cost& c) {
+    return object({{"us", 1e6 * c.seconds},
                    {"flops", c.flops},
                    {"bytes", c.bytes},
                    {"intensity", c.flops / c.bytes},
-                   {"gflops", c.flops / seconds / 1e9},
-                   {"gbs", c.bytes / seconds / 1e9},
-                   {"percent_of_peak", 100 * share_of_peak(w, c, seconds)},
-                   {"bound", bound_word(w, c)}});
+                   {"gflops", c.flops / c.seconds / 1e9},
+                   {"gbs", c.bytes / c.seconds / 1e9},
+                   {"percent_of_peak", 100 * w.peak.share(c)},
+                   {"bound", w.peak.memory_bound(c) ? "memory" : "compute"}});
 }
-Value word_json(const Walk& w, Token token) {
-    const std::string& piece = w.words.at(token);
-    return detail::is_utf8(piece) ? Value(piece) : Value(nullptr);
+void add_costs(Members& members, const Walk& w, const Costs& costs) {
+    for (const std::size_t pass : {0u, 1u})
+        members.emplace_back(kPasses[pass], cost_json(w, costs[pass]));
 }
-Value candidate_json(const Walk& w, const Candidate& c) {
-    return object(
-        {{"token", c.token}, {"text", word_json(w, c.token)}, {"probability", c.probability}});
+Members candidate_members(const Candidate& c) {  // bytes that are no text by themselves: null
+    return {{"token", c.token},
+            {"text", detail::is_utf8(c.piece) ? Value(c.piece) : Value(nullptr)},
+            {"probability", c.probability}};
 }
-template <class Number>
-Value matrix_json(std::span<const Number> values, std::size_t columns) {
+Value matrix_json(std::span<const float> values, std::size_t columns) {
     std::vector<Value> rows;
     for (std::size_t at = 0; at < values.size(); at += columns)
         rows.push_back(array(values.subspan(at, columns)));
@@ -4217,112 +4093,74 @@ Value matrix_json(std::span<const Number> values, std::size_t columns) {
 // Which operations there were, and for each hook point what its tensor held.
 Value stages_json(const Walk& w) {
     return array(w.stages, [&](const Stage& s) {
-        const Summary& m = s.summary;
         Members members = {{"name", name(s.point, s.layer)},
                            {"layer", s.layer},
-                           {"shape", array(m.shape)},
+                           {"shape", array(s.shape)},
                            {"dtype", "float32"},
-                           {"min", m.least},
-                           {"max", m.most},
-                           {"mean", m.mean},
-                           {"rms", m.rms},
-                           {"zero", m.zero},
-                           {"not_finite", m.bad}};
-        const Operation* op = operation_at(s.point);
+                           {"min", s.least},
+                           {"max", s.most},
+                           {"mean", s.mean},
+                           {"rms", s.rms},
+                           {"zero", s.zero},
+                           {"not_finite", s.bad}};
+        const Operation* const op = operation_at(s.point);
         if (op == nullptr) return object(members);
         members.emplace_back("operation", op->name);
-        const bool timed = timed_as(s.point, w.cuda) == s.point;
-        const auto side = [&](std::string_view key, const WalkSizes& sizes, const Timing& timing) {
-            const Cost cost = cost_of(w.info.config, sizes, s.point, s.layer);
-            if (!timed || cost.bytes == 0) return;
-            const double seconds = timing.stages[StageClock::index(s.point, s.layer)];
-            members.emplace_back(key, cost_json(w, cost, seconds));
-        };
-        side("prefill", w.prefill_sizes, w.prefill);
-        side("decode", w.decode_sizes, w.decode);
+        const bool timed = op->timed_at(w.cuda) == s.point;
+        if (timed && s.costs[0].bytes > 0) add_costs(members, w, s.costs);
         return object(members);
     });
 }
-Value operations_json(const Walk& w) {
-    const std::vector<StageTime> prefill = stage_times(w, false), decode = stage_times(w, true);
-    std::vector<Value> rows;
-    for (std::size_t i = 0; i < prefill.size(); i++) {
-        rows.push_back(object({{"name", prefill[i].operation->name},
-                               {"kind", prefill[i].operation->kind},
-                               {"prefill", cost_json(w, prefill[i].cost, prefill[i].seconds)},
-                               {"decode", cost_json(w, decode[i].cost, decode[i].seconds)}}));
-    }
-    return array(rows);
+Value head_json(const Walk& w, const Head& h) {
+    Members m = {{"layer", h.layer},       {"head", h.head},    {"entropy", h.entropy},
+                 {"distance", h.distance}, {"first", h.first},  {"previous", h.previous},
+                 {"itself", h.itself},     {"label", h.label()}};
+    if (!h.map.empty() && w.T() <= kMostLabelled) m.emplace_back("map", matrix_json(h.map, w.T()));
+    return object(m);
 }
-Value heads_json(const Walk& w) {
-    std::vector<Value> heads;
-    for (std::size_t layer = 0; layer < w.L(); layer++) {
-        const auto kept = std::find(w.layers.begin(), w.layers.end(), static_cast<int>(layer));
-        for (std::size_t head = 0; head < w.H(); head++) {
-            const HeadSummary& s = w.heads[layer][head];
-            Members m = {{"layer", layer},         {"head", head},      {"entropy", s.entropy},
-                         {"distance", s.distance}, {"first", s.first},  {"previous", s.previous},
-                         {"itself", s.itself},     {"label", s.label()}};
-            if (kept != w.layers.end() && w.T() <= kMostLabelled) {
-                const auto& maps = w.maps[static_cast<std::size_t>(kept - w.layers.begin())];
-                const std::size_t size = w.T() * w.T();
-                m.emplace_back("map",
-                               matrix_json(std::span(maps).subspan(head * size, size), w.T()));
-            }
-            heads.push_back(object(m));
-        }
-    }
-    return array(heads);
-}
-Value lens_json(const Walk& w) {
-    return array(w.lens, [&](const LensRow& row) {
-        return object({{"after", row.name},
-                       {"is_output", row.is_output},
-                       {"cells", array(row.cells, [&](const LensCell& c) {
-                            return object({{"token", c.token},
-                                           {"text", word_json(w, c.token)},
-                                           {"probability", c.probability},
-                                           {"entropy", c.entropy},
-                                           {"rank_of_final", c.rank},
-                                           {"probability_of_final", c.chosen}});
-                        })}});
-    });
-}
-Value whole_json(const Walk& w, bool decode) {
-    const Cost cost = sum_of(stage_times(w, decode));
-    return cost_json(w, cost, (decode ? w.decode : w.prefill).whole);
+Value lens_json(const LensRow& row) {
+    const auto cell = [](const LensCell& c) {
+        Members members = candidate_members(c.best);
+        members.emplace_back("entropy", c.entropy);
+        members.emplace_back("rank_of_final", c.rank);
+        members.emplace_back("probability_of_final", c.chosen);
+        return object(members);
+    };
+    return object({{"after", row.after},
+                   {"is_output", row.after == "output"},
+                   {"cells", array(row.cells, cell)}});
 }
 Members walk_members(const Walk& w) {
-    std::vector<std::size_t> positions;
-    for (std::size_t t = w.lens_first; t < w.T(); t++) positions.push_back(t);
-    std::vector<Value> tokens;
-    for (std::size_t t = 0; t < w.T(); t++)
-        tokens.push_back(
-            object({{"id", w.tokens[t]},
-                    {"text", detail::is_utf8(w.pieces[t]) ? Value(w.pieces[t]) : Value(nullptr)},
-                    {"bytes", array(bytes_of(w.pieces[t]))}}));
-    return {{"model", w.info.id},
-            {"device", w.device},
-            {"dtype", name_of(w.dtype)},
-            {"text", w.text},
-            {"tokens", array(tokens)},
-            {"layers", array(w.layers)},
-            {"runs", w.runs},
-            {"peak", object({{"bytes_per_second", w.peak.bandwidth},
-                             {"flops_per_second", w.peak.rate},
-                             {"edge", w.peak.rate / w.peak.bandwidth}})},
-            {"prefill", whole_json(w, false)},
-            {"decode", whole_json(w, true)},
-            {"operations", operations_json(w)},
-            {"stages", stages_json(w)},
-            {"attention", heads_json(w)},
-            {"residual_rms", matrix_json(std::span(w.residual), w.T())},
-            {"silent", matrix_json(std::span(w.silent), w.T())},
-            {"lens_positions", array(positions)},
-            {"lens", lens_json(w)},
-            {"next", array(w.next, [&](const Candidate& c) { return candidate_json(w, c); })},
-            {"choice", candidate_json(w, w.choice)}};
+    return {
+        {"model", w.info.id},
+        {"device", w.device},
+        {"dtype", name_of(w.dtype)},
+        {"text", w.plan.text},
+        {"tokens", w.tokens},
+        {"layers", array(w.plan.layers)},
+        {"runs", w.plan.runs},
+        {"peak", object({{"bytes_per_second", w.peak.bandwidth},
+                         {"flops_per_second", w.peak.rate},
+                         {"edge", w.peak.rate / w.peak.bandwidth}})},
+        {kPasses[0], cost_json(w, w.whole[0])},
+        {kPasses[1], cost_json(w, w.whole[1])},
+        {"operations",
+         array(w.operations,
+               [&](const OperationSum& o) {
+                   Members members = {{"name", o.operation->name}, {"kind", o.operation->kind}};
+                   add_costs(members, w, o.costs);
+                   return object(members);
+               })},
+        {"stages", stages_json(w)},
+        {"attention", array(w.heads, [&](const Head& h) { return head_json(w, h); })},
+        {"residual_rms", matrix_json(w.residual, w.T())},
+        {"silent", matrix_json(w.silent, w.T())},
+        {"lens_positions", array(std::views::iota(w.lens_first(), w.T()))},
+        {"lens", array(w.lens, lens_json)},
+        {"next", array(w.next, [](const Candidate& c) { return object(candidate_members(c)); })},
+        {"choice", object(candidate_members(w.choice))}};
 }
+
 // Where each number stands in a picture: its twin for programs.
 Value chart_json(const Chart& chart) {
     const auto grid = [](const Grid& g) {
@@ -4350,189 +4188,129 @@ Value chart_json(const Chart& chart) {
 
 // ---- on the terminal
 
-std::string shape_text(const std::vector<int>& shape) {
-    return join(shape, "x", [](int d) { return std::to_string(d); });
-}
-std::string stage_table(const Walk& w) {
+std::string stage_table(const Walk& w, const std::vector<int>& layers) {
+    const std::vector<Column> head = {{"LAYER", true}, {"STAGE"},     {"SHAPE"},
+                                      {"MIN", true},   {"MAX", true}, {"MEAN", true},
+                                      {"RMS", true},   {"ZERO", true}};
     std::vector<std::vector<std::string>> rows;
     const auto number = [](double v) {
         return std::abs(v) < 1000 ? decimals(v, 2) : few_digits(v);
     };
     for (const Stage& s : w.stages) {
-        const bool shown =
-            s.layer < 0 || std::find(w.shown.begin(), w.shown.end(), s.layer) != w.shown.end();
-        if (!shown) continue;
-        const Summary& m = s.summary;
+        if (s.layer >= 0 && !has(layers, s.layer)) continue;
         rows.push_back({s.layer < 0 ? "" : std::to_string(s.layer), name(s.point, -1),
-                        shape_text(m.shape), number(m.least), number(m.most), number(m.mean),
-                        number(m.rms), percent_of(m.zero),
-                        m.bad == 0 ? "" : std::to_string(m.bad)});
-    }
-    std::vector<Column> head = {{"LAYER", true}, {"STAGE"},      {"SHAPE"},
-                                {"MIN", true},   {"MAX", true},  {"MEAN", true},
-                                {"RMS", true},   {"ZERO", true}, {"NAN", true}};
-    const auto sound = [](const auto& row) { return row.back().empty(); };
-    if (std::all_of(rows.begin(), rows.end(), sound)) {
-        head.pop_back();
-        for (auto& row : rows) row.pop_back();
+                        join(s.shape, "x", [](int d) { return std::to_string(d); }),
+                        number(s.least), number(s.most), number(s.mean), number(s.rms),
+                        percent_of(s.zero) + (s.bad == 0 ? "" : cat(", ", s.bad, " NaN"))});
     }
     return table(head, rows);
 }
-// "98% mem": how much of what memory, or the multipliers, could do at best.
-std::string peak_words(const Walk& w, const Cost& c, double seconds) {
-    return percent_of(share_of_peak(w, c, seconds)) + (memory_bound(w, c) ? " mem" : " mul");
-}
 std::string time_table(const Walk& w) {
+    std::vector<Column> head = {{"OPERATION", false, 0, 15}};
+    for (const int pass : {0, 1}) {
+        const char* const microseconds = pass == 0 ? "READ µs" : "ONE µs";
+        head.insert(
+            head.end(),
+            {{microseconds, true}, {"GFLOP/s", true, pass}, {"GB/s", true}, {"OF PEAK", true}});
+    }
     std::vector<std::vector<std::string>> rows;
-    const std::vector<StageTime> prefill = stage_times(w, false), decode = stage_times(w, true);
-    const auto add = [&](std::string_view name, const StageTime& a, const StageTime& b) {
-        std::vector<std::string> row = {std::string(name)};
-        for (const StageTime& t : {a, b}) {
-            row.insert(
-                row.end(),
-                {few_digits(1e6 * t.seconds), few_digits(t.cost.flops / t.seconds / 1e9),
-                 few_digits(t.cost.bytes / t.seconds / 1e9), peak_words(w, t.cost, t.seconds)});
+    const auto add = [&](std::string_view name, const Costs& costs) {
+        std::vector<std::string>& row = rows.emplace_back(1, std::string(name));
+        for (const Cost& c : costs) {  // "98% mem": how much of what memory could do at best
+            row.push_back(few_digits(1e6 * c.seconds));
+            row.push_back(few_digits(c.flops / c.seconds / 1e9));
+            row.push_back(few_digits(c.bytes / c.seconds / 1e9));
+            row.push_back(percent_of(w.peak.share(c)) + (w.peak.memory_bound(c) ? " mem" : " mul"));
         }
-        rows.push_back(row);
     };
-    for (std::size_t i = 0; i < prefill.size(); i++)
-        add(prefill[i].operation->name, prefill[i], decode[i]);
-    add("all", {nullptr, w.prefill.whole, sum_of(prefill)},
-        {nullptr, w.decode.whole, sum_of(decode)});
-    return table({{"OPERATION", false, 0, 15},
-                  {"READ µs", true},
-                  {"GFLOP/s", true},
-                  {"GB/s", true},
-                  {"OF PEAK", true},
-                  {"ONE µs", true},
-                  {"GFLOP/s", true, 1},
-                  {"GB/s", true},
-                  {"OF PEAK", true}},
-                 rows);
+    for (const OperationSum& o : w.operations) add(o.operation->name, o.costs);
+    add("all", w.whole);
+    return table(head, rows);
 }
+// The last positions, as many as there is room for; of many layers some.
 std::string lens_table(const Walk& w) {
-    constexpr std::size_t kRows = 9;
-    const std::size_t wide = 11, n = w.lens.size(), shown = std::min(n, kRows);
-    const auto row_of = [&](std::size_t i) { return w.lens[i * (n - 1) / (shown - 1)]; };
-    std::size_t side = 9;
-    for (std::size_t i = 0; i < shown; i++) side = std::max(side, row_of(i).name.size() + 2);
-    const std::size_t room = std::max(terminal.width, side + 12 + wide) - side - 12;
-    const std::size_t columns = w.T() - w.lens_first,
-                      first = columns - std::min(columns, room / wide);
-    std::string text = paint(terminal.out, kBold, fit("AFTER", side));
-    for (std::size_t c = first; c < columns; c++)
-        text += paint(terminal.out, kDim,
-                      fit(safe(label_of(w.pieces[w.lens_first + c], wide - 1)), wide));
-    text += "  SURE  RANK\n";
-    for (std::size_t i = 0; i < shown; i++) {
-        const LensRow row = row_of(i);
-        text += fit(row.name, side);
-        for (std::size_t c = first; c < columns; c++)
-            text += fit(label_of(w.words.at(row.cells[c].token), wide - 1), wide);
-        text += fit(percent_of(row.cells.back().probability), 6, true) +
-                fit(std::to_string(row.cells.back().rank), 6, true) + "\n";
-    }
-    return text;
-}
-std::string head_table(const Walk& w) {
+    const std::size_t n = w.lens.size(), shown = std::min<std::size_t>(n, 9);
+    const std::vector<std::string> titles = lens_labels(w);
+    std::vector<Column> head = {{"AFTER", false, 0, 14}};
+    int leave = static_cast<int>(titles.size());
+    for (const std::string& title : titles) head.push_back({title, false, --leave, 10});
+    head.insert(head.end(), {{"SURE", true}, {"RANK", true}});
     std::vector<std::vector<std::string>> rows;
-    for (const int layer : w.shown) {
-        for (std::size_t head = 0; head < w.H(); head++) {
-            const HeadSummary& s = w.heads[static_cast<std::size_t>(layer)][head];
-            rows.push_back({std::to_string(layer), std::to_string(head), decimals(s.entropy, 2),
-                            decimals(s.distance, 1), percent_of(s.first), percent_of(s.previous),
-                            percent_of(s.itself), std::string(s.label())});
-        }
+    for (std::size_t i = 0; i < shown; i++) {
+        const LensRow& row = w.lens[i * (n - 1) / (shown - 1)];
+        std::vector<std::string>& line = rows.emplace_back(1, row.after);
+        for (const LensCell& cell : row.cells) line.push_back(label_of(cell.best.piece, 10));
+        line.push_back(percent_of(row.cells.back().best.probability));
+        line.push_back(std::to_string(row.cells.back().rank));
     }
-    return table({{"LAYER", true},
-                  {"HEAD", true},
-                  {"ENTROPY", true},
-                  {"DISTANCE", true},
-                  {"FIRST", true},
-                  {"PREVIOUS", true},
-                  {"ITSELF", true},
-                  {"THE HEAD"}},
-                 rows);
+    return table(head, rows);
+}
+std::string head_table(const Walk& w, const std::vector<int>& layers) {
+    const std::vector<Column> head = {{"LAYER", true},    {"HEAD", true},  {"ENTROPY", true},
+                                      {"DISTANCE", true}, {"FIRST", true}, {"PREVIOUS", true},
+                                      {"ITSELF", true},   {"THE HEAD"}};
+    std::vector<std::vector<std::string>> rows;
+    for (const Head& h : w.heads) {
+        if (!has(layers, h.layer)) continue;
+        rows.push_back({std::to_string(h.layer), std::to_string(h.head), decimals(h.entropy, 2),
+                        decimals(h.distance, 1), percent_of(h.first), percent_of(h.previous),
+                        percent_of(h.itself), std::string(h.label())});
+    }
+    return table(head, rows);
 }
 std::string next_table(const Walk& w) {
+    constexpr const char* kEighths[] = {"", "▏", "▎", "▍", "▌", "▋", "▊", "▉"};
     std::string text;
     for (const Candidate& c : w.next) {
-        const double eighths = c.probability / w.next[0].probability * 40 * 8;
-        const auto whole = static_cast<std::size_t>(eighths) / 8,
-                   rest = static_cast<std::size_t>(eighths) % 8;
-        static constexpr const char* kParts[] = {"", "▏", "▎", "▍", "▌", "▋", "▊", "▉"};
+        const auto eighths =
+            static_cast<std::size_t>(c.probability / w.next[0].probability * 40 * 8);
         std::string bar;
-        for (std::size_t i = 0; i < whole; i++) bar += "█";
-        text += cat(fit(label_of(w.words.at(c.token), 16), 18),
-                    fit(percent_of(c.probability, 1), 6, true), " ", bar, kParts[rest],
-                    c.token == w.choice.token ? "  chosen" : "", "\n");
+        for (std::size_t i = 0; i < eighths / 8; i++) bar += "█";
+        text += cat(fit(label_of(c.piece, 16), 18), fit(percent_of(c.probability, 1), 6, true), " ",
+                    bar, kEighths[eighths % 8], c.token == w.choice.token ? "  chosen" : "", "\n");
     }
     return text;
 }
-std::string walk_text(const Walk& w) {
+std::string walk_text(const Walk& w, const std::vector<int>& layers) {
     const auto title = [](const std::string& words) {
         return "\n" + paint(terminal.out, kBold, wrapped(words, 0));
     };
     std::string words = cat(w.T(), w.T() == 1 ? " token:" : " tokens:");
     for (const std::string& piece : w.pieces) words += " " + label_of(piece, 24);
-    const bool several = w.L() > w.shown.size();
+    const std::string numbers = join(layers, ", ", [](int i) { return std::to_string(i); });
     return cat(
         wrapped(cat(safe(w.info.id), " on ", safe(w.device), ", ", name_of(w.dtype)), 2),
         "measured now: memory ", gigabytes_per_second(w.peak.bandwidth), ", products ",
         few_digits(w.peak.rate / 1e9), " GFLOP/s\n", wrapped(words, 2),
-        title(cat(
-            "What every stage puts out",
-            several ? cat(" (layer ", join(w.shown, ", ", [](int i) { return std::to_string(i); }),
-                          "; --layers for others)")
-                    : "")),
-        stage_table(w),
+        title(cat("What every stage puts out",
+                  std::ssize(layers) == w.info.config.n_layer
+                      ? ""
+                      : cat(" (layer ", numbers, "; --layers for others)"))),
+        stage_table(w, layers),
         title(cat("Time: the prompt read at once, and one token more (all layers, median of ",
-                  w.runs, ")")),
+                  w.plan.runs, ")")),
         time_table(w),
         w.cuda ? wrapped("On a GPU the host waits after every operation here; chat does not, and "
                          "reads single tokens with other kernels.",
                          0)
                : "",
         title("Logit lens: the likeliest next token, if the model ended there"), lens_table(w),
-        title("Where the heads look (entropy in bits, distance in tokens)"), head_table(w),
+        title("Where the heads look (entropy in bits, distance in tokens)"), head_table(w, layers),
         title("Next token"), next_table(w));
 }
 
 // ---- the command
 
-// Pictures, numbers and a page that shows them, in a directory of their own.
-class WalkFiles {
-public:
-    explicit WalkFiles(const Options& o) : force_(o.force), directory_(o.out) {
-        std::error_code error;
-        for (int n = 2; o.out.empty() && (n == 2 || fs::exists(directory_, error)); n++)
-            directory_ = n == 2 && !fs::exists("walk", error) ? "walk" : cat("walk-", n);
-        if (!force_ && fs::exists(directory_, error))
-            bad_usage(cat("--out: ", detail::quote(directory_.string(), 300),
-                          " exists. Choose a new name, or --force to write into it"));
-        made_ = fs::create_directories(directory_, error);
-        if (error)
-            throw std::runtime_error(cat("cannot make the directory ",
-                                         detail::quote(directory_.string(), 300), ": ",
-                                         error.message()));
-    }
-    WalkFiles(const WalkFiles&) = delete;
-    WalkFiles& operator=(const WalkFiles&) = delete;
-    ~WalkFiles() {  // of a walk that failed no empty directory stays
-        std::error_code ignored;
-        if (made_) fs::remove(directory_, ignored);  // which leaves one with files alone
-    }
-    void write(const std::string& name, std::string_view bytes) const {
-        NewFile file((directory_ / name).string());
-        file.write(bytes);
-        file.commit();
-    }
-    const fs::path& directory() const { return directory_; }
-
-private:
-    bool force_, made_ = false;
-    fs::path directory_;
-};
+// Pictures, numbers and a page that shows them go into a directory of their own.
+fs::path new_directory(const Options& o) {
+    fs::path directory = o.out.empty() ? "walk" : o.out;
+    std::error_code error;
+    for (int n = 2; o.out.empty() && fs::exists(directory, error); n++) directory = cat("walk-", n);
+    if (!o.force && fs::exists(directory, error))
+        bad_usage(cat("--out: ", detail::quote(directory.string(), 300),
+                      " exists. Choose a new name, or --force to write into it"));
+    return directory;
+}
 std::string html_text(std::string_view text) {
     std::string out;
     for (const char c : safe(text)) {
@@ -4545,48 +4323,58 @@ std::string html_text(std::string_view text) {
     return out;
 }
 std::string walk_html(const Walk& w, const std::vector<Chart>& charts) {
-    std::string body;
-    for (const Chart& c : charts) {
-        body += cat("<figure><a href=\"", c.name, ".png\"><img src=\"", c.name, ".png\" width=\"",
-                    c.picture.width(), "\" alt=\"", html_text(c.alt), "\"></a></figure>\n");
-    }
-    return cat("<!doctype html>\n<html lang=\"en\"><meta charset=\"utf-8\"><title>",
-               html_text(w.info.id), ": ", html_text(w.text),
+    const auto figure = [](const Chart& c) {
+        return cat("<figure><a href=\"", c.name, ".png\"><img src=\"", c.name, ".png\" width=\"",
+                   c.picture.width(), "\" alt=\"", html_text(c.alt), "\"></a></figure>\n");
+    };
+    const std::string title = "A walk through " + html_text(w.info.id);
+    return cat("<!doctype html>\n<html lang=\"en\"><meta charset=\"utf-8\"><title>", title,
                "</title>\n<style>body{margin:2rem;font:1rem/1.5 "
                "system-ui,sans-serif;color:#1c2430;background:#fff}"
                "figure{margin:0 0 2rem}img{max-width:100%;height:auto;border:1px solid "
-               "#dee3e9}</style>\n<h1>A walk through ",
-               html_text(w.info.id), "</h1>\n<p>", html_text(w.text),
-               "</p>\n<p>All numbers: <a href=\"walk.json\">walk.json</a></p>\n", body,
-               "</html>\n");
+               "#dee3e9}</style>\n<h1>",
+               title, "</h1>\n<p>", html_text(w.plan.text),
+               "</p>\n<p>All numbers: <a href=\"walk.json\">walk.json</a></p>\n",
+               join(charts, "", figure), "</html>\n");
 }
-void write_walk(const Walk& w, const WalkFiles& files) {
-    const std::vector<Chart> charts = charts_of(w);
+void make_directory(const fs::path& directory) {
+    std::error_code error;
+    fs::create_directories(directory, error);
+    if (error)
+        throw std::runtime_error(cat("cannot make the directory ",
+                                     detail::quote(directory.string(), 300), ": ",
+                                     error.message()));
+}
+void write_walk(const Walk& w, const fs::path& directory, bool pictures) {
+    const auto write = [&](const std::string& name, std::string_view bytes) {
+        NewFile file((directory / name).string());
+        file.write(bytes);
+        file.commit();
+    };
+    const std::vector<Chart> charts = pictures ? charts_of(w) : std::vector<Chart>{};
     Progress progress("drawing");
     for (std::size_t i = 0; i < charts.size(); i++) {
         if (!progress(i, charts.size())) leave_interrupted();
-        files.write(charts[i].name + ".png", charts[i].picture.png());
+        write(charts[i].name + ".png", charts[i].picture.png());
     }
     Members members = walk_members(w);
     members.emplace_back("pictures", array(charts, chart_json));
-    files.write("walk.json", object(members).text + "\n");
-    files.write("index.html", walk_html(w, charts));
+    write("walk.json", object(members).text + "\n");
+    write("index.html", walk_html(w, charts));
 }
 
 // "all", or a list of layers; nothing said: all are kept, one is printed.
 std::vector<int> read_layers(const std::string& text, int n_layer) {
     std::vector<int> layers;
-    if (text.empty() || text == "all") {
-        for (int i = 0; i < n_layer; i++) layers.push_back(i);
-        return layers;
-    }
+    for (int i = 0; i < n_layer && (text.empty() || text == "all"); i++) layers.push_back(i);
+    if (!layers.empty()) return layers;
     for (const std::string& layer : split(text, ",")) {
-        const int i = number<int>({"--layers", layer}, 0, n_layer - 1,
-                                  cat("a layer from 0 to ", n_layer - 1, ", or all"));
-        if (std::find(layers.begin(), layers.end(), i) == layers.end()) layers.push_back(i);
+        layers.push_back(number<int>({"--layers", layer}, 0, n_layer - 1,
+                                     cat("a layer from 0 to ", n_layer - 1, ", or all")));
     }
     if (layers.empty()) bad_usage("--layers: a list such as 0,5,11 or all is needed");
     std::sort(layers.begin(), layers.end());
+    layers.erase(std::unique(layers.begin(), layers.end()), layers.end());
     return layers;
 }
 constexpr std::size_t kMostWalked = 1024;  // tokens: what a GPU reads in one pass
@@ -4619,14 +4407,13 @@ int run_walk(Options& o) {
         bad_usage(
             "walk: this nanogpt was built without stb_image_write.h (Debian: libstb-dev). --no-png "
             "leaves the pictures out");
-    std::optional<WalkFiles> files;
-    if (pictures || !o.out.empty()) files.emplace(o);
+    std::optional<fs::path> directory;
+    if (pictures || !o.out.empty()) directory = new_directory(o);
     const Device device = open_device(s.info, o, {}, {}, true);
     const int room = static_cast<int>(plan.prompt.size()) + 1;
     const std::unique_ptr<Sequence> sequence = device.backend->new_sequence(room);
     ThreadPool pool(o.threads);
-    Walker walker(*device.backend, device.lm_head, device.cuda, *sequence, pool, s.info,
-                  s.tokenizer, plan);
+    Walker walker(device, *sequence, pool, s.info, s.tokenizer, plan);
     {
         Progress progress("walking through " + s.info.id);
         while (walker.advance()) {
@@ -4635,15 +4422,16 @@ int run_walk(Options& o) {
     }
     Walk w = walker.take();
     w.peak = measure_peak(device.cuda, o.threads);
-    w.shown = o.layers.empty() ? std::vector{s.info.config.n_layer / 2} : w.layers;
-    if (o.json)
+    if (directory) make_directory(*directory);
+    if (o.json) {
         write_json(object(walk_members(w)));
-    else
-        write_out(walk_text(w));
-    if (files) {
-        write_walk(w, *files);
-        note(cat("pictures and numbers are in ", files->directory().string(),
-                 "; begin with index.html"));
+    } else {
+        write_out(
+            walk_text(w, o.layers.empty() ? std::vector{s.info.config.n_layer / 2} : plan.layers));
+    }
+    if (directory) {
+        write_walk(w, *directory, pictures);
+        note(cat("pictures and numbers are in ", directory->string(), "; begin with index.html"));
     }
     return 0;
 }
@@ -5819,9 +5607,9 @@ Scheduler::Start Scheduler::start(const std::shared_ptr<Job>& job) {
         m->running.push_back(std::make_unique<Running>(job, std::move(sequence)));
         Running& r = *m->running.back();
         if (job->walk != nullptr) {
-            r.walker = std::make_unique<Walker>(m->backend(), m->device.lm_head, m->device.cuda,
-                                                *r.sequence, lens_pool_, job->offer->info,
-                                                *job->offer->tokenizer, job->walk->plan);
+            r.walker =
+                std::make_unique<Walker>(m->device, *r.sequence, lens_pool_, job->offer->info,
+                                         *job->offer->tokenizer, job->walk->plan);
         }
         m->used = true;
         const auto here = std::find_if(models_.begin(), models_.end(),
