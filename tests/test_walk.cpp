@@ -956,6 +956,12 @@ std::size_t pictures_are_right(const Truth& t, const Json& json, const fs::path&
     return drawn.size();
 }
 
+// What stands for a picture where none is seen; empty: there is no such picture.
+std::string alt_of(const Json& json, const std::string& name) {
+    for (const Json& picture : list(json, "pictures").array)
+        if (word(picture, "name") == name) return word(picture, "alt");
+    return "";
+}
 // Walks a text with pictures and looks at all of them.
 struct Drawn {
     Result result;
@@ -970,15 +976,12 @@ Drawn draw(const Subject& s, const std::string& prompt, const std::string& of) {
     d.json = json_of(test::read_file(dir / "w" / "walk.json"));
     const Truth t = truth_of(s.model, s.tokenizer, prompt, s.options);
     g2(list(d.json, "tokens").array.size() == t.T(), of + "tokens");
+    for (const char* name : {"overview", "next_token", "lens", "residual", "neurons",
+                             "attention_all", "timing", "roofline", "attention_L00"})
+        g2(!alt_of(d.json, name).empty(), of + "there is the picture " + name);
     pictures_are_right(t, d.json, dir / "w", of);
     return d;
 }
-std::string alt_of(const Json& json, const std::string& name) {
-    for (const Json& picture : list(json, "pictures").array)
-        if (word(picture, "name") == name) return word(picture, "alt");
-    return "(no picture)";
-}
-
 test::CheckpointSpec long_model() {  // reads 1024 tokens in no time
     test::CheckpointSpec spec;
     spec.gen = test::Gen::g0;
