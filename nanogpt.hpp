@@ -899,7 +899,7 @@ constexpr StorageClass kStorageClasses[] = {
 class PickleReader {
 public:
     PickleReader(std::span<const std::byte> bytes, PickleFor what)
-        : in_(as_text(bytes)), what_(what) {}
+        : in_(as_text(bytes)), checkpoint_(what == PickleFor::checkpoint) {}
 
     PickleTree run() {
         if (in_.size() > kMaxPickle) refuse("pickle: larger than 16 MiB");
@@ -1014,17 +1014,16 @@ private:
     }
     void global(std::string_view module, std::string_view name) {
         const std::string full = cat({module, " ", name});
-        const bool checkpoint = what_ == PickleFor::checkpoint;
-        std::string_view allowed = !checkpoint && full == kEncoding ? kEncoding : "";
+        std::string_view allowed = !checkpoint_ && full == kEncoding ? kEncoding : "";
         for (const std::string_view g : {kOrderedDict, kRebuildTensor, kRebuildParameter}) {
-            if (checkpoint && g == full) allowed = g;
+            if (checkpoint_ && g == full) allowed = g;
         }
         for (const StorageClass& c : kStorageClasses) {
-            if (checkpoint && c.global == full) allowed = c.global;
+            if (checkpoint_ && c.global == full) allowed = c.global;
         }
         if (allowed.empty()) {
             fail({"names ", quote(cat({module, ".", name})), ", which no ",
-                  checkpoint ? "checkpoint" : "tokenizer", " needs. Nothing was executed"});
+                  checkpoint_ ? "checkpoint" : "tokenizer", " needs. Nothing was executed"});
         }
         node(push(Kind::global)).text = allowed;
     }
@@ -1096,7 +1095,6 @@ private:
 
     // ---- the opcodes
     void step(unsigned op) {
-        const bool checkpoint = what_ == PickleFor::checkpoint;
         // clang-format off
         switch (op) {
             case 0x80: return protocol(number<1>());
@@ -1130,11 +1128,11 @@ private:
             case 'c': return global();
             case 0x93: return stack_global();
             case 'b': return build();
-            case 'R': if (checkpoint) return reduce(); break;
-            case 'Q': if (checkpoint) return persistent_id(); break;
-            case 0x81: if (!checkpoint) return new_object(); break;
-            case 'B': if (!checkpoint) return text(number<4>(), Kind::bytes); break;
-            case 'C': if (!checkpoint) return text(number<1>(), Kind::bytes); break;
+            case 'R': if (checkpoint_) return reduce(); break;
+            case 'Q': if (checkpoint_) return persistent_id(); break;
+            case 0x81: if (!checkpoint_) return new_object(); break;
+            case 'B': if (!checkpoint_) return text(number<4>(), Kind::bytes); break;
+            case 'C': if (!checkpoint_) return text(number<1>(), Kind::bytes); break;
             default: break;
         }
         // clang-format on
@@ -1199,7 +1197,7 @@ private:
 
     static constexpr std::uint32_t kUnset = 0xffffffff;
     std::string_view in_;
-    PickleFor what_;
+    bool checkpoint_;
     std::size_t at_ = 0, op_at_ = 0;
     bool done_ = false;
     PickleTree tree_;
@@ -1370,13 +1368,11 @@ private:
     void read_number(Json& value) {
         value.kind = Json::Kind::number;
         const std::size_t begin = at_;
-        if (python_) {
-            constexpr double kInfinity = std::numeric_limits<double>::infinity();
-            if (accept("NaN")) return void(value.number = std::numeric_limits<double>::quiet_NaN());
-            if (accept("Infinity")) return void(value.number = kInfinity);
-            if (accept("-Infinity")) return void(value.number = -kInfinity);
-        }
-        accept("-");
+        const bool negative = accept("-");
+        if (python_ && !negative && accept("NaN"))
+            return void(value.number = std::numeric_limits<double>::quiet_NaN());
+        if (python_ && accept("Infinity"))
+            return void(value.number = negative ? -HUGE_VAL : HUGE_VAL);
         if (!accept("0")) digits("has something that is no value");
         if (accept(".")) digits();
         if (accept("e") || accept("E")) {
@@ -1923,6 +1919,18 @@ inline std::filesystem::path find_step(const std::filesystem::path& dir, std::st
     return best;
 }
 
+// The model file a path means: itself, or a checkpoint directory's with that step (-1: the last).
+inline std::filesystem::path model_file(const std::filesystem::path& dir_or_file,
+                                        std::int64_t step) {
+    std::error_code ec;
+    if (!std::filesystem::is_directory(dir_or_file, ec)) return dir_or_file;
+    const auto found = find_step(dir_or_file, "model_", ".pt", step);
+    if (!found.empty()) return found;
+    const std::string wanted = step < 0 ? "model_<step>.pt" : cat({"checkpoint of step ", step});
+    throw Error(ErrorKind::not_found,
+                {quote(dir_or_file.string(), 300), ": no ", wanted, " there"});
+}
+
 // ---- what is not stored
 
 // Metadata of the base model of the same tag: it tells when the run was, and its window pattern.
@@ -2200,20 +2208,6 @@ inline std::vector<ModelInfo> find_models(const std::filesystem::path& base,
     }
     return models;
 }
-
-namespace detail {
-// The model file a path means: itself, or a checkpoint directory's with that step (-1: the last).
-inline std::filesystem::path model_file(const std::filesystem::path& dir_or_file,
-                                        std::int64_t step) {
-    std::error_code ec;
-    if (!std::filesystem::is_directory(dir_or_file, ec)) return dir_or_file;
-    const auto found = find_step(dir_or_file, "model_", ".pt", step);
-    if (!found.empty()) return found;
-    const std::string wanted = step < 0 ? "model_<step>.pt" : cat({"checkpoint of step ", step});
-    throw Error(ErrorKind::not_found,
-                {quote(dir_or_file.string(), 300), ": no ", wanted, " there"});
-}
-}  // namespace detail
 
 // One checkpoint: a directory (its last step, or `step`) or a model_<step>.pt. Throws if unusable.
 inline ModelInfo inspect_model(const std::filesystem::path& dir_or_file, std::int64_t step = -1,
@@ -2718,9 +2712,9 @@ struct Vocabulary {
     const SplitRule* rule = nullptr;
     TokenTable table;
     std::vector<std::pair<Token, std::string>> specials;  // by id; the ids follow each other
-    int size = 0;                                         // largest id + 1
     std::vector<std::string> warnings;
 
+    int size() const { return std::max(table.end(), specials.back().first + 1); }
     const Token* find_special(std::string_view name) const {
         for (const auto& [id, known] : specials) {
             if (known == name) return &id;
@@ -2751,7 +2745,7 @@ public:
         v_.rule = &split_rule(pattern.text);
         read_ranks(ranks);
         read_specials(specials);
-        check_ids();
+        check_ids(static_cast<Token>(ranks.items.size() / 2));
         look_for_orphans();
         return std::move(v_);
     }
@@ -2781,7 +2775,6 @@ private:
     }
 
     void read_ranks(const PickleValue& dict) {
-        count_ = static_cast<Token>(dict.items.size() / 2);
         v_.table = TokenTable(dict.items.size() / 2);
         each(dict, [&](const PickleValue& token, const PickleValue& rank) {
             const std::size_t length = token.text.size();
@@ -2822,18 +2815,17 @@ private:
     // the training make the same bytes, the dict keeps one of them, a rank is left out, and the
     // special ids, which begin at the size of the dict, begin before the ranks end. Accepted, as
     // there, and decoded as tiktoken does, which prefers the ordinary token.
-    void check_ids() {
+    void check_ids(Token count) {  // of ordinary tokens
         const Token end = v_.table.end(), first = v_.specials.front().first;
         Token gap = 0;  // the first rank without token
         while (!v_.table.piece(gap).empty()) ++gap;
-        if (gap < end && first != count_) refuse({"no token has rank ", gap});
-        Token wanted = count_;
+        if (gap < end && first != count) refuse({"no token has rank ", gap});
+        Token wanted = count;
         for (const auto& [id, name] : v_.specials) {
             if (id == wanted++) continue;
             refuse({"special token ", quote(name), " has id ", id, ", ", wanted - 1,
                     " is the next one free"});
         }
-        v_.size = std::max(end, wanted);
         if (gap == end) return;
         v_.warnings.push_back(
             cat({"two merges made the same bytes: rank ", gap, " is left out, and ids from ", first,
@@ -2860,7 +2852,6 @@ private:
     }
 
     const PickleTree& tree_;
-    Token count_ = 0;  // ordinary tokens
     Vocabulary v_;
 };
 
@@ -2911,7 +2902,7 @@ public:
         return token >= v_.specials.front().first && token <= v_.specials.back().first;
     }
 
-    int vocab_size() const { return v_.size; }                       // largest id + 1
+    int vocab_size() const { return v_.size(); }                     // largest id + 1
     std::string_view pattern_name() const { return v_.rule->name; }  // of the split: "nanochat"
     const std::vector<std::string>& warnings() const { return v_.warnings; }
 
