@@ -904,9 +904,10 @@ public:
     PickleTree run() {
         if (in_.size() > kMaxPickle) refuse("pickle: larger than 16 MiB");
         tree_.nodes.reserve(std::min(in_.size() / 3 + 1, kMaxPickleValues));
-        while (!done_) {
+        for (char op = 0; op != '.';) {
             op_at_ = at_;
-            step(static_cast<unsigned char>(take(1)[0]));
+            op = take(1)[0];
+            step(static_cast<unsigned char>(op));
         }
         if (at_ != in_.size()) fail("bytes after the end");
         return std::move(tree_);
@@ -961,11 +962,9 @@ private:
     }
     std::vector<std::uint32_t> pop_to_mark() {
         if (marks_.empty()) fail("an opcode finds no mark");
-        const auto first = stack_.begin() + static_cast<std::ptrdiff_t>(marks_.back());
-        std::vector<std::uint32_t> items(first, stack_.end());
-        stack_.erase(first, stack_.end());
+        const std::size_t n = stack_.size() - marks_.back();
         marks_.pop_back();
-        return items;
+        return pop_many(n);
     }
     std::vector<std::uint32_t> pop_many(std::size_t n) {
         std::vector<std::uint32_t> items(n);
@@ -1141,7 +1140,6 @@ private:
     void stop() {
         tree_.root = pop();
         if (!stack_.empty() || !marks_.empty()) fail("values are left on the stack");
-        done_ = true;
     }
     void frame(std::uint64_t bytes) {
         if (bytes > in_.size() - at_) fail("a frame reaches past the end");
@@ -1199,7 +1197,6 @@ private:
     std::string_view in_;
     bool checkpoint_;
     std::size_t at_ = 0, op_at_ = 0;
-    bool done_ = false;
     PickleTree tree_;
     std::vector<std::uint32_t> stack_, memo_;
     std::vector<std::size_t> marks_;
