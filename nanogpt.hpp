@@ -1379,9 +1379,9 @@ private:
         value.string = in_.substr(begin, at_ - begin);
         if (value.string.size() > 64) fail("has a number of more than 64 characters");
         // "1e999": from_chars leaves the value alone, and 0 would be a silent change
-        const auto result = std::from_chars(
-            value.string.data(), value.string.data() + value.string.size(), value.number);
-        if (result.ec != std::errc{}) fail("has a number out of range");
+        const char* const end = value.string.data() + value.string.size();
+        if (std::from_chars(value.string.data(), end, value.number).ec != std::errc{})
+            fail("has a number out of range");
     }
     void digits(const char* otherwise = "has a number without digits") {
         if (skip("0123456789") == 0) fail(otherwise);
@@ -1956,9 +1956,8 @@ inline void check_pattern(ModelInfo& info, const Overrides& o, bool has_pattern,
     if (info.config.generation == Generation::g0) {
         if (o.short_window ||
             o.window_pattern.value_or("").find_first_of("Ss") != std::string::npos)
-            misuse(
-                "this checkpoint is of generation g0, which had no windows. Add --gen g1 to "
-                "insist");
+            misuse({"this checkpoint is of generation g0, which had no windows. ",
+                    "Add --gen g1 to insist"});
         if (has_pattern) {
             warn(info, {"window_pattern ", quote(info.config.window_pattern),
                         " is ignored: this generation had no windows"});
@@ -2210,10 +2209,8 @@ inline std::vector<ModelInfo> find_models(const std::filesystem::path& base,
 inline ModelInfo inspect_model(const std::filesystem::path& dir_or_file, std::int64_t step = -1,
                                const Overrides& overrides = {}) {
     ModelInfo info = detail::place(detail::model_file(dir_or_file, step));
-    detail::inspect(
-        info,
-        detail::naming(info.model_file, [&] { return detail::ZipFile(File(info.model_file)); }),
-        overrides);
+    const auto open = [&] { return detail::ZipFile(File(info.model_file)); };
+    detail::inspect(info, detail::naming(info.model_file, open), overrides);
     return info;
 }
 
