@@ -564,7 +564,7 @@ std::uint64_t little_endian(std::span<const std::byte> bytes, std::size_t at) {
 //
 // Sizes are taken from the central directory alone: torch leaves them zero in the local headers.
 // What the local headers say must agree otherwise, and the entries fill the file without overlaps.
-// In order: crc32 / ZipFile: find, read, verify; in its private part the directory is read.
+// In order: crc32 / ZipRecord / ZipFile: find, read, verify; in its private part, the directory.
 
 namespace detail {
 
@@ -580,17 +580,17 @@ struct ZipEntry {
 constexpr std::uint64_t kMaxZipEntries = 65536;
 constexpr std::uint64_t kMaxZipDirectory = std::uint64_t{16} << 20;  // bytes
 constexpr std::size_t kMaxZipName = 512;                             // bytes
+constexpr std::uint64_t kZipFlags = 0x0808;  // known ones: sizes behind the data, names in UTF-8
 
 // No constant, and no lambda, which g++ would try as one: 0.2 s in every file that includes this.
 inline std::array<std::array<std::uint32_t, 256>, 8> crc32_tables() {
     std::array<std::array<std::uint32_t, 256>, 8> t{};
     for (std::uint32_t i = 0; i < 256; ++i) {
         std::uint32_t c = i;
-        for (int bit = 0; bit < 8; ++bit) c = (c & 1u) != 0 ? 0xEDB88320u ^ c >> 1 : c >> 1;
-        t[0][i] = c;
-    }
-    for (std::size_t k = 1; k < 8; ++k) {
-        for (std::size_t i = 0; i < 256; ++i) t[k][i] = t[k - 1][i] >> 8 ^ t[0][t[k - 1][i] & 255u];
+        for (auto& table : t) {  // each is one zero byte further
+            for (int bit = 0; bit < 8; ++bit) c = (c & 1u) != 0 ? 0xEDB88320u ^ c >> 1 : c >> 1;
+            table[i] = c;
+        }
     }
     return t;
 }
@@ -612,7 +612,12 @@ inline std::uint32_t crc32(std::span<const std::byte> bytes, std::uint32_t crc =
     return ~crc;
 }
 
-// What a file without a zip's end record is instead; the usual accidents have names.
+// Whether a file ends as every zip does, with an end record.
+inline bool has_end_record(const File& file) {
+    const std::uint64_t size = file.size();
+    return size >= 22 && little_endian<4>(read_bytes(file, size - 22, 4), 0) == 0x06054b50;
+}
+// What a file without one is instead; the usual accidents have names.
 inline std::string not_a_zip(std::string_view head) {
     if (head.starts_with("PK\x03\x04")) {
         return "has no zip end record: still being written, or cut off. Wait for the save to end, "
@@ -631,6 +636,20 @@ inline std::string not_a_zip(std::string_view head) {
     return head.empty() ? "is empty" : "is not a file of torch.save (no zip end record)";
 }
 
+// Some bytes of the archive, and where in the file they begin.
+struct ZipRecord {
+    std::uint64_t begin;
+    std::vector<std::byte> bytes;
+    ZipRecord(const File& file, std::uint64_t at, std::uint64_t n)
+        : begin(at), bytes(read_bytes(file, at, n)) {}
+    std::uint64_t u16(std::size_t i) const { return little_endian<2>(bytes, i); }
+    std::uint64_t u32(std::size_t i) const { return little_endian<4>(bytes, i); }
+    std::uint64_t u64(std::size_t i) const { return little_endian<8>(bytes, i); }
+    [[noreturn]] void fail(const char* what, std::size_t i = 0) const {
+        refuse({"zip: ", what}, static_cast<std::int64_t>(begin + i));
+    }
+};
+
 class ZipFile {
 public:
     // Reads and checks the directory; keeps the file for read(). Throws refused.
@@ -639,6 +658,8 @@ public:
         read_directory();
         for (ZipEntry& entry : entries_) check_local_header(entry);
         check_order();
+        if (const ZipEntry* twice = sort_by(entries_, ZipEntry::key))
+            refuse({"zip: two entries are called ", quote(twice->name)});
     }
 
     const File& file() const { return file_; }
@@ -666,172 +687,144 @@ public:
     }
 
 private:
+    [[noreturn, gnu::cold]] static void fail(const ZipEntry& e, std::string_view what) {
+        refuse({"zip: entry ", quote(e.name), " ", what},
+               static_cast<std::int64_t>(std::min<std::uint64_t>(e.header, INT64_MAX)));
+    }
+
     // The end record is the last 22 bytes (torch writes no archive comment); a zip64 end record and
     // its locator stand right before it, and their values count where the old fields are saturated.
     void find_directory() {
         const std::uint64_t size = file_.size();
-        const auto head = read_bytes(file_, 0, std::min<std::uint64_t>(size, 64));
-        if (size < 22) refuse({not_a_zip(as_text(head))});
-        const auto end = read_bytes(file_, size - 22, 22);
-        if (little_endian<4>(end, 0) != 0x06054b50) refuse({not_a_zip(as_text(head))});
-        const auto at = static_cast<std::int64_t>(size - 22);
-        if (little_endian<2>(end, 20) != 0)
-            refuse("zip: the archive has a comment, torch.save writes none", at);
-        if (little_endian<2>(end, 4) != 0 || little_endian<2>(end, 6) != 0)
-            refuse("zip: spans several disks", at);
-        if (little_endian<2>(end, 8) != little_endian<2>(end, 10))
-            refuse("zip: entry counts disagree", at);
-        count_ = little_endian<2>(end, 10);
-        directory_size_ = little_endian<4>(end, 12);
-        directory_ = little_endian<4>(end, 16);
-        std::uint64_t limit = size - 22;  // where the directory must end
-        if (size >= 42 && little_endian<4>(read_bytes(file_, size - 42, 20), 0) == 0x07064b50)
-            limit = read_zip64_end();
-        if (count_ > kMaxZipEntries) refuse("zip: has more than 65,536 entries", at);
-        if (directory_size_ > kMaxZipDirectory)
-            refuse("zip: the directory is larger than 16 MiB", at);
+        if (!has_end_record(file_))
+            refuse({not_a_zip(as_text(read_bytes(file_, 0, std::min<std::uint64_t>(size, 64))))});
+        const ZipRecord end(file_, size - 22, 22);
+        if (end.u16(20) != 0) end.fail("the archive has a comment, torch.save writes none");
+        if (end.u16(4) != 0 || end.u16(6) != 0) end.fail("spans several disks");
+        if (end.u16(8) != end.u16(10)) end.fail("entry counts disagree");
+        count_ = end.u16(10);
+        directory_size_ = end.u32(12);
+        directory_ = end.u32(16);
+        std::uint64_t limit = end.begin;  // where the directory must end
+        if (size >= 42) {
+            const ZipRecord locator(file_, size - 42, 20);
+            if (locator.u32(0) == 0x07064b50) limit = read_zip64_end(locator);
+        }
+        if (count_ > kMaxZipEntries) end.fail("has more than 65,536 entries");
+        if (directory_size_ > kMaxZipDirectory) end.fail("the directory is larger than 16 MiB");
         if (checked_add(directory_, directory_size_) != limit)
-            refuse("zip: the directory does not end where the end record begins", at);
+            end.fail("the directory does not end where the end record begins");
     }
-    std::uint64_t read_zip64_end() {
-        const std::uint64_t locator_at = file_.size() - 42;
-        const auto where = static_cast<std::int64_t>(locator_at);
-        const auto locator = read_bytes(file_, locator_at, 20);
-        if (little_endian<4>(locator, 4) != 0 || little_endian<4>(locator, 16) != 1)
-            refuse("zip: the zip64 locator speaks of several disks", where);
-        const std::uint64_t at = little_endian<8>(locator, 8);
-        if (locator_at < 56 || at != locator_at - 56)
-            refuse("zip: the zip64 end record is not before its locator", where);
-        const auto end = read_bytes(file_, at, 56);
-        if (little_endian<4>(end, 0) != 0x06064b50 || little_endian<8>(end, 4) != 44)
-            refuse("zip: the zip64 end record is malformed", where);
-        if (little_endian<4>(end, 16) != 0 || little_endian<4>(end, 20) != 0)
-            refuse("zip: the zip64 end record speaks of several disks", where);
-        const std::uint64_t count = little_endian<8>(end, 32), size = little_endian<8>(end, 40);
-        const std::uint64_t directory = little_endian<8>(end, 48);
-        if (little_endian<8>(end, 24) != count) refuse("zip: entry counts disagree", where);
-        if ((count_ != 0xffff && count_ != count) ||
-            (directory_size_ != 0xffffffff && directory_size_ != size) ||
-            (directory_ != 0xffffffff && directory_ != directory))
-            refuse("zip: the two end records disagree", where);
-        count_ = count, directory_size_ = size, directory_ = directory;
-        return at;
+    std::uint64_t read_zip64_end(const ZipRecord& locator) {
+        if (locator.u32(4) != 0 || locator.u32(16) != 1)
+            locator.fail("the zip64 locator speaks of several disks");
+        if (locator.begin < 56 || locator.u64(8) != locator.begin - 56)
+            locator.fail("the zip64 end record is not before its locator");
+        const ZipRecord end(file_, locator.begin - 56, 56);
+        if (end.u32(0) != 0x06064b50 || end.u64(4) != 44)
+            end.fail("the zip64 end record is malformed");
+        if (end.u32(16) != 0 || end.u32(20) != 0)
+            end.fail("the zip64 end record speaks of several disks");
+        if (end.u64(24) != end.u64(32)) end.fail("entry counts disagree");
+        const auto widen = [&](std::uint64_t& value, std::uint64_t saturated, std::uint64_t wide) {
+            if (value != saturated && value != wide) end.fail("the two end records disagree");
+            value = wide;
+        };
+        widen(count_, 0xffff, end.u64(32));
+        widen(directory_size_, 0xffffffff, end.u64(40));
+        widen(directory_, 0xffffffff, end.u64(48));
+        return end.begin;
     }
 
     void read_directory() {
-        const auto bytes = read_bytes(file_, directory_, directory_size_);
+        const ZipRecord directory(file_, directory_, directory_size_);
         if (count_ > directory_size_ / 46)
-            refuse("zip: the directory is too small for its entry count");
-        entries_.reserve(static_cast<std::size_t>(count_));
+            directory.fail("the directory is too small for its entry count");
+        entries_.reserve(count_);
         std::size_t at = 0;
-        for (std::uint64_t i = 0; i < count_; ++i) at = read_entry(bytes, at);
-        if (at != bytes.size())
-            refuse("zip: the directory holds more than its entries", position(at));
-        if (const ZipEntry* twice = sort_by(entries_, ZipEntry::key))
-            refuse({"zip: two entries are called ", quote(twice->name)});
+        for (std::uint64_t i = 0; i < count_; ++i) at = read_entry(directory, at);
+        if (at != directory_size_) directory.fail("the directory holds more than its entries", at);
     }
-    std::int64_t position(std::size_t at) const {
-        return static_cast<std::int64_t>(directory_ + at);
-    }
-
-    std::size_t read_entry(std::span<const std::byte> bytes, std::size_t at) {
-        if (bytes.size() - at < 46 || little_endian<4>(bytes, at) != 0x02014b50)
-            refuse("zip: a directory entry is cut off or malformed", position(at));
-        const std::size_t name = little_endian<2>(bytes, at + 28),
-                          extra = little_endian<2>(bytes, at + 30);
-        const std::size_t comment = little_endian<2>(bytes, at + 32);
-        if (bytes.size() - at - 46 < name + extra + comment)
-            refuse("zip: a directory entry is cut off", position(at));
-        ZipEntry e;
-        e.name = as_text(bytes.subspan(at + 46, name));
-        check_name(e.name, position(at));
-        const std::string who = cat({"zip: entry ", quote(e.name)});
-        const std::uint64_t flags = little_endian<2>(bytes, at + 8);
-        if ((flags & 0x41) != 0) refuse({who, " is encrypted"}, position(at));
-        if ((flags & ~std::uint64_t{0x0808}) != 0)
-            refuse({who, " has unknown flags"}, position(at));
-        if (little_endian<2>(bytes, at + 10) != 0)
-            refuse({who, " is compressed, torch.save stores"}, position(at));
-        if (little_endian<2>(bytes, at + 34) != 0)
-            refuse({who, " is on another disk"}, position(at));
-        e.crc = static_cast<std::uint32_t>(little_endian<4>(bytes, at + 16));
-        std::uint64_t packed = little_endian<4>(bytes, at + 20);
-        e.size = little_endian<4>(bytes, at + 24);
-        e.header = little_endian<4>(bytes, at + 42);
-        read_zip64_extra(e, packed, bytes.subspan(at + 46 + name, extra), position(at));
-        if (packed != e.size) refuse({who, " has two different sizes"}, position(at));
+    // Reads the entry at this byte of the directory; returns where the next one begins.
+    std::size_t read_entry(const ZipRecord& d, std::size_t at) {
+        const std::size_t left = d.bytes.size() - at;
+        if (left < 46 || d.u32(at) != 0x02014b50)
+            d.fail("a directory entry is cut off or malformed", at);
+        const std::size_t name = d.u16(at + 28), extra = d.u16(at + 30), comment = d.u16(at + 32);
+        if (left - 46 < name + extra + comment) d.fail("a directory entry is cut off", at);
+        const auto rest = std::span(d.bytes).subspan(at + 46);
+        ZipEntry e{.name = std::string(as_text(rest.first(name))),
+                   .size = d.u32(at + 24),
+                   .crc = static_cast<std::uint32_t>(d.u32(at + 16)),
+                   .header = d.u32(at + 42)};
+        std::uint64_t packed = d.u32(at + 20);
+        check_name(e);
+        if ((d.u16(at + 8) & 0x41) != 0) fail(e, "is encrypted");
+        if ((d.u16(at + 8) & ~kZipFlags) != 0) fail(e, "has unknown flags");
+        if (d.u16(at + 10) != 0) fail(e, "is compressed, torch.save stores");
+        if (d.u16(at + 34) != 0) fail(e, "is on another disk");
+        read_zip64_extra(e, packed, rest.subspan(name, extra));
+        if (packed != e.size) fail(e, "has two different sizes");
         entries_.push_back(std::move(e));
         return at + 46 + name + extra + comment;
     }
-    static void check_name(std::string_view name, std::int64_t at) {
-        const bool safe =
-            !name.empty() && name.size() <= kMaxZipName && name[0] != '/' && is_utf8(name) &&
-            name.find('\0') == name.npos && name.find('\\') == name.npos && name != ".." &&
-            !name.starts_with("../") && !name.ends_with("/..") && name.find("/../") == name.npos;
-        if (!safe) refuse({"zip: the name ", quote(name), " is not accepted"}, at);
+    static void check_name(const ZipEntry& e) {
+        const std::string path = cat({"/", e.name, "/"});
+        const bool safe = !e.name.empty() && e.name.size() <= kMaxZipName && is_utf8(e.name) &&
+                          !path.starts_with("//") && path.find("/../") == path.npos &&
+                          path.find('\0') == path.npos && path.find('\\') == path.npos;
+        if (!safe) fail(e, "has a name that is not accepted");
     }
     // Extra field 1 holds the 64-bit values of the 32-bit fields that are saturated, in this order.
     static void read_zip64_extra(ZipEntry& e, std::uint64_t& packed,
-                                 std::span<const std::byte> extra, std::int64_t at) {
+                                 std::span<const std::byte> extra) {
         while (extra.size() >= 4) {
             const std::size_t size = little_endian<2>(extra, 2);
             if (size > extra.size() - 4) break;
             auto field = extra.subspan(4, size);
-            if (little_endian<2>(extra, 0) == 1) {
-                for (std::uint64_t* value : {&e.size, &packed, &e.header}) {
-                    if (*value != 0xffffffff) continue;
-                    if (field.size() < 8)
-                        refuse({"zip: a zip64 field of ", quote(e.name), " is cut off"}, at);
-                    *value = little_endian<8>(field, 0);
-                    field = field.subspan(8);
-                }
+            for (std::uint64_t* value : {&e.size, &packed, &e.header}) {
+                if (little_endian<2>(extra, 0) != 1 || *value != 0xffffffff) continue;
+                if (field.size() < 8) fail(e, "has a zip64 field that is cut off");
+                *value = little_endian<8>(field, 0);
+                field = field.subspan(8);
             }
             extra = extra.subspan(4 + size);
         }
-        if (!extra.empty()) refuse({"zip: an extra field of ", quote(e.name), " is malformed"}, at);
+        if (!extra.empty()) fail(e, "has a malformed extra field");
     }
 
     void check_local_header(ZipEntry& e) const {
-        const auto at = static_cast<std::int64_t>(std::min<std::uint64_t>(e.header, INT64_MAX));
-        const std::string who = cat({"zip: entry ", quote(e.name)});
         if (e.header > directory_ || directory_ - e.header < 30 + e.name.size())
-            refuse({who, " lies outside the file"}, at);
-        const auto h = read_bytes(file_, e.header, 30 + e.name.size());
-        if (little_endian<4>(h, 0) != 0x04034b50) refuse({who, " has no local header"}, at);
-        const std::uint64_t flags = little_endian<2>(h, 6);
-        const std::size_t name = little_endian<2>(h, 26), extra = little_endian<2>(h, 28);
-        if ((flags & ~std::uint64_t{0x0808}) != 0 || little_endian<2>(h, 8) != 0)
-            refuse({who, " is compressed or encrypted in its local header"}, at);
-        if (as_text(h).substr(30) != e.name || name != e.name.size())
-            refuse({who, " has another name in its local header"}, at);
-        const std::uint64_t packed = little_endian<4>(h, 18), size = little_endian<4>(h, 22);
+            fail(e, "lies outside the file");
+        const ZipRecord h(file_, e.header, 30 + e.name.size());
+        if (h.u32(0) != 0x04034b50) fail(e, "has no local header");
+        if ((h.u16(6) & ~kZipFlags) != 0 || h.u16(8) != 0)
+            fail(e, "is compressed or encrypted in its local header");
+        if (as_text(h.bytes).substr(30) != e.name || h.u16(26) != e.name.size())
+            fail(e, "has another name in its local header");
+        const std::uint64_t packed = h.u32(18), size = h.u32(22);
         // sizes follow the data
-        const bool deferred = (flags & 8) != 0 && packed == 0 && size == 0;
+        const bool deferred = (h.u16(6) & 8) != 0 && packed == 0 && size == 0;
         const bool zip64 = packed == 0xffffffff && size == 0xffffffff;
         if (!deferred && !zip64 && (packed != e.size || size != e.size))
-            refuse({who, " has other sizes in its local header"}, at);
-        e.offset = e.header + 30 + name + extra;
+            fail(e, "has other sizes in its local header");
+        e.offset = e.header + 30 + e.name.size() + h.u16(28);
         if (e.offset > directory_ || e.size > directory_ - e.offset)
-            refuse({who, " lies outside the file"}, at);
+            fail(e, "lies outside the file");
     }
     // The entries must fill the file up to the directory: no overlaps, nothing in between but the
     // descriptors (12 to 24 bytes) torch writes behind the data. No file is two things at once.
-    void check_order() const {
-        std::vector<const ZipEntry*> order;
-        for (const ZipEntry& e : entries_) order.push_back(&e);
-        sort_by(order, [](const ZipEntry* e) { return e->header; });
+    void check_order() {
+        sort_by(entries_, [](const ZipEntry& e) { return e.header; });
         std::uint64_t end = 0;
-        for (std::size_t i = 0; i <= order.size(); ++i) {
-            const std::uint64_t next = i < order.size() ? order[i]->header : directory_;
-            const auto at = static_cast<std::int64_t>(next);
-            if (next < end) {
-                refuse({"zip: the entries ", quote(order[i - 1]->name), " and ",
-                        quote(order[i]->name), " overlap"},
-                       at);
+        for (std::size_t i = 0; i <= entries_.size(); ++i) {
+            const std::uint64_t next = i < entries_.size() ? entries_[i].header : directory_;
+            if (next < end) fail(entries_[i], cat({"overlaps with ", quote(entries_[i - 1].name)}));
+            if (next - end > (i == 0 ? 0 : 24)) {
+                refuse("zip: there are bytes that belong to no entry",
+                       static_cast<std::int64_t>(next));
             }
-            if (next - end > (i == 0 ? 0 : 24))
-                refuse("zip: there are bytes that belong to no entry", at);
-            if (i < order.size()) end = order[i]->offset + order[i]->size;
+            if (i < entries_.size()) end = entries_[i].offset + entries_[i].size;
         }
     }
 
@@ -845,7 +838,7 @@ private:
 // ==== 7. pickle ==================================================================================
 // torch.save and tiktoken store their data as pickle programs. Run as Python they could call
 // anything, so this is no unpickler: it knows the opcodes that those two writers emit (the cases of
-// PickleReader::step) and fourteen names (allowed_global), builds a tree of plain values, and
+// PickleReader::step) and fourteen names (PickleReader::global), builds a tree of plain values, and
 // refuses everything else by name and offset. Nothing is looked up or called.
 // In PickleReader: run / the stack, the marks and the memo / building; global (names), step.
 //
@@ -866,12 +859,12 @@ enum class PickleKind : std::uint8_t {
 
 struct PickleValue {
     PickleKind kind = PickleKind::none;
-    bool closed = false;               // part of another value: unchangeable from now on
-    std::uint32_t at = 0;              // offset of the opcode that made it
-    std::int64_t integer = 0;          // boolean and integer
-    double real = 0;                   // real
-    std::string_view text;             // text (valid UTF-8), bytes, global; points into the input
-    std::vector<std::uint32_t> items;  // members; a dict's are key, value, key, value, ...
+    bool closed = false;         // part of another value: unchangeable from now on
+    std::uint32_t at = 0;        // offset of the opcode that made it
+    std::int64_t integer = 0;    // boolean and integer
+    double real = 0;             // real
+    std::string_view text = {};  // text (valid UTF-8), bytes, global; points into the input
+    std::vector<std::uint32_t> items = {};  // members; a dict's are key, value, key, value, ...
 };
 
 struct PickleTree {  // values name each other by index
@@ -892,6 +885,10 @@ struct StorageClass {
     std::string_view global;
     DType dtype;
 };
+constexpr std::string_view kOrderedDict = "collections OrderedDict",
+                           kRebuildTensor = "torch._utils _rebuild_tensor_v2",
+                           kRebuildParameter = "torch._utils _rebuild_parameter",
+                           kEncoding = "tiktoken.core Encoding";
 constexpr StorageClass kStorageClasses[] = {
     {"torch FloatStorage", DType::f32}, {"torch BFloat16Storage", DType::bf16},
     {"torch HalfStorage", DType::f16},  {"torch DoubleStorage", DType::f64},
@@ -902,31 +899,32 @@ constexpr StorageClass kStorageClasses[] = {
 class PickleReader {
 public:
     PickleReader(std::span<const std::byte> bytes, PickleFor what)
-        : in_(as_text(bytes)), what_(what) {}
+        : in_(as_text(bytes)), checkpoint_(what == PickleFor::checkpoint) {}
 
     PickleTree run() {
         if (in_.size() > kMaxPickle) refuse("pickle: larger than 16 MiB");
         tree_.nodes.reserve(std::min(in_.size() / 3 + 1, kMaxPickleValues));
-        while (!done_) {
+        for (char op = 0; op != '.';) {
             op_at_ = at_;
-            step(static_cast<unsigned char>(take(1)[0]));
+            op = take(1)[0];
+            step(static_cast<unsigned char>(op));
         }
-        if (at_ != in_.size()) fail("pickle: bytes after the end");
+        if (at_ != in_.size()) fail("bytes after the end");
         return std::move(tree_);
     }
 
 private:
     using Kind = PickleKind;
 
-    [[noreturn]] void fail(std::string_view message) const {
-        refuse({message}, static_cast<std::int64_t>(op_at_));
+    [[noreturn, gnu::cold]] void fail(TextParts message) const {
+        refuse({"pickle: ", cat(message)}, static_cast<std::int64_t>(op_at_));
     }
+    [[noreturn]] void fail(const char* message) const { fail({TextPart(message)}); }
 
     std::string_view take(std::uint64_t n) {
-        if (n > in_.size() - at_) fail("pickle: cut off");
-        const std::string_view s = in_.substr(at_, static_cast<std::size_t>(n));
-        at_ += static_cast<std::size_t>(n);
-        return s;
+        if (n > in_.size() - at_) fail("cut off");
+        at_ += n;
+        return in_.substr(at_ - n, n);
     }
     template <int Bytes>
     std::uint64_t number() {
@@ -935,25 +933,26 @@ private:
     }
     std::string_view line() {  // up to a newline
         const std::size_t n = in_.substr(at_, 512).find('\n');
-        if (n == in_.npos) fail("pickle: a name without end");
-        const std::string_view s = take(n + 1);
-        return s.substr(0, n);
+        if (n == in_.npos) fail("a name without end");
+        return take(n + 1).substr(0, n);
     }
 
     // ---- the stack, the marks and the memo
     std::uint32_t push(Kind kind) {
-        if (tree_.nodes.size() >= kMaxPickleValues) fail("pickle: more than 524,288 values");
-        if (stack_.size() >= kMaxPickleStack) fail("pickle: more than 65,536 values on the stack");
-        tree_.nodes.emplace_back();
-        tree_.nodes.back().kind = kind;
-        tree_.nodes.back().at = static_cast<std::uint32_t>(op_at_);
-        stack_.push_back(static_cast<std::uint32_t>(tree_.nodes.size() - 1));
-        return stack_.back();
+        if (tree_.nodes.size() >= kMaxPickleValues) fail("more than 524,288 values");
+        const auto i = static_cast<std::uint32_t>(tree_.nodes.size());
+        tree_.nodes.push_back({.kind = kind, .at = static_cast<std::uint32_t>(op_at_)});
+        push(i);
+        return i;
+    }
+    void push(std::uint32_t i) {
+        if (stack_.size() >= kMaxPickleStack) fail("more than 65,536 values on the stack");
+        stack_.push_back(i);
     }
     PickleValue& node(std::uint32_t i) { return tree_.nodes[i]; }
     std::uint32_t top() const {  // above the last mark, which POPs must not pass
         const std::size_t floor = marks_.empty() ? 0 : marks_.back();
-        if (stack_.size() <= floor) fail("pickle: an opcode finds too few values on the stack");
+        if (stack_.size() <= floor) fail("an opcode finds too few values on the stack");
         return stack_.back();
     }
     std::uint32_t pop() {
@@ -962,12 +961,10 @@ private:
         return i;
     }
     std::vector<std::uint32_t> pop_to_mark() {
-        if (marks_.empty()) fail("pickle: an opcode finds no mark");
-        const auto first = stack_.begin() + static_cast<std::ptrdiff_t>(marks_.back());
-        std::vector<std::uint32_t> items(first, stack_.end());
-        stack_.erase(first, stack_.end());
+        if (marks_.empty()) fail("an opcode finds no mark");
+        const std::size_t n = stack_.size() - marks_.back();
         marks_.pop_back();
-        return items;
+        return pop_many(n);
     }
     std::vector<std::uint32_t> pop_many(std::size_t n) {
         std::vector<std::uint32_t> items(n);
@@ -976,15 +973,13 @@ private:
     }
     void put(std::uint64_t i) {
         if (i >= std::min(in_.size(), 2 * kMaxPickleValues))
-            fail(cat({"pickle: memo index ", i, " is out of range"}));
-        if (i >= memo_.size()) memo_.resize(static_cast<std::size_t>(i) + 1, kUnset);
-        memo_[static_cast<std::size_t>(i)] = top();
+            fail({"memo index ", i, " is out of range"});
+        if (i >= memo_.size()) memo_.resize(i + 1, kUnset);
+        memo_[i] = top();
     }
     void get(std::uint64_t i) {
-        if (i >= memo_.size() || memo_[static_cast<std::size_t>(i)] == kUnset)
-            fail(cat({"pickle: memo entry ", i, " was never set"}));
-        if (stack_.size() >= kMaxPickleStack) fail("pickle: more than 65,536 values on the stack");
-        stack_.push_back(memo_[static_cast<std::size_t>(i)]);
+        if (i >= memo_.size() || memo_[i] == kUnset) fail({"memo entry ", i, " was never set"});
+        push(memo_[i]);
     }
 
     // ---- building
@@ -994,10 +989,9 @@ private:
         node(t).items = std::move(items);
     }
     void text(std::uint64_t n, Kind kind) {
-        if (n > kMaxPickleText)
-            fail(cat({"pickle: a string of ", n, " bytes, at most 65,536 are accepted"}));
+        if (n > kMaxPickleText) fail({"a string of ", n, " bytes, at most 65,536 are accepted"});
         const std::string_view s = take(n);
-        if (kind == Kind::text && !is_utf8(s)) fail("pickle: a string is not UTF-8");
+        if (kind == Kind::text && !is_utf8(s)) fail("a string is not UTF-8");
         node(push(kind)).text = s;
     }
     void integer(std::int64_t value, Kind kind = Kind::integer) {
@@ -1008,42 +1002,35 @@ private:
         PickleValue& t = node(target);
         const bool fits =
             pairs ? t.kind == Kind::dict || t.kind == Kind::ordered_dict : t.kind == Kind::list;
-        if (!fits)
-            fail(pairs ? "pickle: SETITEM on what is no dict"
-                       : "pickle: APPEND on what is no list");
-        if (t.closed) fail("pickle: a change of a container that is part of another one");
-        if (pairs && items.size() % 2 != 0) fail("pickle: SETITEMS with a key without value");
+        if (!fits) fail(pairs ? "SETITEM on what is no dict" : "APPEND on what is no list");
+        if (t.closed) fail("a change of a container that is part of another one");
+        if (pairs && items.size() % 2 != 0) fail("SETITEMS with a key without value");
         for (const std::uint32_t i : items) {
-            if (i == target) fail("pickle: a container that contains itself");
+            if (i == target) fail("a container that contains itself");
             node(i).closed = true;
         }
         t.items.insert(t.items.end(), items.begin(), items.end());
     }
     void global(std::string_view module, std::string_view name) {
         const std::string full = cat({module, " ", name});
-        const std::string_view allowed = allowed_global(full);
+        std::string_view allowed = !checkpoint_ && full == kEncoding ? kEncoding : "";
+        for (const std::string_view g : {kOrderedDict, kRebuildTensor, kRebuildParameter}) {
+            if (checkpoint_ && g == full) allowed = g;
+        }
+        for (const StorageClass& c : kStorageClasses) {
+            if (checkpoint_ && c.global == full) allowed = c.global;
+        }
         if (allowed.empty()) {
-            fail(cat({"pickle: names ", quote(cat({module, ".", name})), ", which no ",
-                      what_ == PickleFor::checkpoint ? "checkpoint" : "tokenizer",
-                      " needs. Nothing was executed"}));
+            fail({"names ", quote(cat({module, ".", name})), ", which no ",
+                  checkpoint_ ? "checkpoint" : "tokenizer", " needs. Nothing was executed"});
         }
         node(push(Kind::global)).text = allowed;
     }
-    std::string_view allowed_global(std::string_view full) const {
-        constexpr std::string_view kCheckpoint[] = {"collections OrderedDict",
-                                                    "torch._utils _rebuild_tensor_v2",
-                                                    "torch._utils _rebuild_parameter"};
-        if (what_ == PickleFor::tokenizer)
-            return full == "tiktoken.core Encoding" ? "tiktoken.core Encoding" : "";
-        for (const std::string_view g : kCheckpoint) {
-            if (g == full) return g;
-        }
-        for (const StorageClass& c : kStorageClasses) {
-            if (c.global == full) return c.global;
-        }
-        return {};
-    }
     bool is(std::uint32_t i, Kind kind) const { return tree_.nodes[i].kind == kind; }
+    bool are(const std::vector<std::uint32_t>& items, std::initializer_list<Kind> kinds) const {
+        const auto same = [&](std::uint32_t i, Kind kind) { return is(i, kind); };
+        return std::equal(items.begin(), items.end(), kinds.begin(), kinds.end(), same);
+    }
     bool is_global(std::uint32_t i, std::string_view name) const {
         return is(i, Kind::global) && tree_.nodes[i].text == name;
     }
@@ -1051,68 +1038,62 @@ private:
     // callable(arguments): three callables, with exactly the arguments torch gives them
     void reduce() {
         const std::uint32_t args = pop(), callable = pop();
-        if (!is(args, Kind::tuple)) fail("pickle: REDUCE without a tuple of arguments");
-        if (node(args).items.size() > 7) fail("pickle: REDUCE with more than 7 arguments");
-        const std::vector<std::uint32_t> a = node(args).items;
-        if (is_global(callable, "collections OrderedDict")) {
-            if (!a.empty()) fail("pickle: OrderedDict with arguments");
+        if (!is(args, Kind::tuple)) fail("REDUCE without a tuple of arguments");
+        if (node(args).items.size() > 7) fail("REDUCE with more than 7 arguments");
+        std::vector<std::uint32_t> a = node(args).items;
+        if (is_global(callable, kOrderedDict)) {
+            if (!a.empty()) fail("OrderedDict with arguments");
             push(Kind::ordered_dict);
-        } else if (is_global(callable, "torch._utils _rebuild_tensor_v2")) {
-            const bool fits = (a.size() == 6 || a.size() == 7) && is(a[0], Kind::storage) &&
-                              is(a[1], Kind::integer) && is(a[2], Kind::tuple) &&
-                              is(a[3], Kind::tuple) && is(a[4], Kind::boolean) &&
-                              is(a[5], Kind::ordered_dict);
-            if (!fits) fail("pickle: _rebuild_tensor_v2 with arguments of other types");
+        } else if (is_global(callable, kRebuildTensor)) {
+            if (a.size() == 7) a.pop_back();  // metadata, of no use here
+            if (!are(a, {Kind::storage, Kind::integer, Kind::tuple, Kind::tuple, Kind::boolean,
+                         Kind::ordered_dict}))
+                fail("_rebuild_tensor_v2 with arguments of other types");
             for (const std::uint32_t t : {a[2], a[3]}) {
-                if (node(t).items.size() > 4) fail("pickle: a tensor of more than 4 dimensions");
+                if (node(t).items.size() > 4) fail("a tensor of more than 4 dimensions");
                 for (const std::uint32_t i : node(t).items) {
-                    if (!is(i, Kind::integer))
-                        fail("pickle: a tensor's shape or strides are not integers");
+                    if (!is(i, Kind::integer)) fail("a tensor's shape or strides are not integers");
                 }
             }
             node(push(Kind::tensor)).items = {a[0], a[1], a[2], a[3]};
-        } else if (is_global(callable, "torch._utils _rebuild_parameter")) {
-            const bool fits = a.size() == 3 && is(a[0], Kind::tensor) && is(a[1], Kind::boolean) &&
-                              is(a[2], Kind::ordered_dict);
-            if (!fits) fail("pickle: _rebuild_parameter with arguments of other types");
-            stack_.push_back(a[0]);
+        } else if (is_global(callable, kRebuildParameter)) {
+            if (!are(a, {Kind::tensor, Kind::boolean, Kind::ordered_dict}))
+                fail("_rebuild_parameter with arguments of other types");
+            push(a[0]);
         } else {
-            fail("pickle: REDUCE on what is not callable here");
+            fail("REDUCE on what is not callable here");
         }
     }
     void persistent_id() {
         const std::uint32_t id = pop();
-        const bool five = is(id, Kind::tuple) && node(id).items.size() == 5;
-        const std::vector<std::uint32_t> t = five ? node(id).items : std::vector<std::uint32_t>{};
-        const bool fits = five && is(t[0], Kind::text) && node(t[0]).text == "storage" &&
-                          is(t[1], Kind::global) && node(t[1]).text.ends_with("Storage") &&
-                          is(t[2], Kind::text) && is(t[3], Kind::text) && is(t[4], Kind::integer);
-        if (!fits) fail("pickle: BINPERSID with something else than a storage");
+        const std::vector<std::uint32_t> t = node(id).items;
+        if (!is(id, Kind::tuple) ||
+            !are(t, {Kind::text, Kind::global, Kind::text, Kind::text, Kind::integer}) ||
+            node(t[0]).text != "storage" || !node(t[1]).text.ends_with("Storage"))
+            fail("BINPERSID with something else than a storage");
         node(push(Kind::storage)).items = t;
     }
     void new_object() {
         const std::uint32_t args = pop(), cls = pop();
-        if (!is_global(cls, "tiktoken.core Encoding") || !is(args, Kind::tuple) ||
-            !node(args).items.empty())
-            fail("pickle: NEWOBJ on what is no tiktoken.Encoding");
+        if (!is_global(cls, kEncoding) || !is(args, Kind::tuple) || !node(args).items.empty())
+            fail("NEWOBJ on what is no tiktoken.Encoding");
         push(Kind::encoding);
     }
     void build() {
         const std::uint32_t state = pop(), target = top();
         if (node(target).closed || state == target)
-            fail("pickle: BUILD on a container that is part of another one");
+            fail("BUILD on a container that is part of another one");
         if (is(target, Kind::encoding) && node(target).items.empty()) {
             node(state).closed = true;
             node(target).items = {state};
             // its _metadata is of no use here
         } else if (!is(target, Kind::ordered_dict) || !is(state, Kind::dict)) {
-            fail("pickle: BUILD on what is neither an OrderedDict nor a new Encoding");
+            fail("BUILD on what is neither an OrderedDict nor a new Encoding");
         }
     }
 
     // ---- the opcodes
     void step(unsigned op) {
-        const bool checkpoint = what_ == PickleFor::checkpoint;
         // clang-format off
         switch (op) {
             case 0x80: return protocol(number<1>());
@@ -1146,26 +1127,25 @@ private:
             case 'c': return global();
             case 0x93: return stack_global();
             case 'b': return build();
-            case 'R': if (checkpoint) return reduce(); break;
-            case 'Q': if (checkpoint) return persistent_id(); break;
-            case 0x81: if (!checkpoint) return new_object(); break;
-            case 'B': if (!checkpoint) return text(number<4>(), Kind::bytes); break;
-            case 'C': if (!checkpoint) return text(number<1>(), Kind::bytes); break;
+            case 'R': if (checkpoint_) return reduce(); break;
+            case 'Q': if (checkpoint_) return persistent_id(); break;
+            case 0x81: if (!checkpoint_) return new_object(); break;
+            case 'B': if (!checkpoint_) return text(number<4>(), Kind::bytes); break;
+            case 'C': if (!checkpoint_) return text(number<1>(), Kind::bytes); break;
             default: break;
         }
         // clang-format on
-        fail(cat({"pickle: opcode ", opcode_name(op), " is not accepted. Nothing was executed"}));
+        fail({"opcode ", opcode_name(op), " is not accepted. Nothing was executed"});
     }
     void stop() {
         tree_.root = pop();
-        if (!stack_.empty() || !marks_.empty()) fail("pickle: values are left on the stack");
-        done_ = true;
+        if (!stack_.empty() || !marks_.empty()) fail("values are left on the stack");
     }
     void frame(std::uint64_t bytes) {
-        if (bytes > in_.size() - at_) fail("pickle: a frame reaches past the end");
+        if (bytes > in_.size() - at_) fail("a frame reaches past the end");
     }
     void mark() {
-        if (marks_.size() >= kMaxPickleMarks) fail("pickle: more than 64 marks");
+        if (marks_.size() >= kMaxPickleMarks) fail("more than 64 marks");
         marks_.push_back(stack_.size());
     }
     void real() {  // the one number with the high byte first
@@ -1176,7 +1156,7 @@ private:
     void stack_global() {
         const std::uint32_t name = pop(), module = pop();
         if (!is(name, Kind::text) || !is(module, Kind::text))
-            fail("pickle: STACK_GLOBAL without two names");
+            fail("STACK_GLOBAL without two names");
         global(node(module).text, node(name).text);
     }
     void global() {
@@ -1185,10 +1165,10 @@ private:
     }
     void protocol(std::uint64_t version) {
         if (op_at_ != 0 || version < 2 || version > 5)
-            fail(cat({"pickle: protocol ", version, " is not accepted here"}));
+            fail({"protocol ", version, " is not accepted here"});
     }
     void long1(std::uint64_t n) {  // n bytes of two's complement, low byte first
-        if (n > 8) fail("pickle: an integer of more than 64 bits");
+        if (n > 8) fail("an integer of more than 64 bits");
         const std::string_view s = take(n);
         std::uint64_t value = n > 0 && (s.back() & '\x80') != 0 ? ~std::uint64_t{0} : 0;
         for (std::size_t i = s.size(); i-- > 0;)
@@ -1215,9 +1195,8 @@ private:
 
     static constexpr std::uint32_t kUnset = 0xffffffff;
     std::string_view in_;
-    PickleFor what_;
+    bool checkpoint_;
     std::size_t at_ = 0, op_at_ = 0;
-    bool done_ = false;
     PickleTree tree_;
     std::vector<std::uint32_t> stack_, memo_;
     std::vector<std::size_t> marks_;
@@ -1274,7 +1253,7 @@ public:
         if (in_.starts_with("\xef\xbb\xbf")) fail("begins with a byte order mark");
         if (!is_utf8(in_)) fail("is not UTF-8");
         Json value = read(0);
-        space();
+        skip(kSpaces);
         if (at_ != in_.size()) fail("goes on after its end");
         return value;
     }
@@ -1284,29 +1263,34 @@ private:
         refuse({"JSON ", what}, static_cast<std::int64_t>(at_));
     }
     char peek() const { return at_ < in_.size() ? in_[at_] : '\0'; }
+    // Passes over characters of these; returns how many.
+    std::size_t skip(std::string_view characters) {
+        const std::size_t begin = at_;
+        at_ = std::min(in_.find_first_not_of(characters, at_), in_.size());
+        return at_ - begin;
+    }
     bool accept(std::string_view word) {
         if (!in_.substr(at_).starts_with(word)) return false;
         at_ += word.size();
         return true;
     }
-    void space() {
-        while (at_ < in_.size() &&
-               (in_[at_] == ' ' || in_[at_] == '\t' || in_[at_] == '\n' || in_[at_] == '\r'))
-            ++at_;
+    bool next(std::string_view symbol) {  // behind spaces
+        skip(kSpaces);
+        return accept(symbol);
     }
 
     Json read(int depth) {
-        space();
+        skip(kSpaces);
         if (depth > max_depth_) fail(cat({"is nested deeper than ", max_depth_}));
         if (++values_ > kMaxJsonValues) fail("has more than 100,000 values");
         Json value;
         if (at_ == in_.size()) fail(in_.empty() ? "is empty" : "ends too early");
         const char c = peek();
-        if (c == '{') {
+        if (accept("{")) {
             read_object(value, depth);
-        } else if (c == '[') {
+        } else if (accept("[")) {
             read_array(value, depth);
-        } else if (c == '"') {
+        } else if (accept("\"")) {
             value.kind = Json::Kind::string;
             value.string = read_string();
         } else if (accept("true") || accept("false")) {
@@ -1319,58 +1303,44 @@ private:
     }
     void read_array(Json& value, int depth) {
         value.kind = Json::Kind::array;
-        ++at_;
-        space();
-        if (accept("]")) return;
-        do value.array.push_back(read(depth + 1)), space();
-        while (accept(","));
-        if (!accept("]")) fail("has an array without , or ]");
+        if (next("]")) return;
+        do value.array.push_back(read(depth + 1));
+        while (next(","));
+        if (!next("]")) fail("has an array without , or ]");
     }
     void read_object(Json& value, int depth) {
         value.kind = Json::Kind::object;
-        ++at_;
-        space();
-        if (accept("}")) return;
+        if (next("}")) return;
         do {
-            space();
-            if (peek() != '"') fail("has an object with a key that is no string");
+            if (!next("\"")) fail("has an object with a key that is no string");
             std::string key = read_string();
-            space();
-            if (!accept(":")) fail("has a key without :");
+            if (!next(":")) fail("has a key without :");
             value.object.push_back({std::move(key), read(depth + 1)});
-            space();
-        } while (accept(","));
-        if (!accept("}")) fail("has an object without , or }");
+        } while (next(","));
+        if (!next("}")) fail("has an object without , or }");
         std::vector<std::string_view> keys;
         for (const auto& member : value.object) keys.push_back(member.first);
         if (const auto* twice = sort_by(keys, [](std::string_view key) { return key; }))
             fail(cat({"has the key ", quote(*twice), " twice"}));
     }
 
-    std::string read_string() {
+    std::string read_string() {  // behind its opening quote
         std::string out;
-        ++at_;
-        for (;;) {
+        while (!accept("\"")) {
             if (at_ == in_.size()) fail("has a string without end");
-            const char c = in_[at_];
-            if (c == '"') return ++at_, out;
-            if (static_cast<unsigned char>(c) < 0x20) fail("has a control character in a string");
-            ++at_;
-            if (c == '\\') {
-                read_escape(out);
-            } else {
-                out += c;
-            }
+            if (static_cast<unsigned char>(in_[at_]) < 0x20)
+                fail("has a control character in a string");
+            accept("\\") ? read_escape(out) : out.push_back(in_[at_++]);
         }
+        return out;
     }
     void read_escape(std::string& out) {
         constexpr std::string_view kFrom = "\"\\/bfnrt", kTo = "\"\\/\b\f\n\r\t";
-        const char c = peek();
-        ++at_;
-        if (c != 'u') {
-            const std::size_t i = kFrom.find(c);
-            if (c == '\0' || i == kFrom.npos) fail("has an unknown escape");
+        if (!accept("u")) {
+            const std::size_t i = kFrom.find(peek());
+            if (i == kFrom.npos) fail("has an unknown escape");
             out += kTo[i];
+            ++at_;
             return;
         }
         std::uint32_t code = hex4();
@@ -1384,48 +1354,40 @@ private:
     }
     std::uint32_t hex4() {
         std::uint32_t code = 0;
-        for (int i = 0; i < 4; ++i, ++at_) {
-            const char c = peek();
-            const char* end = in_.data() + at_ + 1;
-            std::uint32_t digit = 0;
-            if (c == '\0' || std::from_chars(end - 1, end, digit, 16).ptr != end)
-                fail("has a bad \\u escape");
-            code = code << 4 | digit;
-        }
+        const std::string_view four = in_.substr(at_, 4);
+        const char* const end = four.data() + four.size();
+        if (four.size() < 4 || std::from_chars(four.data(), end, code, 16).ptr != end)
+            fail("has a bad \\u escape");
+        at_ += 4;
         return code;
     }
 
-    static bool digit(char c) { return c >= '0' && c <= '9'; }
     void read_number(Json& value) {
         value.kind = Json::Kind::number;
         const std::size_t begin = at_;
-        if (python_) {
-            constexpr double kInfinity = std::numeric_limits<double>::infinity();
-            if (accept("NaN")) return void(value.number = std::numeric_limits<double>::quiet_NaN());
-            if (accept("Infinity")) return void(value.number = kInfinity);
-            if (accept("-Infinity")) return void(value.number = -kInfinity);
-        }
-        accept("-");
-        if (!digit(peek())) fail("has something that is no value");
-        if (!accept("0")) digits();
+        const bool negative = accept("-");
+        if (python_ && !negative && accept("NaN"))
+            return void(value.number = std::numeric_limits<double>::quiet_NaN());
+        if (python_ && accept("Infinity"))
+            return void(value.number = negative ? -HUGE_VAL : HUGE_VAL);
+        if (!accept("0")) digits("has something that is no value");
         if (accept(".")) digits();
-        if (peek() == 'e' || peek() == 'E') {
-            ++at_;
+        if (accept("e") || accept("E")) {
             if (!accept("+")) accept("-");
             digits();
         }
         value.string = in_.substr(begin, at_ - begin);
         if (value.string.size() > 64) fail("has a number of more than 64 characters");
         // "1e999": from_chars leaves the value alone, and 0 would be a silent change
-        const auto result = std::from_chars(
-            value.string.data(), value.string.data() + value.string.size(), value.number);
-        if (result.ec != std::errc{}) fail("has a number out of range");
+        const char* const end = value.string.data() + value.string.size();
+        if (std::from_chars(value.string.data(), end, value.number).ec != std::errc{})
+            fail("has a number out of range");
     }
-    void digits() {
-        if (!digit(peek())) fail("has a number without digits");
-        while (digit(peek())) ++at_;
+    void digits(const char* otherwise = "has a number without digits") {
+        if (skip("0123456789") == 0) fail(otherwise);
     }
 
+    static constexpr std::string_view kSpaces = " \t\n\r";
     std::string_view in_;
     bool python_;
     int max_depth_;
@@ -1587,7 +1549,7 @@ struct StoredTensor {  // where a tensor's elements lie in the file
     TensorInfo info;
     const ZipEntry* entry = nullptr;
     static std::string_view key(const StoredTensor& t) { return t.info.name; }
-    std::uint64_t bytes() const { return count(info.shape) * size_of(info.dtype); }
+    std::uint64_t bytes() const { return checked_mul(count(info.shape), size_of(info.dtype)); }
 };
 
 // ---- the state dict: names and places of the tensors
@@ -1624,12 +1586,10 @@ inline StoredTensor stored_tensor(const PickleTree& tree, const PickleValue& val
     for (const std::uint32_t i : shape.items) t.info.shape.push_back(tree[i].integer);
     if (shape.items.size() != stride.items.size())
         refuse({who, " has a shape and strides of different lengths"});
-    const std::uint64_t n = count(t.info.shape), itemsize = size_of(t.info.dtype);
-    if (n > static_cast<std::uint64_t>(elements) ||
-        static_cast<std::uint64_t>(offset) > static_cast<std::uint64_t>(elements) - n) {
+    const std::uint64_t n = count(t.info.shape), held = static_cast<std::uint64_t>(elements);
+    if (n > held || static_cast<std::uint64_t>(offset) > held - n)
         refuse({who, " reaches past its storage of ", elements, " elements"});
-    }
-    if (n != static_cast<std::uint64_t>(elements)) refuse({who, " is only a part of its storage"});
+    if (n != held) refuse({who, " is only a part of its storage"});
     std::int64_t expected = 1;  // stride of a contiguous tensor; at most n, which fits
     for (std::size_t i = shape.items.size(); i-- > 0;) {
         const std::int64_t s = tree[stride.items[i]].integer;
@@ -1639,7 +1599,7 @@ inline StoredTensor stored_tensor(const PickleTree& tree, const PickleValue& val
     }
     t.entry = zip.find(cat({top, "data/", key}));
     if (t.entry == nullptr) refuse({who, " has no entry data/", key, " in the file"});
-    if (checked_mul(static_cast<std::uint64_t>(elements), itemsize) != t.entry->size) {
+    if (t.bytes() != t.entry->size) {
         refuse({who, " declares ", elements, " elements, its entry has ", t.entry->size, " bytes"},
                static_cast<std::int64_t>(t.entry->offset));
     }
@@ -1656,10 +1616,9 @@ inline std::string top_folder(const ZipFile& zip) {
     }
     if (top.empty()) refuse("has no entry data.pkl: not a checkpoint of torch.save");
     for (const ZipEntry& e : zip.entries()) {
-        const std::string_view rest =
-            std::string_view(e.name).substr(e.name.starts_with(top) ? top.size() : 0);
         if (!e.name.starts_with(top))
             refuse({"entry ", quote(e.name), " lies outside the folder ", quote(top)});
+        const std::string rest = e.name.substr(top.size());
         if (rest == "constants.pkl" || rest.starts_with("code/"))
             refuse("is a TorchScript archive, not a state dict");
         const bool known = rest == "data.pkl" || rest.starts_with("data/") || rest == "version" ||
@@ -1697,19 +1656,16 @@ inline std::vector<StoredTensor> read_state_dict(const ZipFile& zip) {
             refuse({"entry ", quote(key.text), " of the state dict is no tensor"}, value.at);
         tensors.push_back(stored_tensor(tree, value, plain_name(key.text), zip, top));
     }
+    // two tensors may share a storage only if they are the same
+    sort_by(tensors, [](const StoredTensor& t) { return t.entry->header; });
+    for (std::size_t i = 1; i < tensors.size(); ++i) {
+        const TensorInfo &a = tensors[i - 1].info, &b = tensors[i].info;
+        const bool same = a.dtype == b.dtype && a.shape == b.shape;
+        if (tensors[i - 1].entry == tensors[i].entry && !same)
+            refuse({"tensors ", quote(a.name), " and ", quote(b.name), " share a storage"});
+    }
     if (const StoredTensor* twice = sort_by(tensors, StoredTensor::key))
         refuse({"has two tensors ", quote(twice->info.name)});
-    // two tensors may share a storage only if they are the same
-    std::vector<const StoredTensor*> order;
-    for (const StoredTensor& t : tensors) order.push_back(&t);
-    sort_by(order, [](const StoredTensor* t) { return t->entry->header; });
-    for (std::size_t i = 1; i < order.size(); ++i) {
-        const StoredTensor &a = *order[i - 1], &b = *order[i];
-        const bool same = a.info.dtype == b.info.dtype && a.info.shape == b.info.shape;
-        if (a.entry == b.entry && !same)
-            refuse(
-                {"tensors ", quote(a.info.name), " and ", quote(b.info.name), " share a storage"});
-    }
     return tensors;
 }
 
@@ -1724,17 +1680,14 @@ inline Generation detect_generation(const std::vector<StoredTensor>& tensors) {
     bool gate12 = false, gate32 = false;
     for (const StoredTensor& t : tensors) {
         const std::string_view n = t.info.name;
-        if (n == "v0_lambdas" || n == "value_embed.weight" || n.starts_with("value_embed_A.") ||
-            n.starts_with("value_embed_B.")) {
-            unsupported({"tensor ", quote(n),
-                         " is of nanochat's unmerged branch ve (2026-01-16), which this runtime "
-                         "does not run"});
-        }
-        if (n.find(".moe.") != n.npos || n.find(".mlp.router") != n.npos ||
-            n.find(".mlp.experts") != n.npos) {
-            unsupported({"tensor ", quote(n),
-                         " is of nanochat's unmerged mixture-of-experts branches, which this "
-                         "runtime does not run"});
+        const bool ve = n == "v0_lambdas" || n == "value_embed.weight" ||
+                        n.starts_with("value_embed_A.") || n.starts_with("value_embed_B.");
+        const bool moe = n.find(".moe.") != n.npos || n.find(".mlp.router") != n.npos ||
+                         n.find(".mlp.experts") != n.npos;
+        if (ve || moe) {
+            unsupported({"tensor ", quote(n), " is of nanochat's unmerged ",
+                         ve ? "branch ve (2026-01-16)" : "mixture-of-experts branches",
+                         ", which this runtime does not run"});
         }
         if (n.ends_with(".ve_gate.weight") && t.info.shape.size() == 2) {
             gate12 = gate12 || t.info.shape[1] == 12;
@@ -1851,6 +1804,10 @@ inline void check_window_pattern(const std::string& pattern) {
         refuse({"window_pattern ", quote(pattern), " must be 1 to 256 letters S or L"});
 }
 
+inline Json read_meta(const std::filesystem::path& file) {
+    return parse_json(as_text(read_file(file, kMaxMeta)), JsonDialect::python, 64);
+}
+
 // The six numbers every generation stores, and the window pattern where there is one.
 inline Config read_config(const Json& meta, bool& has_pattern) {
     if (meta.kind != Json::Kind::object) refuse("the metadata is no JSON object");
@@ -1959,6 +1916,18 @@ inline std::filesystem::path find_step(const std::filesystem::path& dir, std::st
     return best;
 }
 
+// The model file a path means: itself, or a checkpoint directory's with that step (-1: the last).
+inline std::filesystem::path model_file(const std::filesystem::path& dir_or_file,
+                                        std::int64_t step) {
+    std::error_code ec;
+    if (!std::filesystem::is_directory(dir_or_file, ec)) return dir_or_file;
+    const auto found = find_step(dir_or_file, "model_", ".pt", step);
+    if (!found.empty()) return found;
+    const std::string wanted = step < 0 ? "model_<step>.pt" : cat({"checkpoint of step ", step});
+    throw Error(ErrorKind::not_found,
+                {quote(dir_or_file.string(), 300), ": no ", wanted, " there"});
+}
+
 // ---- what is not stored
 
 // Metadata of the base model of the same tag: it tells when the run was, and its window pattern.
@@ -1967,8 +1936,7 @@ inline Json base_sibling(const ModelInfo& info) {
     const auto dir = own.parent_path().parent_path() / "base_checkpoints" / own.filename();
     const auto newest = find_step(dir, "meta_", ".json");
     try {
-        if (!newest.empty())
-            return parse_json(as_text(read_file(newest, kMaxMeta)), JsonDialect::python, 64);
+        if (!newest.empty()) return read_meta(newest);
     } catch (const Error&) {  // only a hint: a broken sibling does not matter
     }
     return {};
@@ -1988,9 +1956,8 @@ inline void check_pattern(ModelInfo& info, const Overrides& o, bool has_pattern,
     if (info.config.generation == Generation::g0) {
         if (o.short_window ||
             o.window_pattern.value_or("").find_first_of("Ss") != std::string::npos)
-            misuse(
-                "this checkpoint is of generation g0, which had no windows. Add --gen g1 to "
-                "insist");
+            misuse({"this checkpoint is of generation g0, which had no windows. ",
+                    "Add --gen g1 to insist"});
         if (has_pattern) {
             warn(info, {"window_pattern ", quote(info.config.window_pattern),
                         " is ignored: this generation had no windows"});
@@ -2018,18 +1985,16 @@ inline Overrides merge(Overrides first, const Overrides& second) {
 }
 
 inline void check_overrides(const Overrides& o) {
-    const auto bad = [](const char* name, const char* need) {
-        misuse({"override of ", name, " must be ", need});
+    const auto check = [](const char* name, const std::optional<float>& x) {
+        if (x && !(is_finite(*x) && *x > 0))  // also NaN
+            misuse({"override of ", name, " must be a positive number"});
     };
-    const auto positive = [](const std::optional<float>& x) {  // false for NaN and infinity too
-        return !x || (is_finite(*x) && *x > 0);
-    };
-    if (!positive(o.softcap)) bad("softcap", "a positive number");
-    if (!positive(o.rope_base)) bad("rope_base", "a positive number");
-    if (!positive(o.qk_scale)) bad("qk_scale", "a positive number");
+    check("softcap", o.softcap);
+    check("rope_base", o.rope_base);
+    check("qk_scale", o.qk_scale);
     if (o.sequence_len && (*o.sequence_len < 1 || *o.sequence_len > 1 << 20))
-        bad("sequence_len", "from 1 to 1048576");
-    if (o.short_window && *o.short_window < 0) bad("short_window", "0 or more");
+        misuse("override of sequence_len must be from 1 to 1048576");
+    if (o.short_window && *o.short_window < 0) misuse("override of short_window must be 0 or more");
 }
 
 // Completes the config from generation, metadata and overrides, and notes each value's origin.
@@ -2089,9 +2054,7 @@ inline std::vector<StoredTensor> inspect(ModelInfo& info, const ZipFile& zip,
                                          const Overrides& overrides) {
     info.file_bytes = zip.file().size();
     info.modified = zip.file().modified();
-    const Json meta = naming(info.meta_file, [&] {
-        return parse_json(as_text(read_file(info.meta_file, kMaxMeta)), JsonDialect::python, 64);
-    });
+    const Json meta = naming(info.meta_file, [&] { return read_meta(info.meta_file); });
     bool has_pattern = false;
     info.config = naming(info.meta_file, [&] { return read_config(meta, has_pattern); });
     info.has_config = true;
@@ -2155,35 +2118,31 @@ inline std::uint64_t total_memory() {  // of the machine, bytes
 
 // Like inspect_model, but faults become a status and a sentence: one bad file never hides others.
 inline ModelInfo examine(ModelInfo info, const Overrides& overrides) {
-    const auto set = [&](Status status, std::string reason) {
+    const auto faulty = [&](Status status, std::string reason) {
         info.status = status, info.reason = std::move(reason);
+        return info;
     };
     std::error_code ec;
     try {
         File file(info.model_file);
         info.file_bytes = file.size();
         info.modified = file.modified();
-        if (!std::filesystem::exists(info.meta_file, ec)) {
-            set(Status::incomplete, "still being written: no metadata file yet");
-            return info;
-        }
+        if (!std::filesystem::exists(info.meta_file, ec))
+            return faulty(Status::incomplete, "still being written: no metadata file yet");
         const auto head = read_bytes(file, 0, std::min<std::uint64_t>(file.size(), 4));
         const bool begins = head.empty() || as_text(head) == "PK\x03\x04";
-        const bool ends = file.size() >= 22 &&
-                          little_endian<4>(read_bytes(file, file.size() - 22, 22), 0) == 0x06054b50;
-        if (begins && !ends) {
-            set(Status::incomplete, "the file ends early: still being written, or cut off");
-            return info;
+        if (begins && !has_end_record(file)) {
+            return faulty(Status::incomplete,
+                          "the file ends early: still being written, or cut off");
         }
         inspect(info, naming(info.model_file, [&] { return ZipFile(std::move(file)); }), overrides);
-        if (info.memory_bytes > total_memory()) {
-            set(Status::too_large, cat({"needs ", info.memory_bytes >> 20, " MiB, the machine has ",
-                                        total_memory() >> 20}));
-        }
+        if (info.memory_bytes <= total_memory()) return info;
+        return faulty(Status::too_large, cat({"needs ", info.memory_bytes >> 20,
+                                              " MiB, the machine has ", total_memory() >> 20}));
     } catch (const Error& e) {
-        set(e.kind == ErrorKind::unsupported ? Status::unsupported : Status::refused, e.what());
+        const bool unknown = e.kind == ErrorKind::unsupported;
+        return faulty(unknown ? Status::unsupported : Status::refused, e.what());
     }
-    return info;
 }
 
 // The number of a tag such as "d20" or "d26_feb2", or -1 (nanochat find_largest_model).
@@ -2246,28 +2205,12 @@ inline std::vector<ModelInfo> find_models(const std::filesystem::path& base,
     return models;
 }
 
-namespace detail {
-// The model file a path means: itself, or a checkpoint directory's with that step (-1: the last).
-inline std::filesystem::path model_file(const std::filesystem::path& dir_or_file,
-                                        std::int64_t step) {
-    std::error_code ec;
-    if (!std::filesystem::is_directory(dir_or_file, ec)) return dir_or_file;
-    const auto found = find_step(dir_or_file, "model_", ".pt", step);
-    if (!found.empty()) return found;
-    const std::string wanted = step < 0 ? "model_<step>.pt" : cat({"checkpoint of step ", step});
-    throw Error(ErrorKind::not_found,
-                {quote(dir_or_file.string(), 300), ": no ", wanted, " there"});
-}
-}  // namespace detail
-
 // One checkpoint: a directory (its last step, or `step`) or a model_<step>.pt. Throws if unusable.
 inline ModelInfo inspect_model(const std::filesystem::path& dir_or_file, std::int64_t step = -1,
                                const Overrides& overrides = {}) {
     ModelInfo info = detail::place(detail::model_file(dir_or_file, step));
-    detail::inspect(
-        info,
-        detail::naming(info.model_file, [&] { return detail::ZipFile(File(info.model_file)); }),
-        overrides);
+    const auto open = [&] { return detail::ZipFile(File(info.model_file)); };
+    detail::inspect(info, detail::naming(info.model_file, open), overrides);
     return info;
 }
 
@@ -2735,15 +2678,12 @@ private:
     // rank << 32 | index: lowest rank first, then leftmost. A pair that is no more is passed over.
     void merge_by_heap() {
         heap_.clear();
-        for (std::uint32_t i = 0; i < piece_.size(); ++i) {
-            if (parts_[i].rank != kNoRank) heap_.push_back(std::uint64_t{parts_[i].rank} << 32 | i);
-        }
-        std::make_heap(heap_.begin(), heap_.end(), std::greater<>());
         const auto push = [&](std::uint32_t i) {
             if (parts_[i].rank == kNoRank) return;
             heap_.push_back(std::uint64_t{parts_[i].rank} << 32 | i);
             std::push_heap(heap_.begin(), heap_.end(), std::greater<>());
         };
+        for (std::uint32_t i = 0; i < piece_.size(); ++i) push(i);
         while (!heap_.empty()) {
             const std::uint64_t least = heap_.front();
             std::pop_heap(heap_.begin(), heap_.end(), std::greater<>());
@@ -2766,9 +2706,9 @@ struct Vocabulary {
     const SplitRule* rule = nullptr;
     TokenTable table;
     std::vector<std::pair<Token, std::string>> specials;  // by id; the ids follow each other
-    int size = 0;                                         // largest id + 1
     std::vector<std::string> warnings;
 
+    int size() const { return std::max(table.end(), specials.back().first + 1); }
     const Token* find_special(std::string_view name) const {
         for (const auto& [id, known] : specials) {
             if (known == name) return &id;
@@ -2799,7 +2739,7 @@ public:
         v_.rule = &split_rule(pattern.text);
         read_ranks(ranks);
         read_specials(specials);
-        check_ids();
+        check_ids(static_cast<Token>(ranks.items.size() / 2));
         look_for_orphans();
         return std::move(v_);
     }
@@ -2829,7 +2769,6 @@ private:
     }
 
     void read_ranks(const PickleValue& dict) {
-        count_ = static_cast<Token>(dict.items.size() / 2);
         v_.table = TokenTable(dict.items.size() / 2);
         each(dict, [&](const PickleValue& token, const PickleValue& rank) {
             const std::size_t length = token.text.size();
@@ -2842,7 +2781,7 @@ private:
                 refuse({"token ", quote(token.text), " is there twice"}, token.at);
         });
         for (int byte = 0; byte < 256; ++byte) {
-            const std::string one(1, static_cast<char>(static_cast<unsigned char>(byte)));
+            const std::string one(1, static_cast<char>(byte));
             if (v_.table.find(one) == kNoToken)
                 refuse({"no token is the single byte ", quote(one)});
         }
@@ -2870,18 +2809,17 @@ private:
     // the training make the same bytes, the dict keeps one of them, a rank is left out, and the
     // special ids, which begin at the size of the dict, begin before the ranks end. Accepted, as
     // there, and decoded as tiktoken does, which prefers the ordinary token.
-    void check_ids() {
+    void check_ids(Token count) {  // of ordinary tokens
         const Token end = v_.table.end(), first = v_.specials.front().first;
         Token gap = 0;  // the first rank without token
         while (!v_.table.piece(gap).empty()) ++gap;
-        if (gap < end && first != count_) refuse({"no token has rank ", gap});
-        Token wanted = count_;
+        if (gap < end && first != count) refuse({"no token has rank ", gap});
+        Token wanted = count;
         for (const auto& [id, name] : v_.specials) {
             if (id == wanted++) continue;
             refuse({"special token ", quote(name), " has id ", id, ", ", wanted - 1,
                     " is the next one free"});
         }
-        v_.size = std::max(end, wanted);
         if (gap == end) return;
         v_.warnings.push_back(
             cat({"two merges made the same bytes: rank ", gap, " is left out, and ids from ", first,
@@ -2908,7 +2846,6 @@ private:
     }
 
     const PickleTree& tree_;
-    Token count_ = 0;  // ordinary tokens
     Vocabulary v_;
 };
 
@@ -2959,7 +2896,7 @@ public:
         return token >= v_.specials.front().first && token <= v_.specials.back().first;
     }
 
-    int vocab_size() const { return v_.size; }                       // largest id + 1
+    int vocab_size() const { return v_.size(); }                     // largest id + 1
     std::string_view pattern_name() const { return v_.rule->name; }  // of the split: "nanochat"
     const std::vector<std::string>& warnings() const { return v_.warnings; }
 
@@ -4709,10 +4646,7 @@ private:
 
     Value sum() {
         Value x = product();
-        while (const char op = next("+-")) {
-            const Value y = product();
-            x = apply(op, x, y);
-        }
+        while (const char op = next("+-")) x = apply(op, x, product());
         return x;
     }
     Value product() {
@@ -4819,7 +4753,6 @@ inline std::optional<std::string> calculate(std::string_view expression) {
     if (expression.size() > detail::kMaxExpression) return std::nullopt;
     std::string text(expression), lower;
     std::erase(text, ',');
-    const auto has = [](const std::string& s, const char* part) { return s.find(part) < s.size(); };
     if (text.find_first_not_of("0123456789*+-/.() ") == std::string::npos) {
         return detail::Expression(text).evaluate();  // which has no **
     }
@@ -4831,9 +4764,10 @@ inline std::optional<std::string> calculate(std::string_view expression) {
     for (const char* word :
          {"__", "import", "exec", "eval", "compile", "open", "file", "input", "globals", "locals",
           "vars", "dir", "getattr", "setattr", "delattr", "hasattr"}) {
-        if (has(lower, word)) return std::nullopt;
+        if (lower.find(word) != std::string::npos) return std::nullopt;
     }
-    return has(text, ".count(") ? detail::Expression(text).evaluate() : std::nullopt;
+    if (text.find(".count(") == std::string::npos) return std::nullopt;
+    return detail::Expression(text).evaluate();
 }
 
 // Watches an answer and forces the calculator's results into it (nanochat engine.py, RowState).
