@@ -819,7 +819,7 @@ private:
         std::uint64_t end = 0;
         for (std::size_t i = 0; i <= entries_.size(); ++i) {
             const std::uint64_t next = i < entries_.size() ? entries_[i].header : directory_;
-            if (next < end) fail(entries_[i], cat({"overlaps with ", quote(entries_[i - 1].name)}));
+            if (next < end) fail(entries_[i - 1], "overlaps with what follows it");
             if (next - end > (i == 0 ? 0 : 24)) {
                 refuse("zip: there are bytes that belong to no entry",
                        static_cast<std::int64_t>(next));
