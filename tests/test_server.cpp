@@ -1713,6 +1713,17 @@ TEST_CASE("server: models: the class's list, OpenAI's list, and one of each") {
     const Json one_of = json_of(ask(port(), get("/api/v1/inference/models/sft/d9/100")).body);
     CHECK(text_at(one_of, "id") == kChain);
     CHECK(at(one_of, "tensors")->array.size() > 5);
+    CHECK(ask(port(), chat()).status == 200);
+    const Json again = json_of(ask(port(), get("/api/v1/inference/models")).body);
+    for (const Json& m : at(again, "models")->array) {
+        const std::string id = text_at(m, "id");
+        const Json one = json_of(ask(port(), get("/api/v1/inference/models/" + id)).body);
+        const bool loaded = at(m, "loaded")->boolean;
+        CHECK((loaded || id != kChain));
+        if (text_at(m, "status") != "ready") continue;
+        REQUIRE(at(one, "loaded") != nullptr);
+        CHECK(at(one, "loaded")->boolean == loaded);
+    }
 
     const Json list = json_of(ask(port(), get("/v1/models")).body);
     CHECK(text_at(list, "object") == "list");

@@ -1140,6 +1140,10 @@ TEST_CASE("walk: text for a terminal is 80 columns wide and has no control bytes
         CHECK(contains(r.out, prompt.empty() ? "1 token: <|bos|>" : " tokens: <|bos|>"));
     }
     CHECK(fs::is_empty(dir.path()));
+    CHECK(run(dir.path(), walk(base, "A") + Words{"--no-png", "--out", "w"}).code == 0);
+    CHECK(fs::exists(dir / "w" / "walk.json"));
+    for (const auto& file : fs::directory_iterator(dir / "w"))
+        CHECK(file.path().extension() != ".png");
     const Result narrow =
         run(dir.path(), walk(base, "The sky is blue") + Words{"--no-png"}, {"COLUMNS=20"});
     CHECK(narrow.code == 0);  // what is not the last token gives way
