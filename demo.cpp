@@ -1539,12 +1539,20 @@ std::string read_prompt(const Options& o) {
     return valid_text("prompt", prompt);
 }
 
+// A continuation ends at any special token: <|bos|> begins another document.
+std::vector<Token> special_tokens(const Tokenizer& tokenizer) {
+    std::vector<Token> ids;
+    for (Token id = 0; id < tokenizer.vocab_size(); id++) {
+        if (tokenizer.is_special(id)) ids.push_back(id);
+    }
+    return ids;
+}
+
 // One continuation of the prompt. What the sequence holds of it is not read again, so only the first
 // sample pays for the prompt.
 Answer complete(const Options& o, Session& s, Sequence& sequence, std::span<const Token> prompt,
                 int index) {
-    // <|bos|> begins another document
-    const GenerateParams params = {o.max_tokens, o.sampling, chat_stop_tokens(s.tokenizer)};
+    const GenerateParams params = {o.max_tokens, o.sampling, special_tokens(s.tokenizer)};
     TextStream stream(s.tokenizer, o.stop);
     Output output = {o, index};
     Answer& answer = output.answer;
@@ -6998,9 +7006,7 @@ void Server::completion(Connection& c) {
     }
     x->prompt = {tokenizer.special("<|bos|>")};
     x->prompt.insert(x->prompt.end(), ids.begin(), ids.end());
-    for (Token id = 0; id < tokenizer.vocab_size(); id++) {
-        if (tokenizer.is_special(id)) x->params.stop.push_back(id);
-    }
+    x->params.stop = special_tokens(tokenizer);
     fit_prompt(*x, read_max_tokens(form, options_.max_tokens, false));
     submit(c, std::move(x));
 }
