@@ -73,6 +73,7 @@ std::vector<std::pair<int, int>> steps() {  // from token to token
     chain(answer);
     chain({"X", "Y", "Z", "<|bos|>"});
     chain({"q", "r", "s", "q"});
+    chain({"v", "w", "<|python_start|>"});
     return out;
 }
 test::CheckpointSpec chain_model(const std::string& directory, const std::string& tag, int layers,
@@ -1679,6 +1680,18 @@ TEST_CASE("server: completions: no template, and both ends of the answer") {
             .body);
     CHECK(loop.text == "rsqrsqr");
     CHECK(loop.finish == "length");
+    // a calculator's mark ends a completion, in the terminal too
+    const Response mark = ask(port(), post("/v1/completions", R"({"prompt":"v","temperature":0})"));
+    CHECK(number_at(json_of(mark.body), "usage.completion_tokens") == 2);
+    CHECK(text_at(json_of(mark.body), "choices.0.finish_reason") == "stop");
+    const std::string command = std::string(NANOGPT_BINARY) + " sample --base-dir " +
+                                zoo().string() + " -g d9 -p v -t 0 -m 9 --device-type cpu -q";
+    FILE* const pipe = ::popen(command.c_str(), "r");
+    REQUIRE(pipe != nullptr);
+    char line[64] = "";
+    CHECK(std::fread(line, 1, sizeof line - 1, pipe) > 0);
+    CHECK(::pclose(pipe) == 0);
+    CHECK(line == text_at(json_of(mark.body), "choices.0.text") + "\n");
     CHECK(text_at(json_of(ask(port(), endless(5)).body), "choices.0.message.content") == "rsqrs");
 }
 
