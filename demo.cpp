@@ -2032,14 +2032,14 @@ Value device_json(const Options& o) {
 }
 
 // The list of models, as --json and the HTTP interface tell it.
+Value among_others(const ModelInfo& m, const Catalog& c, bool loaded) {
+    return object(
+        {{"loaded", loaded}, {"default", m.id == c.default_id}, {"best", is_best(m, c.models)}});
+}
 Value models_json(const Options& o, const Catalog& c, const std::vector<const ModelInfo*>& shown,
                   const std::function<bool(const std::string&)>& loaded) {
     const auto entry = [&](const ModelInfo* m) {
-        Members members = model_members(*m, c.base);
-        members.emplace_back("loaded", loaded(m->id));
-        members.emplace_back("default", m->id == c.default_id);
-        members.emplace_back("best", is_best(*m, c.models));
-        return object(members);
+        return merged(object(model_members(*m, c.base)), among_others(*m, c, loaded(m->id)));
     };
     const bool usable = c.tokens.reason.empty();
     return object(
@@ -5397,7 +5397,7 @@ private:
         std::vector<std::unique_ptr<Running>> running;
         std::deque<Idle> idle;  // last used last
         std::size_t next_reader = 0;
-        bool used = false;
+        bool used = false, full = false;  // full: somebody waits for room in it
         Snapshot::Written* written = nullptr;
 
         Backend& backend() const { return *device.backend; }
@@ -5409,16 +5409,14 @@ private:
         std::string name, owner;
         std::deque<std::shared_ptr<Job>> waiting;
     };
-    enum class Start { started, wait, blocked };  // blocked: no job can start now
-
     void work(std::stop_token stop);
     bool round();
     void receive();
     void admit();
     void expire();
     void look_after();
-    Start start_one(Client& client);
-    Start start(const std::shared_ptr<Job>& job);
+    bool start_one(Client& client);
+    bool start(const std::shared_ptr<Job>& job);
     Loaded* loaded(const Offer& offer);
     Device open(const ModelInfo& info);
     void begin_loading(std::shared_ptr<const Offer> offer);
@@ -5574,10 +5572,9 @@ void Scheduler::look_after() {
 
 // One job of each address in turn, and there of each client, until nothing more can start.
 void Scheduler::admit() {
+    for (const auto& m : models_) m->full = false;
     for (auto client = clients_.begin(); client != clients_.end() && running() < settings_.slots;) {
-        const Start result = start_one(*client);
-        if (result == Start::blocked) return;
-        if (++client; result == Start::wait) continue;
+        if (!start_one(*client++)) continue;
         // all who share the address go to the end of the line, and this client behind them
         std::rotate(client - 1, client, clients_.end());
         const auto others = [&](const Client& c) { return c.owner != clients_.back().owner; };
@@ -5585,28 +5582,29 @@ void Scheduler::admit() {
         client = clients_.begin();
     }
 }
-Scheduler::Start Scheduler::start_one(Client& client) {
-    if (running_of(client.owner) >= kRunningPerClient) return Start::wait;
-    for (auto at = client.waiting.begin(); at != client.waiting.end(); ++at) {
-        const Start result = start(*at);
-        if (result == Start::started) client.waiting.erase(at);
-        if (result != Start::wait) return result;
-    }
-    return Start::wait;
+bool Scheduler::start_one(Client& client) {
+    if (running_of(client.owner) >= kRunningPerClient) return false;
+    const auto job = std::find_if(client.waiting.begin(), client.waiting.end(),
+                                  [this](const auto& one) { return start(one); });
+    if (job == client.waiting.end()) return false;
+    client.waiting.erase(job);
+    return true;
 }
 
-// Whether a job can start: its model is in memory, and there is room for all it may write.
-Scheduler::Start Scheduler::start(const std::shared_ptr<Job>& job) {
+// Starts a job if its model is in memory and has room for all that it may write; where it has not,
+// nobody behind it gets what room there is. True too if it fails: it waits no more.
+bool Scheduler::start(const std::shared_ptr<Job>& job) {
     Loaded* m = loaded(*job->offer);
     try {
         if (m == nullptr) {
             begin_loading(job->offer);
-            return Start::wait;
+            return false;
         }
-        if (job->walk != nullptr && !peak_known(*m)) return Start::wait;
+        if (m->full || (job->walk != nullptr && !peak_known(*m))) return false;
         std::unique_ptr<Sequence> sequence = sequence_for(*m, *job);
         if (sequence == nullptr) {
-            if (!m->running.empty()) return Start::blocked;
+            m->full = !m->running.empty();
+            if (m->full) return false;
             throw Error(ErrorKind::out_of_memory, "not enough memory for this conversation now");
         }
         job->queue_seconds = seconds_since(job->created);
@@ -5630,7 +5628,7 @@ Scheduler::Start Scheduler::start(const std::shared_ptr<Job>& job) {
                          : Failure{503, "out_of_memory", "not enough memory for this answer now"});
         event(Event::Kind::done, job);
     }
-    return Start::started;
+    return true;
 }
 
 // ---- models
@@ -6792,9 +6790,8 @@ void Server::answer_models(Connection& c) {
 }
 void Server::one_model(Connection& c) {
     const ModelInfo& m = find_model(c.request().path.substr(25));
-    Members members = detail_members(m, catalog_->base);
-    members.emplace_back("loaded", scheduler_->snapshot().has(m.id));
-    send_json(c, object(members));
+    send_json(c, merged(object(detail_members(m, catalog_->base)),
+                        among_others(m, *catalog_, scheduler_->snapshot().has(m.id))));
 }
 
 const ModelInfo& Server::find_model(const std::string& id) const {
@@ -8360,9 +8357,11 @@ function copyButton(label, text, kind) {
 // ---- what the browser keeps: settings, and conversations, each under a name of its own
 const kMaxChats = 50;
 let local = Object.freeze({});
-try { local = localStorage; } catch { /* it is off: nothing is kept, and writing tells */ }
+try { local = localStorage ?? local; } catch { /* it is off: nothing is kept, and writing tells */ }
 
-const read = (name) => JSON.parse(local['nanogpt.' + name] ?? null);
+function read(name) {
+  try { return JSON.parse(local['nanogpt.' + name] ?? null); } catch { return null; }
+}
 function write(name, value) {
   try {
     local.setItem('nanogpt.' + name, JSON.stringify(value));
@@ -8372,9 +8371,15 @@ function write(name, value) {
   }
 }
 
+// A chat as it is now; it was a list of messages once.
+function upgraded({messages, ...one}) {
+  return !messages ? one : {...one, turns: messages.flatMap(({role, content, text, about}, i) =>
+    role === 'user' ? [] : {question: messages[i - 1].content, answer: content, text, about})};
+}
+
 function storedChats() {
   return Object.keys(local).filter((name) => name.startsWith('nanogpt.chat.'))
-    .map((name) => read(name.slice(8))).filter((one) => one.turns?.length)
+    .map((name) => upgraded(read(name.slice(8)) ?? {})).filter((one) => one.turns?.length)
     .sort((a, b) => b.updated - a.updated);
 }
 const titleOf = (one) => one.turns[0]?.question.trim().replace(/\s+/g, ' ').slice(0, 60) || 'Chat';
@@ -8393,21 +8398,25 @@ function keep(one) {
 
 // ---- the server
 // Its access key stays with this tab, also when the page is loaded again, and out of the address.
-let key = history.state?.key || '';
+let key = '';
+try { key = sessionStorage.getItem('nanogpt.key') || ''; } catch { /* it is off */ }
 function useKey(value) {
   key = value.replace(/[^\x21-\x7e]/g, '');  // a header can hold nothing else
-  history.replaceState({key}, '', location.pathname + location.search);
+  history.replaceState(null, '', location.pathname + location.search);
+  try { sessionStorage.setItem('nanogpt.key', key); } catch { /* the page alone knows it */ }
 }
 if (location.hash.startsWith('#key=')) {
   try { useKey(decodeURIComponent(location.hash.slice(5))); } catch { /* not a key */ }
 }
+
+const tab = fresh();  // tabs take turns
 
 // An answer of the server that is not what was asked for, with the server's own sentence; an error
 // without a status means that there was no answer.
 const refusal = (message, status, wait) => Object.assign(new Error(message), {status, wait});
 
 async function api(path, body, signal) {
-  const headers = {'Content-Type': 'application/json'};
+  const headers = {'Content-Type': 'application/json', 'X-Client-Id': tab};
   if (key) headers.Authorization = 'Bearer ' + key;
   const response = await fetch(path, {cache: 'no-store', headers, signal,
     ...(body && {method: 'POST', body: JSON.stringify(body)})});
@@ -8446,19 +8455,21 @@ function banner(text, asksForKey = false) {
 
 // Asks for the checkpoints every ten seconds, for they appear while a model is being trained. It
 // also shows whether the server is there: if not, it is asked after 1, 2, 4 ... 30 seconds.
-let pause = 0, pollTimer = 0, seen = '';
+let pause = 0, away = false, pollTimer = 0, seen = '';
 async function poll() {
   clearTimeout(pollTimer);
   try {
     const list = await askFor('api/v1/inference/models');
-    if (pause) toast('The server is back.');
+    if (away) toast('The server is back.');
     banner('');
     pause = 0;
+    away = false;
     const text = JSON.stringify([list.models, list.device]), before = seen;
     seen = text;
     if (text !== before) takeModels(list);
   } catch (error) {
-    if (error.status === undefined) {
+    away = error.status === undefined;
+    if (away) {
       banner('The server cannot be reached. What you wrote is still here; the page keeps trying.');
     } else if (error.status !== 401) {
       banner(error.message);
@@ -8644,7 +8655,7 @@ function set(name, value, from) {
   $('top_k-off').hidden = settings.top_k !== 0;
 }
 
-function makeSetting([name, {label, min, max, step, slider, what}]) {
+function makeSetting([name, {label, usual, min, max, step, slider, what}]) {
   const rules = {min, max, step, oninput: (event) => set(name, event.target.value, event.target),
     onchange: (event) => set(name, event.target.value)};
   // The sentence of explanation comes on demand.
@@ -8659,7 +8670,7 @@ function makeSetting([name, {label, min, max, step, slider, what}]) {
   return make('div', {class: 'control'},
     make('div', {class: 'row'}, make('label', {for: name}, label), hint,
       name === 'top_k' ? make('span', {id: 'top_k-off', class: 'note'}, 'off') : null,
-      number ? make('input', {type: 'number', placeholder: 'random', ...field}) : null),
+      number ? make('input', {type: 'number', placeholder: usual === null && 'random', ...field}) : null),
     number ? null : make('textarea', {rows: 3, placeholder: 'None', ...field}),
     slider ? make('input', {type: 'range', id: name + '-slider', 'aria-label': `${label}, slider`,
       ...rules}) : null,
@@ -8712,7 +8723,7 @@ function inline(text, into) {
 // The blocks of a text: fenced code, a heading, a list, a paragraph.
 const kItem = / {0,12}(?:[-*+]|\d{1,9}[.)]) /.source;
 const kBlock = new RegExp([  // \x60 is `
-  String.raw`^ {0,3}(?<fence>\x60{3,}|~{3,}) *(?<language>[\w+#.-]*)[^\x60\n]*$` +
+  String.raw`^ {0,3}(?<fence>\x60{3,}|~{3,})(?=[^\x60\n]*$) *(?<language>[\w+#.-]*).*` +
     String.raw`(?<code>(?:\n(?! *\k<fence>).*)*)(?:\n.*)?`,
   '^(?<level>#{1,6}) +(?<title>.+)',
   String.raw`^(?<list>${kItem}.*(?:\n(?:${kItem}|[ \t]+\S).*)*)`,
@@ -8748,7 +8759,8 @@ function codeNode(text, language) {
 }
 
 // Shows text in a node, and leaves the blocks alone that have not changed: a selection stays.
-function showMarkdown(text, into) {
+function showMarkdown(answer, into) {
+  const text = answer.replace(/\r\n?|[\u2028\u2029]/g, '\n');
   const found = text.length > kMostDrawn ? [{0: text, groups: {}}] : [...text.matchAll(kBlock)];
   found.forEach(({0: source, groups}, i) => {
     const old = into.children[i];
@@ -8788,7 +8800,7 @@ function answerButtons(turn) {
         ['First token after', about.first && count(Math.round(about.first)) + ' ms'],
         ['Speed', about.speed && about.speed.toFixed(1) + ' tokens/s'],
       ]),
-      make('button', {onclick: () => {
+      about.seed === undefined ? '' : make('button', {onclick: () => {
         set('seed', about.seed);
         toast(`The next answers use the seed ${about.seed}.`);
       }}, 'Use this seed again')),
@@ -8834,7 +8846,7 @@ function draw(turn) {
   view.acts.hidden = live;
   view.acts.replaceChildren(...(live ? [] : answerButtons(turn)));
   const note = live ? '' : about.error || (about.finish === 'stopped' ? 'Stopped.'
-    : about.finish === 'length' ? `Cut off after ${plural(about.tokens, 'token')}.`
+    : about.finish === 'length' ? `Cut off after ${plural(about.tokens || 0, 'token')}.`
     : answer ? '' : 'The model had nothing to say.');
   view.trouble.hidden = !note;
   view.trouble.className = about.error ? 'trouble' : 'trouble calm';
@@ -8858,7 +8870,7 @@ function drawDropped() {
   $('log').querySelector('.notice')?.remove();
   const last = chat.turns.at(-1);
   if (!last?.about.dropped) return;
-  views.get(seenBy(last)[Math.ceil(last.about.dropped / 2)])?.question.before(
+  views.get(seenBy(last)[Math.ceil(last.about.dropped / 2)])?.question?.before(
     make('p', {class: 'notice'},
       'What stands above no longer fits into the context: the model does not see it.'));
 }
@@ -9108,11 +9120,11 @@ function send(question) {
 // What comes after this turn goes, and can be brought back.
 function cutAfter(turn) {
   stop();
-  const before = chat.turns, left = chat.turns.indexOf(turn) + 1;
+  const cut = chat, before = chat.turns, left = chat.turns.indexOf(turn) + 1;
   chat.turns = before.slice(0, left);
   if (left === before.length) return;
   toast('The messages after it were removed.', () => {
-    openChat({...chat, turns: before});
+    openChat({...cut, turns: before});
     keep(chat);
   });
 }
@@ -9279,7 +9291,7 @@ function drawList() {
   const all = storedChats();
   $('list').replaceChildren(...all.map((one) => make('li', {class: one.id === chat.id && 'current'},
     make('button', {class: 'open', 'aria-current': one.id === chat.id && 'true',
-      onclick: () => openChat(one)}, titleOf(one)),
+      onclick: () => one.id === chat.id ? closeOver() : openChat(one)}, titleOf(one)),
     iconButton('bin', `Delete ${titleOf(one)}`, () => discard([one])))));
   $('delete-all').textContent = `Delete all chats (${all.length})`;
   $('list-none').hidden = all.length > 0;
@@ -9287,19 +9299,21 @@ function drawList() {
 
 // Takes conversations away; for a while they can be brought back.
 function discard(chats) {
-  chats.forEach(forget);
-  if (chats.some((one) => one.id === chat.id)) newChat();
+  const open = chats.some((one) => one.id === chat.id);
+  if (open) stop();  // which keeps what is written
+  const gone = chats.map((one) => one.id === chat.id ? chat : one);
+  gone.forEach(forget);
+  if (open) newChat();
   drawList();
   $('new').focus();
-  toast(`${plural(chats.length, 'chat')} deleted.`, () => {
-    for (const one of chats) write('chat.' + one.id, one);
+  toast(`${plural(gone.length, 'chat')} deleted.`, () => {
+    for (const one of gone) write('chat.' + one.id, one);
     drawList();
   });
 }
 
 function openChat(one) {
   stop();
-  $('toast').hidePopover();  // what it would undo belongs to another chat
   chat = one;
   drawChat();
   drawList();
@@ -9329,8 +9343,8 @@ function fromFile(text) {
   const good = (turn) => typeof turn?.question === 'string' && typeof turn.answer === 'string' &&
     typeof turn.about?.model === 'string';
   const {chats} = JSON.parse(text);
-  const taken = Array.isArray(chats) ? chats.filter((one) => Array.isArray(one?.turns) &&
-    one.turns.length && one.turns.every(good)) : [];
+  const taken = Array.isArray(chats) ? chats.map(upgraded).filter(({turns}) =>
+    Array.isArray(turns) && turns.length && turns.every(good)) : [];
   if (!taken.length) throw new Error('there is no conversation in it');
   return taken.slice(0, kMaxChats).map(({turns}) => ({id: fresh(), turns: turns.map(checked)}));
 }
@@ -9392,7 +9406,7 @@ function openSides() {
     $(id + '-open').onclick = () => byHand(true);
     $(id + '-close').onclick = () => byHand(false);
   }
-  document.addEventListener('click', (event) => {
+  document.addEventListener('pointerdown', (event) => {
     if (event.target.contains($('main'))) closeOver();
   });
 }
@@ -9466,7 +9480,7 @@ async function submit() {
     if (!name) send(text);
     else if (Object.hasOwn(kCommands, name)) await kCommands[name](rest.trim());
     else throw new Error(`There is no command /${name}. /help shows them.`);
-    $('text').value = '';
+    if ($('text').value === text) $('text').value = '';  // nothing else was typed meanwhile
     grow();
   } catch (error) {
     toast(error.message);
