@@ -142,6 +142,7 @@ inline std::unique_ptr<Backend> open_cuda(const std::shared_ptr<const Model>&, c
 #include <memory>              // unique_ptr
 #include <mutex>               // mutex
 #include <new>                 // bad_alloc
+#include <numeric>             // iota
 #include <optional>            // optional
 #include <ranges>              // iota
 #include <span>                // span
@@ -409,7 +410,7 @@ constexpr Flag kFlags[] = {
     {0, "model", "ID|PATH", kNameModel, "all three in one, such as sft/d12/2000; or a model_*.pt or its directory", SET(o.model = not_empty(g))},
     {0, "base-dir", "DIR", "chat sample logits bench serve walk show tokenize detokenize models doctor", "nanochat's directory (default: $NANOCHAT_BASE_DIR, else ~/.cache/nanochat)", SET(o.base_dir = not_empty(g))},
     {0, "tokenizer", "FILE", "chat sample logits bench serve walk tokenize detokenize", "tokenizer.pkl (default: found beside the model or in the base directory)", SET(o.tokenizer = not_empty(g))},
-    {'p', "prompt", "TEXT", "chat sample walk", "one answer, then exit; - reads the prompt from stdin", SET(o.prompt = std::string(g.text))},
+    {'p', "prompt", "TEXT", "chat sample walk", "the text (chat: one answer, then exit); - reads it from stdin", SET(o.prompt = std::string(g.text))},
     {0, "system", "TEXT", "chat", "put in front of the first message", SET(o.system = not_empty(g, 1 << 20))},
     {'t', "temperature", "X", "chat sample bench serve walk", "0 = greedy (default 0.6; for serve: 0.8, for bench and walk: 0)", SET(o.sampling.temperature = number<float>(g, 0, 100, "a number from 0 (greedy) to 100"))},
     {'k', "top-k", "N", "chat sample serve walk", "choose among the N likeliest; 0 = whole vocabulary (default 50)", SET(o.sampling.top_k = whole(g, 0))},
@@ -509,8 +510,9 @@ auto& find_entry(const Table& table, std::string_view mark, std::string_view wor
         if (entry.name == word || has(split(entry.aliases, " "), word)) return entry;
         names.push_back(cat(mark, entry.name));
     }
-    const std::string typed = cat(mark, word);
-    bad_usage(cat("unknown command ", typed, did_you_mean(typed, names), " ", help));
+    const std::string typed = cat(mark, word.substr(0, 64));
+    bad_usage(cat("unknown command ", mark.empty() ? detail::quote(word, 64) : typed,
+                  did_you_mean(typed, names), " ", help));
 }
 const Command& find_command(std::string_view word) {
     return find_entry(kCommands, "", word, "Try: nanogpt help");
@@ -2152,9 +2154,17 @@ std::vector<Token> parse_ids(std::string_view what, const std::vector<std::strin
         ids.push_back(number<Token>({what, text}, 0, vocab_size - 1, wanted));
     return ids;
 }
-// "1,2,3", "1 2 3" and a JSON array.
-std::vector<Token> read_ids(std::string_view list, int vocab_size) {
-    return parse_ids("ids", split(list, ", \t\r\n[]"), vocab_size);
+// "1,2,3", "1 2 3" and "[1, 2, 3]", as people type them.
+std::vector<Token> typed_ids(std::string_view what, std::string_view list, int vocab_size) {
+    return parse_ids(what, split(list, ", \t\r\n[]"), vocab_size);
+}
+std::vector<Token> ids_of_file(const std::string& file, int vocab_size) {
+    const Json json = parse_json(detail::as_text(detail::read_file(file, 16u << 20)));
+    if (json.kind != Json::Kind::array) bad_usage("--ids-file: an array of token ids is needed");
+    std::vector<std::string> texts;
+    for (const Json& id : json.array)
+        texts.push_back(id.kind == Json::Kind::number ? id.string : "what stands there");
+    return parse_ids("--ids-file", texts, vocab_size);
 }
 
 Value token_json(const Tokenizer& tokenizer, Token id) {
@@ -2180,7 +2190,7 @@ int run_tokenize(Options& o) {
 int run_detokenize(Options& o) {
     const Tokenizer tokenizer = pick_tokenizer(o);
     const std::string typed = o.arguments.empty() ? LineReader().rest() : join(o.arguments, " ");
-    const std::vector<Token> ids = read_ids(typed, tokenizer.vocab_size());
+    const std::vector<Token> ids = typed_ids("ids", typed, tokenizer.vocab_size());
     const std::string text = to_utf8(tokenizer.decode(ids));
     if (o.json) return write_json(object({{"text", text}, {"count", ids.size()}})), 0;
     write_answer(text + "\n");
@@ -2225,9 +2235,9 @@ int run_logits(Options& o) {
         bad_usage("logits: one of --ids LIST and --ids-file FILE is needed");
     catch_interrupts();
     const ModelInfo info = pick_model(o, "sft", false);
-    std::string list = o.ids;
-    if (list.empty()) list = detail::as_text(detail::read_file(o.ids_file, 16u << 20));
-    const std::vector<Token> ids = read_ids(list, info.config.vocab_size);
+    const std::vector<Token> ids = o.ids.empty()
+                                       ? ids_of_file(o.ids_file, info.config.vocab_size)
+                                       : typed_ids("--ids", o.ids, info.config.vocab_size);
     if (ids.empty()) bad_usage("logits: at least one token id is needed");
     tell_warnings(info);
     const std::unique_ptr<Backend> backend = open_device(info, o).backend;
@@ -2570,13 +2580,15 @@ private:
         std::erase_if(models_, [](const ModelInfo& m) { return m.status != Status::ready; });
         const std::size_t ready = models_.size();
         const std::string chosen = default_of(models_);
+        const fs::path sample = bundled_sample();
         add("models", ready > 0 && ready == found ? kOk : kWarn,
             cat(ready, " of ", found, " ready, by default ",
-                chosen.empty() ? "the sample model answers" : chosen),
+                !chosen.empty()  ? chosen
+                : sample.empty() ? "none"
+                                 : "the sample model answers"),
             found > 0 ? "nanogpt models --all says why others are not"
                       : "They belong in base_checkpoints, mid_checkpoints, chatsft_checkpoints or "
                         "chatrl_checkpoints");
-        const fs::path sample = bundled_sample();
         if (ready == 0 && !sample.empty()) models_ = find_models(sample);
     }
 
@@ -2760,13 +2772,25 @@ struct BenchRow {
     double first = 0, step = 0, rate = 0;  // s to all first tokens; median s of the steps; tok/s
 };
 
+// infer_bench's (nanochat/scripts/infer_bench.py): a paragraph, as often as it takes.
+std::vector<Token> bench_prompt(const Tokenizer& tokenizer, std::size_t length) {
+    const std::vector<Token> paragraph = tokenizer.encode(
+        "The history of science is the study of the development of science, including both the "
+        "natural and social sciences. Science is a body of empirical, theoretical, and practical "
+        "knowledge about the natural world. ");
+    std::vector<Token> ids = {tokenizer.special("<|bos|>")};
+    while (ids.size() < length) ids.insert(ids.end(), paragraph.begin(), paragraph.end());
+    ids.resize(length);
+    return ids;
+}
+
 class Bench {
 public:
     Bench(const Options& o, Session& s, const BenchPlan& plan)
         : options_(o),
           s_(s),
           plan_(plan),
-          prompt_(static_cast<std::size_t>(plan.prompt), s.tokenizer.special("<|bos|>")) {}
+          prompt_(bench_prompt(s.tokenizer, static_cast<std::size_t>(plan.prompt))) {}
 
     int run() {
         const std::string dtype(name_of(s_.device.backend->dtype()));
@@ -2873,7 +2897,7 @@ private:
     const Options& options_;
     Session& s_;
     const BenchPlan plan_;
-    const std::vector<Token> prompt_;  // what it says changes no speed
+    const std::vector<Token> prompt_;
     const BenchCost cost_ = bench_cost(s_.info, plan_, s_.device.cuda, s_.device.backend->dtype());
     const double bandwidth_ =
         s_.device.cuda ? cuda_read_bandwidth() : cpu_read_bandwidth(options_.threads);
@@ -3015,18 +3039,23 @@ std::vector<Points> strokes_of(char32_t c) {
 // What the font can show of a token: blanks as dots, what is not ASCII as escapes; at most `most` signs.
 std::string label_of(std::string_view piece, std::size_t most = 12) {
     std::string out;
+    std::size_t fits = 0;  // bytes before a "…"
+    const auto add = [&](const std::string& unit) {
+        if (width_of(out) < most) fits = out.size();
+        out += unit;
+    };
     if (detail::is_utf8(piece)) {
         each_character(piece, [&](char32_t c, std::string_view bytes) {
-            out += c == ' '               ? "·"
-                   : c == '\n'            ? "\\n"
-                   : c > 0x20 && c < 0x7f ? std::string(bytes)
-                   : c < 0x10000          ? "\\u" + hex(c, 4)
-                                          : "\\U" + hex(c, 6);
+            add(c == ' '               ? "·"
+                : c == '\n'            ? "\\n"
+                : c > 0x20 && c < 0x7f ? std::string(bytes)
+                : c < 0x10000          ? "\\u" + hex(c, 4)
+                                       : "\\U" + hex(c, 6));
         });
     } else {
-        for (const char c : piece) out += "\\x" + hex(static_cast<unsigned char>(c), 2);
+        for (const char c : piece) add("\\x" + hex(static_cast<unsigned char>(c), 2));
     }
-    return fit(out, std::min(most, width_of(out)));
+    return width_of(out) <= most ? out : out.substr(0, fits) + "…";
 }
 
 #ifdef NANOGPT_PNG
@@ -3216,7 +3245,8 @@ void draw_grid(Chart& chart, const Grid& grid, std::span<const float> values) {
 struct Labels {
     std::vector<std::string> rows, columns;
     int cell_width, cell_height;
-    int left() const { return longest(rows, cell_height) + 6; }
+    bool bold = false;  // what is on top, and the last row
+    int left() const { return longest(rows, cell_height) + 10; }
     int top() const { return upwards() ? longest(columns, cell_width) + 6 : 20; }
     void draw(Picture& picture, int x, int y) const {  // of a matrix that begins there
         const auto middle = [](int cell) {
@@ -3225,13 +3255,15 @@ struct Labels {
         int at = y + middle(cell_height);
         for (const std::string& row : rows) {
             const double size = unit(cell_height);
-            picture.text(x - 4 - Picture::length(row, size), at, row, kMuted, size);
+            const bool strong = bold && &row == &rows.back();
+            picture.text(x - 8 - Picture::length(row, size), at, row, strong ? kInk : kMuted, size,
+                         strong);
             at += cell_height;
         }
         at = x + (upwards() ? middle(cell_width) : 4);
         for (const std::string& column : columns) {
-            picture.text(at, upwards() ? y - 4 : y - 19, column, kMuted, unit(cell_width), false,
-                         upwards());
+            picture.text(at, upwards() ? y - 4 : y - 19, column, bold ? kInk : kMuted,
+                         unit(cell_width), bold, upwards());
             at += cell_width;
         }
     }
@@ -3264,6 +3296,7 @@ struct Bar {
     std::string label;
     double value;
     Rgb color;
+    bool bold = false;
 };
 Chart bars_chart(Chart chart, const std::vector<Bar>& bars, std::string_view caption) {
     constexpr int kSide = 170, kLongest = 560, kHigh = 14;
@@ -3277,7 +3310,7 @@ Chart bars_chart(Chart chart, const std::vector<Bar>& bars, std::string_view cap
         const int x = kMargin + kSide,
                   length = std::max(1, static_cast<int>(std::lround(bar.value / most * kLongest)));
         y += space(bar);
-        chart.picture.text(x - 8 - Picture::length(bar.name), y - 1, bar.name);
+        chart.picture.text(x - 8 - Picture::length(bar.name), y - 1, bar.name, kInk, 1.5, bar.bold);
         chart.picture.fill(x, y, length, kHigh, bar.color);
         chart.picture.text(x + length + 6, y, bar.label, kMuted, 1.3);
         y += kHigh;
@@ -3316,7 +3349,7 @@ struct Cost {
 using Costs = std::array<Cost, 2>;
 constexpr std::array kPasses = {"prefill", "decode"};
 
-struct Shapes {
+struct Sizes {
     const Config& c;
     double T, pos;  // tokens of the pass, and before it
     // bytes of a number: in a matrix, in an embedding, of an activation, of a key
@@ -3324,27 +3357,27 @@ struct Shapes {
     double D = c.n_embd, H = c.n_head, KV = c.n_kv_head * c.head_dim();
 };
 // A matrix product reads its weights once and its rows once: x (T, K), w (N, K) -> (T, N).
-Cost product(const Shapes& s, double T, double K, double N) {
+Cost product(const Sizes& s, double T, double K, double N) {
     return {2 * T * N * K, N * K * s.weight + T * (K + N) * s.value};
 }
 // `n` numbers are read, as many are written.
-Cost each_number(const Shapes& s, double flops, double n) { return {flops * n, 2 * n * s.value}; }
-Cost norm_cost(const Shapes& s, int) { return each_number(s, 3, s.T * s.D); }
-Cost add_cost(const Shapes& s, int) { return {s.T * s.D, 3 * s.T * s.D * s.value}; }
-Cost smear_cost(const Shapes& s, int) {  // the first token has none before it
+Cost each_number(const Sizes& s, double flops, double n) { return {flops * n, 2 * n * s.value}; }
+Cost norm_cost(const Sizes& s, int) { return each_number(s, 3, s.T * s.D); }
+Cost add_cost(const Sizes& s, int) { return {s.T * s.D, 3 * s.T * s.D * s.value}; }
+Cost smear_cost(const Sizes& s, int) {  // the first token has none before it
     return {(s.T - (s.pos == 0)) * (48 + 2 * s.D), 3 * s.T * s.D * s.value};
 }
-Cost mix_cost(const Shapes& s, int) {
+Cost mix_cost(const Sizes& s, int) {
     const double n = s.T * s.D;
     if (s.c.generation == Generation::g2e)  // and the bigram's embedding
         return {5 * n, n * (s.table + 3 * s.value)};
     return s.c.has_lambdas() ? Cost{3 * n, 3 * n * s.value} : Cost{};
 }
-Cost value_cost(const Shapes& s, int) {
+Cost value_cost(const Sizes& s, int) {
     const double gate = s.c.n_kv_head * 2.0 * s.c.ve_gate_channels;
     return {s.T * (gate + 2 * s.KV), s.T * s.KV * (s.table + 2 * s.value)};
 }
-Cost attention_cost(const Shapes& s, int layer) {
+Cost attention_cost(const Sizes& s, int layer) {
     const double S = s.pos + s.T;
     const double window = std::min(S, double{1} + std::min(s.c.window(layer), 1 << 30));
     double pairs = 0;  // of a query and a key that it sees
@@ -3359,13 +3392,13 @@ struct Operation {
     HookPoint point;
     std::string_view name, kind;
     HookPoint on_gpu;  // whose time holds it there
-    Cost (*cost)(const Shapes&, int layer);
+    Cost (*cost)(const Sizes&, int layer);
     bool large() const { return kind == "product" || kind == "attention"; }
     HookPoint timed_at(bool cuda) const { return cuda ? on_gpu : point; }
 };
 constexpr Operation kOperations[] = {
     {HookPoint::embed, "embedding", "lookup", HookPoint::embed_norm,
-     [](const Shapes& s, int) {
+     [](const Sizes& s, int) {
          return Cost{0, s.T * s.D * (s.table + s.value)};
      }},
     {HookPoint::embed_norm, "norm of it", "norm", HookPoint::embed_norm, norm_cost},
@@ -3373,29 +3406,29 @@ constexpr Operation kOperations[] = {
     {HookPoint::resid_pre, "residual mix", "mix", HookPoint::attn_in, mix_cost},
     {HookPoint::attn_in, "norm", "norm", HookPoint::attn_in, norm_cost},
     {HookPoint::q, "q, k, v", "product", HookPoint::q,
-     [](const Shapes& s, int) { return product(s, s.T, s.D, s.D + 2 * s.KV); }},
+     [](const Sizes& s, int) { return product(s, s.T, s.D, s.D + 2 * s.KV); }},
     {HookPoint::ve_gate, "value embedding", "mix", HookPoint::rot_q, value_cost},
     {HookPoint::rot_q, "rotary, QK norm", "norm", HookPoint::rot_q,
-     [](const Shapes& s, int) { return each_number(s, 7, s.T * (s.D + s.KV)); }},
+     [](const Sizes& s, int) { return each_number(s, 7, s.T * (s.D + s.KV)); }},
     {HookPoint::z, "attention", "attention", HookPoint::z, attention_cost},
     {HookPoint::attn_out, "attn c_proj", "product", HookPoint::resid_mid,
-     [](const Shapes& s, int) { return product(s, s.T, s.D, s.D); }},
+     [](const Sizes& s, int) { return product(s, s.T, s.D, s.D); }},
     {HookPoint::resid_mid, "add", "mix", HookPoint::resid_mid, add_cost},
     {HookPoint::mlp_in, "norm (MLP)", "norm", HookPoint::mlp_in, norm_cost},
     {HookPoint::mlp_pre, "mlp c_fc", "product", HookPoint::mlp_post,
-     [](const Shapes& s, int) { return product(s, s.T, s.D, 4 * s.D); }},
+     [](const Sizes& s, int) { return product(s, s.T, s.D, 4 * s.D); }},
     {HookPoint::mlp_post, "relu²", "mix", HookPoint::mlp_post,
-     [](const Shapes& s, int) { return each_number(s, 2, s.T * 4 * s.D); }},
+     [](const Sizes& s, int) { return each_number(s, 2, s.T * 4 * s.D); }},
     {HookPoint::mlp_out, "mlp c_proj", "product", HookPoint::resid_post,
-     [](const Shapes& s, int) { return product(s, s.T, 4 * s.D, s.D); }},
+     [](const Sizes& s, int) { return product(s, s.T, 4 * s.D, s.D); }},
     {HookPoint::resid_post, "add (MLP)", "mix", HookPoint::resid_post, add_cost},
     {HookPoint::backout, "backout", "mix", HookPoint::final_norm,
-     [](const Shapes& s, int) {
+     [](const Sizes& s, int) {
          return Cost{2 * s.T * s.D, 3 * s.T * s.D * s.value};
      }},
     {HookPoint::final_norm, "final norm", "norm", HookPoint::final_norm, norm_cost},
     {HookPoint::logits, "lm_head", "product", HookPoint::logits,  // of the last token alone
-     [](const Shapes& s, int) { return product(s, 1, s.D, s.c.vocab_size); }},
+     [](const Sizes& s, int) { return product(s, 1, s.D, s.c.vocab_size); }},
 };
 const Operation* operation_at(HookPoint point) {
     const auto at = std::ranges::find(kOperations, point, &Operation::point);
@@ -3414,6 +3447,7 @@ public:
     void on(const Activation&) override {}
     void lap(HookPoint point, int layer) {
         if (point == HookPoint::v) point = HookPoint::ve_gate;  // whose work is done only here
+        if (cuda_ && point == HookPoint::smear) point = HookPoint::embed_norm;  // one kernel's
         const Operation* const op = operation_at(point);
         if (op == nullptr || op->timed_at(cuda_) != point) return;  // it is the next one's time
         if (cuda_) cuda_wait();  // a launched kernel is not a finished one
@@ -3581,13 +3615,15 @@ std::vector<double> probabilities(std::span<const float> logits) {
 }
 // The likeliest tokens, and how sure the model is.
 std::vector<Candidate> likeliest(std::span<const double> p, std::size_t n) {
-    std::vector<Candidate> all;
-    for (const double probability : p) all.push_back({static_cast<Token>(all.size()), probability});
-    const auto end = all.begin() + static_cast<std::ptrdiff_t>(std::min(n, all.size()));
-    std::partial_sort(all.begin(), end, all.end(), [](const Candidate& a, const Candidate& b) {
-        return a.probability != b.probability ? a.probability > b.probability : a.token < b.token;
-    });
-    return {all.begin(), end};
+    std::vector<Token> ids(p.size());
+    std::iota(ids.begin(), ids.end(), 0);
+    const auto at = [&](Token id) { return p[static_cast<std::size_t>(id)]; };
+    const auto end = ids.begin() + static_cast<std::ptrdiff_t>(std::min(n, ids.size()));
+    std::partial_sort(ids.begin(), end, ids.end(),
+                      [&](Token a, Token b) { return at(a) != at(b) ? at(a) > at(b) : a < b; });
+    std::vector<Candidate> best;
+    for (auto id = ids.begin(); id != end; ++id) best.push_back({*id, at(*id)});
+    return best;
 }
 
 // ---- walking
@@ -3642,7 +3678,7 @@ private:
         const std::span<const float> logits = device_.backend->step({&chunk, 1}, observer);
         return {logits.begin(), logits.end()};
     }
-    std::vector<Candidate> best_of(std::span<const double> p, std::size_t n) const {
+    std::vector<Candidate> named_likeliest(std::span<const double> p, std::size_t n) const {
         std::vector<Candidate> best = likeliest(p, n);
         for (Candidate& c : best) c.piece = tokenizer_.piece(c.token);
         return best;
@@ -3657,7 +3693,7 @@ private:
         const std::vector<double> p = probabilities(logits);
         w_.choice = {choice, p[static_cast<std::size_t>(choice)],
                      std::string(tokenizer_.piece(choice))};
-        w_.next = best_of(p, static_cast<std::size_t>(w_.plan.top));
+        w_.next = named_likeliest(p, static_cast<std::size_t>(w_.plan.top));
         w_.lens.resize(streams_.size());
         count_costs();
     }
@@ -3674,7 +3710,7 @@ private:
             const auto columns = a.values.subspan(w_.lens_first() * width);
             streams_.emplace_back(columns.begin(), columns.end());
         }
-        for (std::size_t t = 0; t < w_.T(); t++) {
+        for (std::size_t t = 0; (stream || a.point == HookPoint::mlp_post) && t < w_.T(); t++) {
             double zeros = 0, squares = 0;
             for (const float v : a.values.subspan(t * width, width))
                 zeros += v == 0, squares += double{v} * double{v};
@@ -3704,7 +3740,7 @@ private:
         const double weight = held("lm_head.weight"), table = held("transformer.wte.weight"),
                      value = w_.cuda ? 2 : 4;
         const auto T = static_cast<double>(w_.T());
-        const Shapes prompt{w_.info.config, T, 0, weight, table, value, value},
+        const Sizes prompt{w_.info.config, T, 0, weight, table, value, value},
             one{w_.info.config, 1, T, weight, table, value, value};
         for (Stage& s : w_.stages) {
             const Operation* const op = operation_at(s.point);
@@ -3734,7 +3770,7 @@ private:
             float* const at = &logits[t * V];
             ops::softcap(at, V, c.softcap);
             const std::vector<double> p = probabilities({at, V});
-            LensCell cell{best_of(p, 1)[0]};
+            LensCell cell{named_likeliest(p, 1)[0]};
             const Token final_token = output ? cell.best.token : w_.lens.back().cells[t].best.token;
             cell.chosen = p[static_cast<std::size_t>(final_token)];
             for (std::size_t id = 0; id < V; id++) {
@@ -3874,7 +3910,7 @@ Chart attention_overview(const Walk& w) {
 
 // What the model would say after each layer, and how sure it would be.
 Chart lens_chart(const Walk& w) {
-    Labels labels{{}, lens_labels(w), 104, 26};
+    Labels labels{{}, lens_labels(w), 104, 26, true};
     std::vector<float> values;
     for (const LensRow& row : w.lens) {
         labels.rows.push_back(row.after);
@@ -3929,8 +3965,9 @@ Chart neurons_chart(const Walk& w) {
 Chart next_chart(const Walk& w) {
     std::vector<Bar> bars;
     for (const Candidate& c : w.next) {
+        const bool chosen = c.token == w.choice.token;
         bars.push_back({label_of(c.piece), percent_of(c.probability, 1), c.probability,
-                        c.token == w.choice.token ? kBlue : shades()[110]});
+                        chosen ? kBlue : shades()[110], chosen});
     }
     return bars_chart(
         {"next_token", "The next token", "Bars of the likeliest next tokens"}, bars,
@@ -4309,16 +4346,39 @@ std::string walk_text(const Walk& w, const std::vector<int>& layers) {
 
 // ---- the command
 
-// Pictures, numbers and a page that shows them go into a directory of their own.
-fs::path new_directory(const Options& o) {
-    fs::path directory = o.out.empty() ? "walk" : o.out;
-    std::error_code error;
-    for (int n = 2; o.out.empty() && fs::exists(directory, error); n++) directory = cat("walk-", n);
-    if (!o.force && fs::exists(directory, error))
-        bad_usage(cat("--out: ", detail::quote(directory.string(), 300),
-                      " exists. Choose a new name, or --force to write into it"));
-    return directory;
-}
+// Pictures, numbers and a page that shows them go into a directory of their own. It is made before
+// the walk, so that two walks never share one; of a walk that failed no empty one stays.
+class NewDirectory {
+public:
+    explicit NewDirectory(const Options& o) : path_(o.out.empty() ? "walk" : o.out) {
+        std::error_code error, ignored;
+        if (!path_.has_filename()) path_ = path_.parent_path();  // dir/
+        if (path_.has_parent_path()) fs::create_directories(path_.parent_path(), ignored);
+        made_ = fs::create_directory(path_, error);
+        for (int n = 2; !made_ && o.out.empty() && fs::exists(path_, ignored); n++) {
+            path_ = cat("walk-", n);
+            made_ = fs::create_directory(path_, error);
+        }
+        const std::string name = detail::quote(path_.string(), 300);
+        if (!made_ && !o.force && fs::exists(path_, ignored))
+            bad_usage(
+                cat("--out: ", name, " exists. Choose a new name, or --force to write into it"));
+        if (!made_ && !fs::is_directory(path_, ignored))
+            throw std::runtime_error(
+                cat("cannot make the directory ", name, ": ", error.message()));
+    }
+    NewDirectory(const NewDirectory&) = delete;
+    NewDirectory& operator=(const NewDirectory&) = delete;
+    ~NewDirectory() {
+        std::error_code ignored;
+        if (made_) fs::remove(path_, ignored);  // which leaves one with files alone
+    }
+    const fs::path& path() const { return path_; }
+
+private:
+    fs::path path_;
+    bool made_ = false;
+};
 std::string html_text(std::string_view text) {
     std::string out;
     for (const char c : safe(text)) {
@@ -4344,14 +4404,6 @@ std::string walk_html(const Walk& w, const std::vector<Chart>& charts) {
                title, "</h1>\n<p>", html_text(w.plan.text),
                "</p>\n<p>All numbers: <a href=\"walk.json\">walk.json</a></p>\n",
                join(charts, "", figure), "</html>\n");
-}
-void make_directory(const fs::path& directory) {
-    std::error_code error;
-    fs::create_directories(directory, error);
-    if (error)
-        throw std::runtime_error(cat("cannot make the directory ",
-                                     detail::quote(directory.string(), 300), ": ",
-                                     error.message()));
 }
 void write_walk(const Walk& w, const fs::path& directory, bool pictures) {
     const auto write = [&](const std::string& name, std::string_view bytes) {
@@ -4415,8 +4467,8 @@ int run_walk(Options& o) {
         bad_usage(
             "walk: this nanogpt was built without stb_image_write.h (Debian: libstb-dev). --no-png "
             "leaves the pictures out");
-    std::optional<fs::path> directory;
-    if (pictures || !o.out.empty()) directory = new_directory(o);
+    std::optional<NewDirectory> directory;
+    if (pictures || !o.out.empty()) directory.emplace(o);
     const Device device = open_device(s.info, o, {}, {}, true);
     const int room = static_cast<int>(plan.prompt.size()) + 1;
     const std::unique_ptr<Sequence> sequence = device.backend->new_sequence(room);
@@ -4430,7 +4482,6 @@ int run_walk(Options& o) {
     }
     Walk w = walker.take();
     w.peak = measure_peak(device.cuda, o.threads);
-    if (directory) make_directory(*directory);
     if (o.json) {
         write_json(object(walk_members(w)));
     } else {
@@ -4438,8 +4489,9 @@ int run_walk(Options& o) {
             walk_text(w, o.layers.empty() ? std::vector{s.info.config.n_layer / 2} : plan.layers));
     }
     if (directory) {
-        write_walk(w, *directory, pictures);
-        note(cat("pictures and numbers are in ", directory->string(), "; begin with index.html"));
+        write_walk(w, directory->path(), pictures);
+        note(cat(pictures ? "pictures and numbers are in " : "numbers are in ",
+                 directory->path().string(), "; begin with index.html"));
     }
     return 0;
 }

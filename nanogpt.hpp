@@ -687,9 +687,10 @@ public:
     }
 
 private:
-    [[noreturn, gnu::cold]] static void fail(const ZipEntry& e, std::string_view what) {
+    [[noreturn, gnu::cold]] static void fail(const ZipEntry& e, const char* what,
+                                             std::uint64_t at) {
         refuse({"zip: entry ", quote(e.name), " ", what},
-               static_cast<std::int64_t>(std::min<std::uint64_t>(e.header, INT64_MAX)));
+               static_cast<std::int64_t>(at & INT64_MAX));
     }
 
     // The end record is the last 22 bytes (torch writes no archive comment); a zip64 end record and
@@ -757,60 +758,61 @@ private:
                    .size = d.u32(at + 24),
                    .crc = static_cast<std::uint32_t>(d.u32(at + 16)),
                    .header = d.u32(at + 42)};
+        const std::uint64_t begin = d.begin + at;
         std::uint64_t packed = d.u32(at + 20);
-        check_name(e);
-        if ((d.u16(at + 8) & 0x41) != 0) fail(e, "is encrypted");
-        if ((d.u16(at + 8) & ~kZipFlags) != 0) fail(e, "has unknown flags");
-        if (d.u16(at + 10) != 0) fail(e, "is compressed, torch.save stores");
-        if (d.u16(at + 34) != 0) fail(e, "is on another disk");
-        read_zip64_extra(e, packed, rest.subspan(name, extra));
-        if (packed != e.size) fail(e, "has two different sizes");
+        check_name(e, begin);
+        if ((d.u16(at + 8) & 0x41) != 0) fail(e, "is encrypted", begin);
+        if ((d.u16(at + 8) & ~kZipFlags) != 0) fail(e, "has unknown flags", begin);
+        if (d.u16(at + 10) != 0) fail(e, "is compressed, torch.save stores", begin);
+        if (d.u16(at + 34) != 0) fail(e, "is on another disk", begin);
+        read_zip64_extra(e, packed, rest.subspan(name, extra), begin);
+        if (packed != e.size) fail(e, "has two different sizes", begin);
         entries_.push_back(std::move(e));
         return at + 46 + name + extra + comment;
     }
-    static void check_name(const ZipEntry& e) {
+    static void check_name(const ZipEntry& e, std::uint64_t begin) {
         const std::string path = cat({"/", e.name, "/"});
         const bool safe = !e.name.empty() && e.name.size() <= kMaxZipName && is_utf8(e.name) &&
                           !path.starts_with("//") && path.find("/../") == path.npos &&
                           path.find('\0') == path.npos && path.find('\\') == path.npos;
-        if (!safe) fail(e, "has a name that is not accepted");
+        if (!safe) fail(e, "has a name that is not accepted", begin);
     }
     // Extra field 1 holds the 64-bit values of the 32-bit fields that are saturated, in this order.
     static void read_zip64_extra(ZipEntry& e, std::uint64_t& packed,
-                                 std::span<const std::byte> extra) {
+                                 std::span<const std::byte> extra, std::uint64_t begin) {
         while (extra.size() >= 4) {
             const std::size_t size = little_endian<2>(extra, 2);
             if (size > extra.size() - 4) break;
             auto field = extra.subspan(4, size);
             for (std::uint64_t* value : {&e.size, &packed, &e.header}) {
                 if (little_endian<2>(extra, 0) != 1 || *value != 0xffffffff) continue;
-                if (field.size() < 8) fail(e, "has a zip64 field that is cut off");
+                if (field.size() < 8) fail(e, "has a zip64 field that is cut off", begin);
                 *value = little_endian<8>(field, 0);
                 field = field.subspan(8);
             }
             extra = extra.subspan(4 + size);
         }
-        if (!extra.empty()) fail(e, "has a malformed extra field");
+        if (!extra.empty()) fail(e, "has a malformed extra field", begin);
     }
 
     void check_local_header(ZipEntry& e) const {
         if (e.header > directory_ || directory_ - e.header < 30 + e.name.size())
-            fail(e, "lies outside the file");
+            fail(e, "lies outside the file", e.header);
         const ZipRecord h(file_, e.header, 30 + e.name.size());
-        if (h.u32(0) != 0x04034b50) fail(e, "has no local header");
+        if (h.u32(0) != 0x04034b50) fail(e, "has no local header", e.header);
         if ((h.u16(6) & ~kZipFlags) != 0 || h.u16(8) != 0)
-            fail(e, "is compressed or encrypted in its local header");
+            fail(e, "is compressed or encrypted in its local header", e.header);
         if (as_text(h.bytes).substr(30) != e.name || h.u16(26) != e.name.size())
-            fail(e, "has another name in its local header");
+            fail(e, "has another name in its local header", e.header);
         const std::uint64_t packed = h.u32(18), size = h.u32(22);
         // sizes follow the data
         const bool deferred = (h.u16(6) & 8) != 0 && packed == 0 && size == 0;
         const bool zip64 = packed == 0xffffffff && size == 0xffffffff;
         if (!deferred && !zip64 && (packed != e.size || size != e.size))
-            fail(e, "has other sizes in its local header");
+            fail(e, "has other sizes in its local header", e.header);
         e.offset = e.header + 30 + e.name.size() + h.u16(28);
         if (e.offset > directory_ || e.size > directory_ - e.offset)
-            fail(e, "lies outside the file");
+            fail(e, "lies outside the file", e.header);
     }
     // The entries must fill the file up to the directory: no overlaps, nothing in between but the
     // descriptors (12 to 24 bytes) torch writes behind the data. No file is two things at once.
@@ -819,7 +821,7 @@ private:
         std::uint64_t end = 0;
         for (std::size_t i = 0; i <= entries_.size(); ++i) {
             const std::uint64_t next = i < entries_.size() ? entries_[i].header : directory_;
-            if (next < end) fail(entries_[i - 1], "overlaps with what follows it");
+            if (next < end) fail(entries_[i - 1], "overlaps with what follows it", next);
             if (next - end > (i == 0 ? 0 : 24)) {
                 refuse("zip: there are bytes that belong to no entry",
                        static_cast<std::int64_t>(next));

@@ -612,6 +612,30 @@ TEST_CASE("zip: A1, every malformed archive is refused for its own reason") {
     report("A1", passed, total);
 }
 
+TEST_CASE("zip: a fault of an entry is where it stands: in the directory, or in the local header") {
+    for (const bool local : {false, true}) {
+        ZipWriter zip;
+        zip.add("m/a", "12345678");
+        ZipEntry& second = zip.add("m/b", "12345678");
+        if (local)
+            second.local_flags = 0x0809;  // encrypted
+        else
+            second.flags = 0x0809, second.local_flags = 0x0808;
+        const std::string bytes = zip.bytes();
+        const std::string_view mark = local ? "PK\x03\x04" : "PK\x01\x02";
+        const std::size_t place = bytes.find(mark, bytes.find(mark) + 4);
+        CAPTURE(local);
+        try {
+            const TempDir dir;
+            write_file(dir / "x.pt", bytes);
+            const ZipFile read{nanogpt::File(dir / "x.pt")};
+            FAIL_CHECK("it was accepted");
+        } catch (const nanogpt::Error& e) {
+            CHECK(e.offset == static_cast<std::int64_t>(place));
+        }
+    }
+}
+
 TEST_CASE("zip: an entry larger than what the reader allows is refused before it is read") {
     TempDir dir;
     write_file(dir / "a.pt", good_zip().bytes());
