@@ -987,6 +987,12 @@ TEST_CASE("cli: logits are (T, V) float32 and agree with their argmax") {
     const test::TempDir dir;
     const std::string file = (dir / "logits.f32").string(), list = (dir / "ids.json").string();
     test::write_file(list, "[4087, 4088, 72, 501, 111, 4089, 4090]\n");
+    for (const auto& [bad, code] :
+         {std::pair("[1, 23", 4), {"5", 2}, {"[1, \"2\"]", 2}, {"1,2", 4}}) {
+        CAPTURE(std::string(bad));
+        test::write_file(dir / "bad.json", bad);
+        CHECK(run(Words{"logits", "--ids-file", dir / "bad.json"} + sample()).code == code);
+    }
     const Result r = run(Words{"logits", "--json", "--ids-file", list, "--out", file} + sample());
     CHECK(r.code == 0);
     const Json json = parse_json(r.out);

@@ -449,14 +449,23 @@ def keeping(page, folder):
     with open(odd, "w", encoding="utf-8") as file:
         json.dump({"chats": [{"turns": [{"question": "odd", "answer": "well", "text": [], "about": {
             "model": "sft/d4", "speed": "fast", "tokens": [7], "first": {}, "error": [1],
-            "dropped": "2", "usage": {"total_tokens": "x", "prompt_tokens": {}}}}]}]}, file)
+            "dropped": "2", "usage": {"total_tokens": "x", "prompt_tokens": {}}}}]},
+            {"messages": [{"role": "user", "content": "old"}, {
+                "role": "assistant", "content": "form", "about": {"model": "sft/d4"}}]},
+            {"turns": [{"question": "cut", "answer": "x", "text": True, "about": {
+                "model": "sft/d4", "finish": "length", "dropped": -1}}]}]}, file)
     page.call("DOM.setFileInputFiles", {"nodeId": field, "files": [odd]})
-    page.wait(f"storedChats().length === {2 * count + 1}")
-    page.js("openChat(storedChats()[0])")
+    page.wait(f"storedChats().length === {2 * count + 3}")
+    page.js("openChat(storedChats().find((one) => one.turns[0].question === 'odd'))")
     check("keep: what a file says in a wrong kind counts as not said", page.js(
-        "chat.turns[0].answer === 'well' && Object.keys(chat.turns[0].about).sort().join() === "
-        "'model,usage'") and page.js(TEXT) == "well", page.js("JSON.stringify(chat)"))
+        "Object.keys(chat.turns[0].about).sort().join()") == "model,usage"
+        and page.js(TEXT) == "well", page.js("JSON.stringify(chat)"))
     page.js("discard([chat])")
+    for question, answer in (("old", "form"), ("cut", "x")):
+        page.js(f"openChat(storedChats().find((one) => one.turns[0].question === '{question}'))")
+        check(f"keep: a chat of a file is shown: {question}",
+              answer in page.js(TEXT) and question in page.js("$('log').textContent"))
+        page.js("discard([chat])")
     page.js("document.querySelector('#list [aria-label^=Delete]').click()")
     gone = page.js("storedChats().length")
     page.click("#toast-undo")
@@ -610,6 +619,25 @@ def stopping(page, stub):
           and page.js("chat.turns.length === 0 && !run"))
 
 
+def races(page, stub):
+    page.js("newChat()")
+    say(page, "endless", wait=False)
+    page.wait(f"{TEXT}?.includes('word5 ')")
+    page.js("document.querySelector('#list .current .open').click()")
+    check("races: choosing the chat that is written changes nothing", page.js("!!run") and
+          page.wait(f"{TEXT}?.includes('word5 ') && {TEXT}.includes('word30 ')"), page.js(TEXT))
+    count = page.js("storedChats().length")
+    page.js("document.querySelector('#list .current [aria-label^=Delete]').click()")
+    check("races: a chat that is deleted while it is written is gone",
+          page.js("!run") and page.js("storedChats().length") == count - 1)
+    page.js("newChat()")
+    page.click("#toast-undo")
+    check("races: and comes back with what was written, from another chat too", page.js(
+        "storedChats()[0].turns.at(-1).answer.includes('word30 ')"))
+    tabs = {tab for tab in stub.tabs[-3:]}
+    check("turns: every question names its tab", len(tabs) == 1 and all(tabs), stub.tabs)
+
+
 def trouble(page, stub):
     say(page, "break")
     check("error: a lost connection is told, the text stays", page.wait(
@@ -714,6 +742,11 @@ def hostile(page):
         ) == json.dumps([["Head"], ["italic"], ["bold"], ["code"], ["one", "twoinner"], ["inner"],
                          ["print('<b>')"], 0, True], separators=(",", ":")),
         page.js(LAST + ".querySelector('.body').textContent"))
+    say(page, "line ends")
+    check("markdown: lines may end in any way", page.wait("!run") and page.js(f"""
+        {LAST}.querySelectorAll('pre').length === 1 &&
+        {LAST}.querySelector('pre').textContent === 'code' &&
+        {LAST}.querySelector('p').textContent === 'behind\\nit'"""), page.js(TEXT))
 
 
 def scrolling(page, stub):
@@ -757,9 +790,13 @@ def looks(browser, stub, shots):
     page.click("#theme")
     check("theme: dark by hand", page.js(
         "getComputedStyle(document.documentElement).colorScheme") == "dark")
-    say(page, "endless", wait=False)
-    page.wait(f"{TEXT}?.includes('word5 ')")
-    check("reduced motion: nothing moves", page.js("document.getAnimations().length") == 0)
+    say(page, "wait", wait=False)
+    page.wait(f"{LAST}?.querySelector('.waiting').checkVisibility()")
+    moving = ("[...document.querySelectorAll('progress:not([value])')]"
+              ".filter((bar) => bar.checkVisibility()).length + document.getAnimations().length")
+    check("reduced motion: nothing moves", page.js(moving) == 0)
+    page.call("Emulation.setEmulatedMedia", {"features": []})
+    check("motion: a bar while one waits", page.js(moving) == 1)
     page.key("Escape")
     done(page)
 
@@ -829,6 +866,11 @@ def odd_places(browser, program, base, stub):
     page = Page(browser, server.url + "#key=sesame%2F1%2B")
     check("key: given in the address, and gone from there", page.wait(
         "!!model && location.hash === ''"))
+    page.js("document.querySelector('.skip').click()")
+    page.call("Page.reload")
+    time.sleep(0.5)
+    check("key: kept when the page is loaded again",
+          page.wait("!!model && !$('key').checkVisibility()"))
     done(page)
     server.close()
 
@@ -841,6 +883,11 @@ def odd_places(browser, program, base, stub):
     page.wait("!!model")
     check("hostile: names of models are only text", page.js(
         "document.querySelectorAll('main img, #about img, main b b, #model script').length === 0"))
+    page.click("#all-open")
+    check("hostile: and in the table of all of them", page.js(
+        "$('dialog').open && !document.querySelector('#dialog img, #dialog script') && "
+        "$('dialog').textContent.includes('<img src=x')"))
+    page.key("Escape")
     page.click("#device")
     check("device: says why the GPU is not used", page.js(
         "$('dialog').open && $('device').textContent.includes('why?') && "
@@ -902,7 +949,7 @@ def run(program, sample, shots):
         stub = again()
         page = Page(browser, stub.url)
         page.wait("!!model")
-        for call in (typing, waiting, stopping, trouble):
+        for call in (typing, waiting, stopping, races, trouble):
             section(call, page, stub)
         stub = section(away, page, stub, again) or again()
         for call, *more in ((hostile,), (scrolling, stub)):

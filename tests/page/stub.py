@@ -19,6 +19,7 @@ class Stub:
     def __init__(self, page, headers, models, port=0):
         self.page, self.headers, self.models = page, headers, models
         self.asked, self.gone, self.busy = [], 0, 0
+        self.tabs = []  # what each question named as its tab
         self.gate = threading.Semaphore(0)
         stub = self
 
@@ -72,6 +73,7 @@ class Stub:
 
     def post(self, handler, body):
         self.asked.append(body)
+        self.tabs.append(handler.headers["X-Client-Id"])
         question = body["messages"][-1]["content"] if "messages" in body else body.get("prompt", "")
         if question == "refuse":
             return self.send(handler, 400, {"error": {"message": "temperature must be <b>warm</b>",
@@ -158,6 +160,8 @@ class Stub:
         elif question == "long ago":
             token("Too long.")
             return done(dropped_messages=2)
+        elif question == "line ends":
+            token("```py\r\ncode\r\n```\r\nbehind\u2028it")
         elif question == "markdown":
             token("# Head\n\nSome *italic* and **bold** and `code` and 2*3*4 and snake_case_name.\n\n"
                   "1. one\n2. two\n   - inner\n\n```python\nprint('<b>')\n```\n[text](http://x.org)")
