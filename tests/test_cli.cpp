@@ -990,8 +990,9 @@ TEST_CASE("cli: logits are (T, V) float32 and agree with their argmax") {
     for (const auto& [bad, code] :
          {std::pair("[1, 23", 4), {"5", 2}, {"[1, \"2\"]", 2}, {"1,2", 4}}) {
         CAPTURE(std::string(bad));
-        test::write_file(dir / "bad.json", bad);
-        CHECK(run(Words{"logits", "--ids-file", dir / "bad.json"} + sample()).code == code);
+        const test::TempDir other;
+        test::write_file(other / "bad.json", bad);
+        CHECK(run(Words{"logits", "--ids-file", other / "bad.json"} + sample()).code == code);
     }
     const Result r = run(Words{"logits", "--json", "--ids-file", list, "--out", file} + sample());
     CHECK(r.code == 0);
