@@ -9437,7 +9437,10 @@ function show(id, open) {
   $(id).hidden = !open;
   $(id + '-open').hidden = open && docked;
   $(id + '-open').setAttribute('aria-expanded', String(open));
-  $('main').inert = !!sideOver();  // while one is over the page, nothing else can be reached
+  const over = sideOver();  // while one is over the page, nothing else can be reached
+  for (const node of document.querySelectorAll('.skip, main, aside')) {
+    node.inert = !!over && node !== over;
+  }
 }
 
 function closeOver() {
