@@ -8,6 +8,7 @@
 #include <functional>
 #include <memory>
 #include <set>
+#include <sstream>  // istringstream
 
 #include "helpers.hpp"
 #include "http.hpp"
@@ -2150,44 +2151,42 @@ TEST_CASE(
         std::size_t place;
     } const line[] = {
         {20, "one", 0}, {20, "one", 4}, {20, "two", 2}, {21, "one", 1}, {21, "one", 3}};
-    for (const bool streams : {false, true}) {
-        CAPTURE(streams);
-        Connection first(s->port(), 22);
-        first.send(endless(4'000, R"(,"stream":true)", kSlow));
-        CHECK(busy(s->port()));
-        std::vector<Connection> waiting;
-        for (const auto& one : line) {
-            waiting.emplace_back(s->port(), one.address);
-            waiting.back().send(with_line(endless(60, streams ? R"(,"stream":true)" : "", kSlow),
-                                          std::string("X-Client-Id: ") + one.client));
-            const auto come = static_cast<double>(waiting.size());
-            for (int i = 0; i < 1'000; i++, http::sleep_ms(2))
-                if (number_at(json_of(ask(s->port(), get("/health")).body), "queued") == come)
-                    break;
-        }
-        if (streams) http::sleep_ms(2'100);  // they are told once a second
-        first.close();
-        std::vector<bool> answered(waiting.size());
-        std::size_t place = 0;
-        for (int tries = 0; !streams && place < waiting.size() && tries < 20'000; tries++) {
-            for (std::size_t i = 0; i < waiting.size(); i++) {
-                if (answered[i] || !waiting[i].begins(1)) continue;
-                answered[i] = true;
-                CHECK(line[i].place == place++);
-            }
-        }
-        for (std::size_t i = 0; i < waiting.size(); i++) {
-            const Response r = waiting[i].receive();
-            CHECK(r.status == 200);
-            std::size_t most = 0;
-            for (const std::string& comment : read_stream(r.body).comments) {
-                if (comment.starts_with("queued "))
-                    most = std::max<std::size_t>(most, std::stoul(comment.substr(7)));
-            }
-            CHECK(most == (streams ? line[i].place : 0));
-        }
-        CHECK(idle(s->port()));
+    constexpr int kTokens =
+        40;  // of the first: each writes another number, by which the log names it
+    Connection first(s->port(), 22);
+    first.send(endless(4'000, R"(,"stream":true)", kSlow));
+    CHECK(busy(s->port()));
+    std::vector<Connection> waiting;
+    for (const auto& one : line) {
+        const int come = static_cast<int>(waiting.size());
+        waiting.emplace_back(s->port(), one.address);
+        waiting.back().send(with_line(endless(kTokens + come, R"(,"stream":true)", kSlow),
+                                      std::string("X-Client-Id: ") + one.client));
+        for (int i = 0; i < 1'000; i++, http::sleep_ms(2))
+            if (number_at(json_of(ask(s->port(), get("/health")).body), "queued") > come) break;
     }
+    http::sleep_ms(1'500);  // they are told once a second
+    first.close();
+    Words want(waiting.size()), served;
+    for (std::size_t i = 0; i < waiting.size(); i++) {
+        const Response r = waiting[i].receive();
+        CHECK(r.status == 200);
+        std::size_t most = 0;
+        for (const std::string& comment : read_stream(r.body).comments) {
+            if (comment.starts_with("queued "))
+                most = std::max<std::size_t>(most, std::stoul(comment.substr(7)));
+        }
+        CHECK(most == line[i].place);
+        want[line[i].place] = std::to_string(kTokens + static_cast<int>(i));
+    }
+    http::sleep_ms(100);
+    std::istringstream log(s->output());
+    for (std::string text; std::getline(log, text);) {
+        if (!contains(text, " /v1/chat/completions 200 ")) continue;
+        const std::size_t end = text.rfind(' '), begin = text.rfind(' ', end - 1) + 1;
+        served.push_back(text.substr(begin, end - begin));
+    }
+    CHECK(served == want);
 }
 
 TEST_CASE("server: a client that makes up names for itself keeps to the limits of one client") {
