@@ -6094,12 +6094,12 @@ void Scheduler::trim_idle(Loaded& m) {
 // Tells who waits how many are before them, if all can start: every address has one job in the first
 // round, and there the clients that come first.
 void Scheduler::tell_waiting() {
-    struct Place {
+    struct Turn {
         std::size_t round, of, client;  // `of`: the first client of the address
         const std::shared_ptr<Job>* job;
-        auto operator<=>(const Place&) const = default;
+        auto operator<=>(const Turn&) const = default;
     };
-    std::vector<Place> line;
+    std::vector<Turn> line;
     std::unordered_map<std::string_view, std::size_t> first, jobs;
     for (std::size_t c = 0; c < clients_.size(); c++) {
         const std::size_t of = first.try_emplace(clients_[c].owner, c).first->second;
@@ -6107,16 +6107,16 @@ void Scheduler::tell_waiting() {
             line.push_back({i, of, c, &clients_[c].waiting[i]});
     }
     std::sort(line.begin(), line.end());
-    for (Place& place : line) place.round = jobs[clients_[place.of].owner]++;
+    for (Turn& turn : line) turn.round = jobs[clients_[turn.of].owner]++;
     std::sort(line.begin(), line.end());
     int before = 0;
-    for (const Place& place : line) {
+    for (const Turn& turn : line) {
         const bool loading =
-            loading_ != nullptr && (*place.job)->offer->info.id == loading_->info.id;
+            loading_ != nullptr && (*turn.job)->offer->info.id == loading_->info.id;
         if (loading)
-            event(Event::Kind::loading, *place.job, "", load_percent_);
+            event(Event::Kind::loading, *turn.job, "", load_percent_);
         else
-            event(Event::Kind::queued, *place.job, "", before);
+            event(Event::Kind::queued, *turn.job, "", before);
         before++;
     }
 }
