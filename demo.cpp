@@ -2158,13 +2158,12 @@ std::vector<Token> parse_ids(std::string_view what, const std::vector<std::strin
 std::vector<Token> typed_ids(std::string_view what, std::string_view list, int vocab_size) {
     return parse_ids(what, split(list, ", \t\r\n[]"), vocab_size);
 }
-std::vector<Token> ids_of_file(const std::string& file, int vocab_size) {
-    const Json json = parse_json(detail::as_text(detail::read_file(file, 16u << 20)));
-    if (json.kind != Json::Kind::array) bad_usage("--ids-file: an array of token ids is needed");
+std::vector<Token> parse_ids(std::string_view what, const Json& list, int vocab_size) {
+    if (list.kind != Json::Kind::array) bad_usage(cat(what, ": an array of token ids is needed"));
     std::vector<std::string> texts;
-    for (const Json& id : json.array)
+    for (const Json& id : list.array)
         texts.push_back(id.kind == Json::Kind::number ? id.string : "what stands there");
-    return parse_ids("--ids-file", texts, vocab_size);
+    return parse_ids(what, texts, vocab_size);
 }
 
 Value token_json(const Tokenizer& tokenizer, Token id) {
@@ -2235,13 +2234,16 @@ int run_logits(Options& o) {
         bad_usage("logits: one of --ids LIST and --ids-file FILE is needed");
     catch_interrupts();
     const ModelInfo info = pick_model(o, "sft", false);
-    const std::vector<Token> ids = o.ids.empty()
-                                       ? ids_of_file(o.ids_file, info.config.vocab_size)
-                                       : typed_ids("--ids", o.ids, info.config.vocab_size);
+    const int V = info.config.vocab_size;
+    const auto ids_of_file = [&] {
+        const std::vector<std::byte> bytes = detail::read_file(o.ids_file, 16u << 20);
+        return parse_ids("--ids-file", parse_json(detail::as_text(bytes)), V);
+    };
+    const std::vector<Token> ids = o.ids.empty() ? ids_of_file() : typed_ids("--ids", o.ids, V);
     if (ids.empty()) bad_usage("logits: at least one token id is needed");
     tell_warnings(info);
     const std::unique_ptr<Backend> backend = open_device(info, o).backend;
-    const int T = static_cast<int>(ids.size()), V = info.config.vocab_size;
+    const int T = static_cast<int>(ids.size());
     LogitRows rows;
     if (!o.out.empty()) rows.out.emplace(o.out);
     if (!o.hooks.empty()) rows.hooks.emplace(o.hooks);
@@ -6978,10 +6980,8 @@ std::vector<Token> read_ids(const Form& form, std::string_view name, int vocab_s
     if (list.kind != Json::Kind::array ||
         !std::all_of(list.array.begin(), list.array.end(), is_number))
         form.wrong(name, name == "prompt" ? "a string or an array of ids" : "an array of ids");
-    std::vector<std::string> texts;
-    for (const Json& id : list.array) texts.push_back(id.string);
     try {
-        return parse_ids(name, texts, vocab_size);
+        return parse_ids(name, list, vocab_size);
     } catch (const Error& e) {
         Form::out_of_range(name, e.what());
     }
