@@ -1238,6 +1238,17 @@ TEST_CASE("walk: files go to a new directory; its page needs no script") {
     CHECK(fs::exists(dir / "both" / "lens.png"));
 }
 
+TEST_CASE("walk: two at the same time have a directory each") {
+    if (no_binary() || !draws_pictures()) return;
+    const test::TempDir dir;
+    const auto one = [&] { CHECK(run(dir.path(), walk(test::sample_dir(), "The sky")).code == 0); };
+    {
+        const std::jthread other(one);
+        one();
+    }
+    for (const char* name : {"walk", "walk-2"}) CHECK(fs::exists(dir / name / "walk.json"));
+}
+
 TEST_CASE("walk: errors are one line with the reason, and write nothing") {
     if (no_binary()) return;
     const test::TempDir dir, models;
