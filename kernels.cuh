@@ -2629,6 +2629,7 @@ private:
     void prompt_layer(int i, std::span<const Piece> pieces, int T, Observer* observer);
     void prompt_attention(int i, std::span<const Piece> pieces, int T, Observer* observer);
     void prompt_mlp(int i, std::span<const Piece> pieces, int T, Observer* observer);
+    void final_norm(int T, const int* gather, float* x_out);
     void prompt_head(std::span<const Piece> pieces, Observer* observer);
     void observe_head(std::span<const Piece> pieces, Observer* observer);
     void observe_attention(int i, std::span<const Piece> pieces, Observer* observer);
@@ -2971,10 +2972,26 @@ inline void CudaBackend::prompt_mlp(int i, std::span<const Piece> pieces, int T,
     gemm<Epilogue::add>(d_, a.x.get(), a.mlp.get(), w.mlp_c_proj, down);
 }
 
+// Norms the last layer's output, of T rows or of the rows that `gather` names, into n.
+inline void CudaBackend::final_norm(int T, const int* gather, float* x_out) {
+    Activations& a = prompt_;
+    const NormArgs norm{.y = a.n.get(),
+                        .x = a.x.get(),
+                        .x0 = a.middle.get(),
+                        .x_out = x_out,
+                        .rows = a.rows_info.get(),
+                        .gather = gather,
+                        .backout_lambda = backout_lambda_,
+                        .T = T,
+                        .D = s_.D,
+                        .ld = s_.ld};
+    config_.generation == Generation::g4 ? rms_norm<NormInput::backout>(d_, norm)
+                                         : rms_norm<NormInput::plain>(d_, norm);
+}
+
 // Logits after the last token of each chunk that ends in this pass.
 inline void CudaBackend::prompt_head(std::span<const Piece> pieces, Observer* o) {
     Activations& a = prompt_;
-    const bool backs_out = config_.generation == Generation::g4;
     int last = 0;
     for (const Piece& p : pieces)
         if (p.output >= 0)
@@ -2986,16 +3003,7 @@ inline void CudaBackend::prompt_head(std::span<const Piece> pieces, Observer* o)
                                        static_cast<std::size_t>(last) * sizeof(int),
                                        cudaMemcpyHostToDevice, d_.stream));
     uploaded_->record(d_.stream);
-    const NormArgs norm{.y = a.n.get(),
-                        .x = a.x.get(),
-                        .x0 = a.middle.get(),
-                        .rows = a.rows_info.get(),
-                        .gather = a.gather.get(),
-                        .backout_lambda = backout_lambda_,
-                        .T = last,
-                        .D = s_.D,
-                        .ld = s_.ld};
-    backs_out ? rms_norm<NormInput::backout>(d_, norm) : rms_norm<NormInput::plain>(d_, norm);
+    final_norm(last, a.gather.get(), nullptr);
     int first = INT_MAX;  // a pass fills rows of the logits in order
     for (const Piece& p : pieces)
         if (p.output >= 0) first = std::min(first, p.output);
@@ -3299,6 +3307,7 @@ inline std::span<const Token> CudaBackend::sample(std::span<const Chunk> batch,
 
 inline void CudaBackend::launch_draw(std::span<const Draw> draws, RowInfo* rows, int ring) {
     const std::size_t at = static_cast<std::size_t>(ring) * BackendTraits::kSlots;
+    drawn_event_[ring]->wait();  // a step begun for nothing may still read its list
     std::copy(draws.begin(), draws.end(), draws_host_.get() + at);
     NANOGPT_CUDA_CHECK(cudaMemcpyAsync(draws_.get(), draws_host_.get() + at, draws.size_bytes(),
                                        cudaMemcpyHostToDevice, d_.stream));
@@ -3449,19 +3458,10 @@ inline void CudaBackend::observe_attention(int i, std::span<const Piece> pieces,
 
 inline void CudaBackend::observe_head(std::span<const Piece> pieces, Observer* o) {
     Activations& a = prompt_;
-    const bool backs_out = config_.generation == Generation::g4;
     const int T = pieces.back().begin + static_cast<int>(pieces.back().tokens.size());
-    const NormArgs norm{.y = a.n.get(),
-                        .x = a.x.get(),
-                        .x0 = a.middle.get(),
-                        .x_out = a.x0.get(),  // nobody reads x0 after the last layer
-                        .rows = a.rows_info.get(),
-                        .backout_lambda = backout_lambda_,
-                        .T = T,
-                        .D = s_.D,
-                        .ld = s_.ld};
-    backs_out ? rms_norm<NormInput::backout>(d_, norm) : rms_norm<NormInput::plain>(d_, norm);
-    if (backs_out) tap(o, HookPoint::backout, -1, pieces, a.x0.get(), s_.ld, {s_.D});
+    final_norm(T, nullptr, a.x0.get());  // nobody reads x0 after the last layer
+    if (config_.generation == Generation::g4)
+        tap(o, HookPoint::backout, -1, pieces, a.x0.get(), s_.ld, {s_.D});
     tap(o, HookPoint::final_norm, -1, pieces, a.n.get(), s_.ld, {s_.D});
     if (!wanted(o, HookPoint::logits_raw, -1) && !wanted(o, HookPoint::logits, -1)) return;
     const auto V = static_cast<std::size_t>(s_.V);
