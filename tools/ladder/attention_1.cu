@@ -4,7 +4,7 @@
 //   expected  4.3 GB of scores, half of them used, go out once and come back 128 lanes wide and twice:
 //             2.1 ms of traffic on an H200. But as in gemm_1 each lane walks along a row of its own:
 //             32 products in 33 clocks, 0.3 s for 69 G of them.
-//   measured  335.531 ms, 0.82 TFLOP/s, 0.001 of mma.sync (NVIDIA H100 80GB HBM3)
+//   measured  335.549 ms, 0.82 TFLOP/s, 0.001 of mma.sync (NVIDIA H200)
 //   taught    T x T scores are memory that grows with the square, for numbers used once.
 #include "harness.cuh"
 

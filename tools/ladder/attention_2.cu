@@ -3,7 +3,7 @@
 //             summed when a greater one comes (Milakov and Gimelshein 2018). No score leaves the chip.
 //   expected  A key costs a warp some 57 instructions, of which an SM starts four in a clock, for 512
 //             flops: 36 per clock and SM, 9 TFLOP/s on an H200.
-//   measured  35.597 ms, 7.72 TFLOP/s, 0.012 of mma.sync (NVIDIA H100 80GB HBM3)
+//   measured  35.736 ms, 7.69 TFLOP/s, 0.012 of mma.sync (NVIDIA H200)
 //   taught    Fusing removed the memory; what is left is instructions, 9 flops for each.
 #include "harness.cuh"
 

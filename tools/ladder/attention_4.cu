@@ -3,7 +3,7 @@
 //             their weights, which lie in the registers as the next mma wants them, the sums.
 //   expected  A page is 2.1 MFLOP for a block, 826 clocks of an H200's tensor cores, 2048 of a GB10's.
 //             It comes some 800 clocks after it was asked for, and till then the block waits: half the peak.
-//   measured  1.481 ms, 185.62 TFLOP/s, 0.284 of mma.sync (NVIDIA H100 80GB HBM3)
+//   measured  1.490 ms, 184.57 TFLOP/s, 0.288 of mma.sync (NVIDIA H200)
 //   taught    An instruction now does 4096 flops, not 32: attention is two matrix products again.
 #include "harness.cuh"
 

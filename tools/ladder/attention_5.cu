@@ -1,7 +1,7 @@
 // attention_5: the next page is on its way
 //   idea      cp.async fetches the next page while this one is used; one barrier a page is enough.
 //   expected  Fragments: 4 x 32 KB, 1024 clocks for an H200's 826 of products; 0.8 of the peak.
-//   measured  1.088 ms, 252.70 TFLOP/s, 0.387 of mma.sync (NVIDIA H100 80GB HBM3)
+//   measured  1.110 ms, 247.69 TFLOP/s, 0.386 of mma.sync (NVIDIA H200)
 //   taught    Two stages are enough; but on a GB10 their 64 KB leave room for one block an SM only.
 #include "harness.cuh"
 

@@ -3,7 +3,7 @@
 //             multiplies them from shared memory: each value is fetched once for 32 products.
 //   expected  A product reads two words of shared memory, which gives a warp one row of 32 words in
 //             a clock: 16 products per clock and SM, 8.4 TFLOP/s on an H200, 16 times gemm_1.
-//   measured  18.746 ms, 7.33 TFLOP/s, 0.011 of mma.sync (NVIDIA H100 80GB HBM3)
+//   measured  18.837 ms, 7.30 TFLOP/s, 0.011 of mma.sync (NVIDIA H200)
 //   taught    Without the column of padding, 32 lanes would read 32 rows from one bank, in 32 turns.
 #include "harness.cuh"
 

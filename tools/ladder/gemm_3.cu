@@ -3,7 +3,7 @@
 //   expected  A warp's 64 multiply-adds take 16 clocks, its four loads of 16 bytes 6 or 8: the limit
 //             is that of the FMA units, 128 per clock and SM: 67 TFLOP/s on an H200, 8 times gemm_2, a
 //             tenth of what its tensor cores do.
-//   measured  3.668 ms, 37.47 TFLOP/s, 0.057 of mma.sync (NVIDIA H100 80GB HBM3)
+//   measured  3.826 ms, 35.92 TFLOP/s, 0.056 of mma.sync (NVIDIA H200)
 //   taught    Registers are the fastest memory: the larger a thread's part of y, the less it loads.
 #include "harness.cuh"
 

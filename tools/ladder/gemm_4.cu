@@ -4,7 +4,7 @@
 //   expected  A step takes an H200's tensor cores 413 clocks, a GB10's 1024. Its 32 KB of ldmatrix
 //             come at 32 bytes a clock (8 rows of 64 bytes lie in 8 of 32 banks): 1024 clocks, so at
 //             most 0.4 of the peak on an H200; and nothing is fetched while a block multiplies.
-//   measured  0.955 ms, 143.90 TFLOP/s, 0.220 of mma.sync (NVIDIA H100 80GB HBM3)
+//   measured  0.976 ms, 140.85 TFLOP/s, 0.220 of mma.sync (NVIDIA H200)
 //   taught    The faster the multiplier, the more of the work is carrying things to it.
 #include "harness.cuh"
 

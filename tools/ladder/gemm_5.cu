@@ -3,7 +3,7 @@
 //             multiplied; chunk c of row r lies at c ^ (r / 2 % 4), so that 8 rows fill 32 banks.
 //   expected  ldmatrix takes 256 clocks of a step's 413 on an H200. Left is the way from the L2: 16 KB
 //             a step, 1 byte for 64 flops, 5.5 to 7 TB/s there: 350 to 450 TFLOP/s.
-//   measured  0.415 ms, 330.94 TFLOP/s, 0.510 of mma.sync (NVIDIA H100 80GB HBM3)
+//   measured  0.422 ms, 325.78 TFLOP/s, 0.509 of mma.sync (NVIDIA H200)
 //   taught    A latency that cannot be shortened can be filled with work that was asked for early.
 #include "harness.cuh"
 

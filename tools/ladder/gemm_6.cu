@@ -4,7 +4,7 @@
 //   expected  For 64 mma, 413 clocks of a scheduler's tensor cores on an H200, a warp of gemm_5 issues
 //             some 330 instructions, one a clock; 160 here. With two warps to a scheduler that was not
 //             the limit, but all that waits is issued sooner: a tenth.
-//   measured  0.378 ms, 363.75 TFLOP/s, 0.556 of mma.sync (NVIDIA H100 80GB HBM3)
+//   measured  0.381 ms, 360.33 TFLOP/s, 0.562 of mma.sync (NVIDIA H200)
 //   taught    Beside a fast unit, arithmetic on addresses is work too: look at the machine code.
 #include "harness.cuh"
 

@@ -1,7 +1,7 @@
 // gemm_7: fragments of the next mma are read during this one
 //   idea      Two sets: 16 of K are multiplied while ldmatrix brings the next, also across the barrier.
 //   expected  gemm_6 waits for it twice a step, 60 clocks of 413, half of it alone: 7 percent.
-//   measured  0.340 ms, 404.04 TFLOP/s, 0.623 of mma.sync (NVIDIA H100 80GB HBM3)
+//   measured  0.344 ms, 399.83 TFLOP/s, 0.625 of mma.sync (NVIDIA H200)
 //   taught    The same trick at every level: memory to shared memory, shared memory to registers.
 #include "harness.cuh"
 
