@@ -546,18 +546,19 @@ __device__ inline float value_gate(const HeadArgs& a, int head, const bf16* x, f
     return a.gate_scale / (1 + __expf(-group_sum<lanes>(dot)));
 }
 
-// `wide`: hd % 8 == 0, every half of a head begins at a multiple of 8 bytes.
-template <int head_size, bool wide>
+// `wide`: hd % 16 == 0, every half of a head begins at a multiple of 16 bytes.
+template <int head_size, bool wide, int threads>
 struct RotaryTraits {
     static constexpr int HD = head_size;
     static constexpr bool kWide = wide;
-    static constexpr int kThreads = 128;
-    static constexpr int kBlocks = 8;                 // per SM: much of a block's life is waiting
-    static constexpr int kPairs = 4;                  // of a lane: 8 bytes of either half
+    static constexpr int kThreads = threads;
+    // per SM: much of a block's life is waiting; registers for more would be spilled
+    static constexpr int kBlocks = (HD == 128 ? 768 : 640) / threads;
+    static constexpr int kPairs = wide ? 8 : 4;       // of a lane: 16 bytes of either half
     static constexpr int kLanes = HD / 2 / kPairs;    // of a head
     static constexpr int kHeads = kThreads / kLanes;  // at once
-    static constexpr int kAhead = wide ? 3 : 1;       // of a lane's heads, on their way together
-    static_assert(kLanes <= 32, "a head belongs to one warp");
+    static constexpr int kAhead = wide ? 2 : 1;       // of a lane's heads, on their way together
+    static_assert(kLanes <= 32 && 32 % kLanes == 0, "a head belongs to one warp");
 };
 struct RotaryArgs {
     HeadArgs head;
@@ -571,118 +572,114 @@ struct RotaryArgs {
     int T;
 };
 
-// Elements j ... j + 3 of either half of a head, hd/2 apart; zero beyond the half.
-struct Pairs {
-    uint2 lo = {}, hi = {};
-    __device__ static float of(const uint2& v, int i) {
-        return i % 2 == 0 ? low_half(i < 2 ? v.x : v.y) : high_half(i < 2 ? v.x : v.y);
-    }
-    __device__ static uint2 packed(const float (&x)[4]) {
-        return {pack(x[0], x[1]), pack(x[2], x[3])};
+// A lane's part of half a head: n elements as they lie in memory, `count` of them inside the half.
+template <int n>
+struct alignas(2 * n) Part {
+    std::uint32_t words[n / 2] = {};
+    __device__ float operator[](int i) const {
+        return i % 2 == 0 ? low_half(words[i / 2]) : high_half(words[i / 2]);
     }
 };
-template <bool wide>
-__device__ inline Pairs load_pairs(const bf16* in, int j, int half) {
-    if constexpr (wide) {
-        if (j >= half) return {};
-        return {*reinterpret_cast<const uint2*>(in + j),
-                *reinterpret_cast<const uint2*>(in + j + half)};
-    } else {
-        float lo[4] = {}, hi[4] = {};
-        for (int i = 0; i < 4 && j + i < half; ++i)
-            lo[i] = __bfloat162float(in[j + i]), hi[i] = __bfloat162float(in[j + i + half]);
-        return {Pairs::packed(lo), Pairs::packed(hi)};
-    }
+template <bool wide, int n>
+__device__ inline Part<n> load_part(const bf16* in, int count) {
+    Part<n> x;
+    for (int i = 0; i < (wide ? 0 : n); ++i)
+        if (i < count) x.words[i / 2] |= std::uint32_t{__bfloat16_as_ushort(in[i])} << i % 2 * 16;
+    return wide && count > 0 ? *reinterpret_cast<const Part<n>*>(in) : x;
 }
-template <bool wide>
-__device__ inline void store_pairs(bf16* out, const float (&lo)[4], const float (&hi)[4], int j,
-                                   int half) {
-    if constexpr (wide) {
-        if (j >= half) return;
-        *reinterpret_cast<uint2*>(out + j) = Pairs::packed(lo);
-        *reinterpret_cast<uint2*>(out + j + half) = Pairs::packed(hi);
-    } else {
-        for (int i = 0; i < 4 && j + i < half; ++i)
-            out[j + i] = __float2bfloat16_rn(lo[i]), out[j + i + half] = __float2bfloat16_rn(hi[i]);
-    }
+template <bool wide, int n>
+__device__ inline void store_part(bf16* out, const float (&x)[n], int count) {
+    Part<n> packed;
+    for (int i = 0; i < n; i += 2) packed.words[i / 2] = pack(x[i], x[i + 1]);
+    if (wide && count > 0) *reinterpret_cast<Part<n>*>(out) = packed;
+    for (int i = 0; i < (wide ? 0 : n) && i < count; ++i) out[i] = __float2bfloat16_rn(x[i]);
 }
+
+template <class R>
+struct Pairs {  // (j, j + hd/2) of a head, for a lane's j
+    Part<R::kPairs> lo, hi;
+    static __device__ Pairs load(const bf16* in, int j, int half) {
+        return {load_part<R::kWide, R::kPairs>(in + j, half - j),
+                load_part<R::kWide, R::kPairs>(in + j + half, half - j)};
+    }
+};
 
 // v += gate * value_embed[id], for a lane's part of value head `kv` of row t.
 template <class R>
 __device__ inline void add_value_embed(const RotaryArgs& a, const RowInfo& row, int t, int kv,
-                                       int j, float (&lo)[4], float (&hi)[4]) {
+                                       int j, float (&lo)[R::kPairs], float (&hi)[R::kPairs]) {
     const HeadArgs& p = a.head;
     if (p.value_embed == nullptr) return;
-    const Pairs extra = load_pairs<R::kWide>(
+    const auto extra = Pairs<R>::load(
         p.value_embed + (std::int64_t{row.id} * p.n_kv_head + kv) * p.hd, j, p.hd / 2);
     const float gate = value_gate<R::kLanes>(p, kv, a.h + std::int64_t{t} * a.ld_h, 1);
     if (a.gate != nullptr && j == 0) a.gate[std::int64_t{t} * p.n_kv_head + kv] = gate;
 #pragma unroll
-    for (int i = 0; i < 4; ++i)
-        lo[i] += gate * Pairs::of(extra.lo, i), hi[i] += gate * Pairs::of(extra.hi, i);
+    for (int i = 0; i < R::kPairs; ++i) lo[i] += gate * extra.lo[i], hi[i] += gate * extra.hi[i];
 }
 
 // rotary: q, k = scale * rms_norm(rotate(q, k)); v += gate * value_embed[id]; k, v into the cache
 //   qkv (T, (H + 2K) * hd) bf16 -> q (T, H, HD) bf16, cache pages; pairs (j, j + hd/2), angle -theta
-//   grid: one block per row; HD/8 lanes take a head at a time, four pairs each
+//   grid: one block per row; HD/16 lanes take a head at a time, eight pairs each
 //   cost: reads and writes 2*(H + 2K)*hd bytes a row; bandwidth-bound
 //   order: a lane's squares left to right, then xor-shuffle: the same for any T
 //   source: nanochat gpt.py apply_rotary_emb, CausalSelfAttention.forward; CPU rotate_and_norm
 template <class R>
 __global__ void __launch_bounds__(R::kThreads, R::kBlocks)
     rotary_kernel(const __grid_constant__ RotaryArgs a) {
-    constexpr int HD = R::HD;
-    static_assert(R::kPairs == 4, "as many as Pairs has");
+    constexpr int HD = R::HD, kPairs = R::kPairs;
     const HeadArgs& p = a.head;
     const int heads = p.n_head + 2 * p.n_kv_head, half = p.hd / 2;
     const auto t = static_cast<int>(blockIdx.x);
-    const int j = R::kPairs * (static_cast<int>(threadIdx.x) % R::kLanes);
+    const int j = kPairs * (static_cast<int>(threadIdx.x) % R::kLanes);
     const RowInfo row = p.rows[t];
     ptx::pdl_wait();
     ptx::pdl_launch();
     const auto load = [&](int head) {
-        if (head >= heads) return Pairs{};
-        return load_pairs<R::kWide>(a.qkv + std::int64_t{t} * a.ld + head * p.hd, j, half);
+        if (head >= heads) return Pairs<R>{};
+        return Pairs<R>::load(a.qkv + std::int64_t{t} * a.ld + head * p.hd, j, half);
     };
     int head = static_cast<int>(threadIdx.x) / R::kLanes;
-    Pairs next[R::kAhead];  // asked for before the angles, which wait for the row
+    Pairs<R> next[R::kAhead];  // asked for before the angles, which wait for the row
 #pragma unroll
     for (int i = 0; i < R::kAhead; ++i) next[i] = load(head + i * R::kHeads);
     bf16* const cached = a.cache.key<HD>(row.slot, 0, row.pos);  // kv head 0; the others follow
-    float cos[4] = {}, sin[4] = {};
+    float cos[kPairs] = {}, sin[kPairs] = {};
 #pragma unroll
-    for (int i = 0; i < 4; ++i) {
+    for (int i = 0; i < kPairs; ++i) {
         if (j + i >= half) continue;
         cos[i] = p.cos[std::int64_t{row.pos} * half + j + i];
         sin[i] = p.sin[std::int64_t{row.pos} * half + j + i];
     }
 #pragma unroll 1
     for (; head < heads; head += R::kHeads) {
-        const Pairs x = next[0];
+        const Pairs<R> x = next[0];
 #pragma unroll
         for (int i = 1; i < R::kAhead; ++i) next[i - 1] = next[i];
         next[R::kAhead - 1] = load(head + R::kAhead * R::kHeads);
         const int key = head - p.n_head, value = key - p.n_kv_head;  // which; below 0: it is none
-        float lo[4], hi[4], sum = 0;
+        float lo[kPairs], hi[kPairs], sum = 0;
 #pragma unroll
-        for (int i = 0; i < 4; ++i) {
-            const float x1 = Pairs::of(x.lo, i), x2 = Pairs::of(x.hi, i);
+        for (int i = 0; i < kPairs; ++i) {
+            const float x1 = x.lo[i], x2 = x.hi[i];
             lo[i] = value < 0 ? x1 * cos[i] + x2 * sin[i] : x1;
             hi[i] = value < 0 ? x2 * cos[i] - x1 * sin[i] : x2;
             sum += lo[i] * lo[i] + hi[i] * hi[i];
         }
+        const auto store = [&](bf16* out) {
+            store_part<R::kWide>(out + j, lo, half - j);
+            store_part<R::kWide>(out + j + half, hi, half - j);
+        };
         if (value >= 0) {
             add_value_embed<R>(a, row, t, value, j, lo, hi);
-            store_pairs<R::kWide>(cached + (value * 2 + 1) * kPage * HD, lo, hi, j, half);
+            store(cached + (value * 2 + 1) * kPage * HD);
             continue;
         }
         const float mean = group_sum<R::kLanes>(sum) / static_cast<float>(p.hd);
         const float scale = rsqrtf(mean + kEpsilon) * p.qk_scale;
-#pragma unroll
-        for (int i = 0; i < 4; ++i) lo[i] *= scale, hi[i] *= scale;
-        store_pairs<R::kWide>(key < 0 ? a.q + (std::int64_t{t} * p.n_head + head) * HD
-                                      : cached + key * 2 * kPage * HD,
-                              lo, hi, j, half);
+        for (int i = 0; i < kPairs; ++i) lo[i] *= scale, hi[i] *= scale;
+        store(key < 0 ? a.q + (std::int64_t{t} * p.n_head + head) * HD
+                      : cached + key * 2 * kPage * HD);
     }
 }
 
@@ -696,7 +693,9 @@ void rotary(const Device& d, const RotaryArgs& a) {
                 .overlap = d.overlap},
                rotary_kernel<R>, a);
     };
-    a.head.hd % 8 == 0 ? run(RotaryTraits<HD, true>{}) : run(RotaryTraits<HD, false>{});
+    if (a.head.hd % 16 != 0) return run(RotaryTraits<HD, false, 96>{});
+    // the same bits; 96 lanes to a row are better for few rows (d12's 1024 on an H200: 4.1, not 4.8 us)
+    a.T < 4096 ? run(RotaryTraits<HD, true, 96>{}) : run(RotaryTraits<HD, true, 64>{});
 }
 
 }  // namespace cuda
@@ -3559,8 +3558,9 @@ inline std::vector<KernelInfo> kernel_table() {
     for (const int HD : {64, 128, 256}) {
         with_head_size(HD, [&](auto size) {
             constexpr int kHD = decltype(size)::value;
-            add("rotary_kernel", rotary_kernel<RotaryTraits<kHD, true>>, 128, 0, 0);
-            add("rotary_kernel, any size", rotary_kernel<RotaryTraits<kHD, false>>, 128, 0, 0);
+            add("rotary_kernel", rotary_kernel<RotaryTraits<kHD, true, 96>>, 96, 0, 0);
+            add("rotary_kernel, long", rotary_kernel<RotaryTraits<kHD, true, 64>>, 64, 0, 0);
+            add("rotary_kernel, any size", rotary_kernel<RotaryTraits<kHD, false, 96>>, 96, 0, 0);
             add("decode_attention_kernel", decode_attention_kernel<kHD>,
                 DecodeAttentionTraits::kThreads, 0, 8);
             add("scores_kernel", scores_kernel<kHD>, 256, 0, 0);
