@@ -3558,8 +3558,8 @@ inline std::vector<KernelInfo> kernel_table() {
     for (const int HD : {64, 128, 256}) {
         with_head_size(HD, [&](auto size) {
             constexpr int kHD = decltype(size)::value;
-            add("rotary_kernel", rotary_kernel<RotaryTraits<kHD, true, 96>>, 96, 0, 0);
-            add("rotary_kernel, long", rotary_kernel<RotaryTraits<kHD, true, 64>>, 64, 0, 0);
+            add("rotary_kernel", rotary_kernel<RotaryTraits<kHD, true, 96>>, 96, 0, 8);
+            add("rotary_kernel, long", rotary_kernel<RotaryTraits<kHD, true, 64>>, 64, 0, 8);
             add("rotary_kernel, any size", rotary_kernel<RotaryTraits<kHD, false, 96>>, 96, 0, 0);
             add("decode_attention_kernel", decode_attention_kernel<kHD>,
                 DecodeAttentionTraits::kThreads, 0, 8);
