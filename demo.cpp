@@ -135,6 +135,7 @@ inline std::unique_ptr<Backend> open_cuda(const std::shared_ptr<const Model>&, c
 #include <cwchar>              // wcwidth
 #include <deque>               // deque
 #include <filesystem>          // path, directory_iterator
+#include <fstream>             // ofstream
 #include <functional>          // function
 #include <initializer_list>    // initializer_list
 #include <limits>              // numeric_limits
@@ -1940,12 +1941,12 @@ std::string default_of(const std::vector<ModelInfo>& models) {
         return "";  // none is ready
     }
 }
-// The best loss of its family, among losses of the same unit.
+// The best loss of its family that can be run, among losses of the same unit.
 bool is_best(const ModelInfo& info, const std::vector<ModelInfo>& models) {
-    return std::isfinite(info.loss) &&
+    return info.status == Status::ready && std::isfinite(info.loss) &&
            std::none_of(models.begin(), models.end(), [&](const ModelInfo& other) {
-               return other.source == info.source && other.loss_unit == info.loss_unit &&
-                      other.loss < info.loss;
+               return other.status == Status::ready && other.source == info.source &&
+                      other.loss_unit == info.loss_unit && other.loss < info.loss;
            });
 }
 
@@ -5707,13 +5708,15 @@ Device Scheduler::open(const ModelInfo& info) {
     };
     const auto context = static_cast<std::uint64_t>(std::min(info.config.sequence_len, 1536));
     CudaOptions cuda;
+    cuda.reserve_bytes = options_.mem_reserve.value_or(0);
     cuda.kv_tokens = settings_.slots * context;
     try {
         return open_device(info, options_, cuda, watch, true);
     } catch (const Error& e) {
         if (!place_for(options_).cuda || e.kind != ErrorKind::out_of_memory) throw;
     }
-    return open_device(info, options_, {}, watch, true);
+    cuda.kv_tokens = 0;
+    return open_device(info, options_, cuda, watch, true);
 }
 
 // Idle, and not just loaded for somebody whose turn has not come.
@@ -7609,6 +7612,8 @@ bool Server::go_on() {
 
 int run_serve(Options& o) {
     ::signal(SIGPIPE, SIG_IGN);
+    // where memory runs out, the kernel ends this before what else runs here
+    std::ofstream("/proc/self/oom_score_adj") << 500;
     sigset_t set;  // before there are threads: all of them leave signals to the sockets' one
     ::sigemptyset(&set);
     for (const int signal : {SIGINT, SIGTERM, SIGHUP}) ::sigaddset(&set, signal);

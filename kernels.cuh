@@ -547,13 +547,13 @@ __device__ inline float value_gate(const HeadArgs& a, int head, const bf16* x, f
 }
 
 // `wide`: hd % 16 == 0, every half of a head begins at a multiple of 16 bytes.
-template <int head_size, bool wide, int threads>
+template <int head_size, bool wide>
 struct RotaryTraits {
     static constexpr int HD = head_size;
     static constexpr bool kWide = wide;
-    static constexpr int kThreads = threads;
-    // per SM: much of a block's life is waiting; registers for more would be spilled
-    static constexpr int kBlocks = (HD == 128 ? 768 : 640) / threads;
+    static constexpr int kThreads = 96;
+    // per SM: much of a block's life is waiting; with more, registers would spill
+    static constexpr int kBlocks = HD == 128 ? 8 : 6;
     static constexpr int kPairs = wide ? 8 : 4;       // of a lane: 16 bytes of either half
     static constexpr int kLanes = HD / 2 / kPairs;    // of a head
     static constexpr int kHeads = kThreads / kLanes;  // at once
@@ -620,7 +620,7 @@ __device__ inline void add_value_embed(const RotaryArgs& a, const RowInfo& row, 
 
 // rotary: q, k = scale * rms_norm(rotate(q, k)); v += gate * value_embed[id]; k, v into the cache
 //   qkv (T, (H + 2K) * hd) bf16 -> q (T, H, HD) bf16, cache pages; pairs (j, j + hd/2), angle -theta
-//   grid: one block per row; HD/16 lanes take a head at a time, eight pairs each
+//   grid: one block per row; HD/16 lanes take a head at a time, eight pairs each (not wide: HD/8, 4)
 //   cost: reads and writes 2*(H + 2K)*hd bytes a row; bandwidth-bound
 //   order: a lane's squares left to right, then xor-shuffle: the same for any T
 //   source: nanochat gpt.py apply_rotary_emb, CausalSelfAttention.forward; CPU rotate_and_norm
@@ -693,9 +693,7 @@ void rotary(const Device& d, const RotaryArgs& a) {
                 .overlap = d.overlap},
                rotary_kernel<R>, a);
     };
-    if (a.head.hd % 16 != 0) return run(RotaryTraits<HD, false, 96>{});
-    // the same bits; 96 lanes to a row are better for few rows (d12's 1024 on an H200: 4.1, not 4.8 us)
-    a.T < 4096 ? run(RotaryTraits<HD, true, 96>{}) : run(RotaryTraits<HD, true, 64>{});
+    a.head.hd % 16 == 0 ? run(RotaryTraits<HD, true>{}) : run(RotaryTraits<HD, false>{});
 }
 
 }  // namespace cuda
@@ -3558,9 +3556,8 @@ inline std::vector<KernelInfo> kernel_table() {
     for (const int HD : {64, 128, 256}) {
         with_head_size(HD, [&](auto size) {
             constexpr int kHD = decltype(size)::value;
-            add("rotary_kernel", rotary_kernel<RotaryTraits<kHD, true, 96>>, 96, 0, 8);
-            add("rotary_kernel, long", rotary_kernel<RotaryTraits<kHD, true, 64>>, 64, 0, 8);
-            add("rotary_kernel, any size", rotary_kernel<RotaryTraits<kHD, false, 96>>, 96, 0, 0);
+            add("rotary_kernel", rotary_kernel<RotaryTraits<kHD, true>>, 96, 0, 8);
+            add("rotary_kernel, any size", rotary_kernel<RotaryTraits<kHD, false>>, 96, 0, 0);
             add("decode_attention_kernel", decode_attention_kernel<kHD>,
                 DecodeAttentionTraits::kThreads, 0, 8);
             add("scores_kernel", scores_kernel<kHD>, 256, 0, 0);

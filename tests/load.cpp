@@ -221,8 +221,8 @@ public:
     ~Loop() { ::close(epoll_); }
     // Called with each exchange that is over; may add new ones.
     std::function<void(Exchange&)> on_over;
-    bool awake =
-        false;  // never sleeps: to be woken takes milliseconds at times, and would be counted
+    // Never sleeps: to be woken takes milliseconds at times, which would be counted.
+    bool awake = false;
 
     Exchange& add(Exchange x) {
         all_.push_back(std::make_unique<Exchange>(std::move(x)));

@@ -923,10 +923,10 @@ TEST_CASE("cli: models --json is the list of the HTTP interface") {
     REQUIRE(json.find("models")->array.size() == 9);
     const Json& first = json.find("models")->array[0];
     for (const char* key :
-         {"id",         "name",         "type",   "source",   "tag",          "step",
-          "val_loss",   "val_bpb",      "loss",   "metrics",  "architecture", "parameters",
-          "size_bytes", "memory_bytes", "file",   "modified", "status",       "reason",
-          "loaded",     "can_chat",     "default"}) {
+         {"id",         "name",         "type",    "source",   "tag",          "step",
+          "val_loss",   "val_bpb",      "loss",    "metrics",  "architecture", "parameters",
+          "size_bytes", "memory_bytes", "file",    "modified", "status",       "reason",
+          "loaded",     "can_chat",     "default", "best"}) {
         CAPTURE(std::string(key));
         CHECK(first.find(key) != nullptr);
     }
@@ -941,6 +941,26 @@ TEST_CASE("cli: models --json is the list of the HTTP interface") {
     CHECK(broken.find("status")->string == "ready");  // base/d2; base/d20 stands before it
     CHECK(text_of(json.find("models")->array[7], "status") == "incomplete");
     CHECK(json.find("models")->array[7].find("architecture")->kind == Json::Kind::null);
+}
+
+TEST_CASE("cli: the best checkpoint of a family is one that can be run") {
+    if (no_binary()) return;
+    const test::TempDir dir;
+    test::CheckpointSpec spec;
+    spec.directory = "chatsft_checkpoints";
+    const fs::path folder = dir / spec.directory / spec.tag;
+    const char* const losses[] = {"", "1.25", "1.0", "0.5"};
+    for (spec.step = 1; spec.step <= 3; ++spec.step) {
+        test::make_checkpoint(dir.path(), spec);
+        test::write_meta(folder / test::step_name("meta", spec.step, ".json"), spec.gen, spec.shape,
+                         spec.step, "\"val_bpb\": " + std::string(losses[spec.step]) + ",");
+    }
+    fs::resize_file(folder / test::step_name("model", 3, ".pt"), 1000);  // cut off
+    const Result r = run({"models", "--json", "--base-dir", dir.path().string()});
+    const Json json = parse_json(r.out);
+    REQUIRE(json.find("models")->array.size() == 3);
+    for (const Json& model : json.find("models")->array)
+        CHECK(model.find("best")->boolean == (number_of(model, "step") == 2));
 }
 
 TEST_CASE("cli: show tells settings with their origin, tensors and sizes") {

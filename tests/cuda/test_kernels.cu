@@ -546,10 +546,10 @@ struct ValueEmbed {
 struct HeadCase {
     int hd, H, K, channels;  // no channels: no value embedding
 };
-const HeadCase kHeads[] = {{64, 4, 2, 12}, {128, 2, 1, 32}, {256, 2, 2, 12}, {32, 4, 1, 32},
-                           {96, 3, 3, 12}, {48, 1, 1, 0},   {128, 3, 1, 0},  {16, 4, 4, 32},
-                           {10, 4, 2, 12}, {2, 16, 4, 32},  {80, 5, 5, 12},  {200, 2, 1, 12},
-                           {64, 16, 4, 0}, {6, 6, 6, 0}};
+const HeadCase kHeads[] = {{64, 4, 2, 12},  {128, 2, 1, 32}, {256, 2, 2, 12}, {32, 4, 1, 32},
+                           {96, 3, 3, 12},  {48, 1, 1, 0},   {128, 3, 1, 0},  {16, 4, 4, 32},
+                           {10, 4, 2, 12},  {2, 16, 4, 32},  {80, 5, 5, 12},  {192, 2, 1, 12},
+                           {200, 2, 1, 12}, {64, 16, 4, 0},  {6, 6, 6, 0}};
 
 cuda::HeadArgs head_args(const HeadCase& c, const Rotation& rotation, const Array<float>& cos,
                          const Array<float>& sin, const Array<cuda::RowInfo>& rows,
