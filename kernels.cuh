@@ -62,6 +62,7 @@
 #include <iterator>          // begin, size
 #include <limits>            // numeric_limits
 #include <memory>            // unique_ptr
+#include <optional>          // optional
 #include <span>              // span
 #include <string>            // string
 #include <string_view>       // string_view
@@ -1792,6 +1793,7 @@ struct DecodeAttentionTraits {
     static constexpr int kSplits = 16;   // blocks that share one head's keys, at most
     static constexpr int kMinKeys = 96;  // that are worth a block
     static constexpr int kAhead = 3;     // keys a group of lanes has on their way
+    static_assert(kThreads >= 256 && kThreads % 32 == 0, "a thread for every value of a head");
 };
 struct DecodeAttentionArgs {
     HeadArgs head;
@@ -2021,6 +2023,7 @@ struct Draw {               // how one row's token is drawn; the rules of nanogp
     float temperature = 0;  // 0: the largest logit
     float top_p = 1;
     int top_k = 1;
+    bool operator==(const Draw&) const = default;
 };
 
 struct DrawTraits {
@@ -2192,10 +2195,10 @@ struct GpuInfo {
 
 struct CudaOptions {
     int device = 0;
-    // room for keys and values of all sequences, in tokens; 0: 32 full contexts, or what fits
+    // room for keys and values, in tokens; 0: 32 full contexts, or as many as fit, 8 at least
     std::uint64_t kv_tokens = 0;
-    // memory left to others; 0: max(8 GiB, 10 %) where the CPU shares it, else 512 MiB
-    std::uint64_t reserve_bytes = 0;
+    // memory left to others; unset: max(8 GiB, 10 %) where the CPU shares it, else 512 MiB
+    std::optional<std::uint64_t> reserve_bytes = {};
     bool self_test = true;  // compare a few tokens with the CPU
 };
 
@@ -2212,9 +2215,31 @@ struct BackendTraits {
     static constexpr float kMaxScore = 40;      // e^(-2 * 40) is still a normal float
     static constexpr double kTolerance = 0.03;  // of the self-test; bf16 gives 0.003 to 0.01
     static constexpr int kBuckets[] = {1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128};
+    static_assert(kBuckets[10] == kDecodeRows, "the largest graph takes a whole pass");
 };
 
 inline int pad(int n, int to) { return cdiv(n, to) * to; }
+
+// What can be taken of a memory that the GPU shares with the CPU, in bytes: what the CPU calls
+// available, or what CUDA calls free with what the file cache would give back, which CUDA counts as
+// taken. `unused` are the bytes that nobody holds, not even that cache.
+inline std::uint64_t shared_memory_free(std::uint64_t cuda_free, std::uint64_t available,
+                                        std::uint64_t unused) {
+    return std::min(available, cuda_free + available - std::min(available, unused));
+}
+inline std::uint64_t default_reserve(bool integrated, std::uint64_t total_bytes) {
+    return integrated ? std::max<std::uint64_t>(std::uint64_t{8} << 30, total_bytes / 10)
+                      : std::uint64_t{512} << 20;
+}
+// Pages of the KV cache for `tokens` tokens, or if that is 0 for 32 contexts of S tokens, or for as
+// many as fit into `room` bytes, 8 at least. 0: they do not fit. No product that could overflow.
+inline std::uint64_t plan_pages(std::uint64_t room, std::uint64_t page_bytes, std::uint64_t S,
+                                std::uint64_t tokens) {
+    const std::uint64_t context = cdiv<std::uint64_t>(S, kPage), fits = room / page_bytes;
+    const std::uint64_t asked = tokens / kPage + (tokens % kPage != 0);
+    if (tokens != 0) return asked <= fits ? asked : 0;
+    return 8 * context <= fits ? std::min(32 * context, fits) : 0;
+}
 
 // Host memory that the GPU reads and writes by itself.
 template <class T>
@@ -2436,15 +2461,14 @@ public:
         const auto n = static_cast<std::size_t>(cdiv(capacity, kPage));
         Pool& p = *pool_;
         if (p.free_slots.empty())
-            throw Error(ErrorKind::out_of_memory,
-                        std::to_string(BackendTraits::kSlots) +
-                            " sequences are open on the GPU already. Close one first");
-        if (n > p.free_pages.size())
             throw Error(
                 ErrorKind::out_of_memory,
-                "no room for the keys and values of " + std::to_string(capacity) +
-                    " more tokens on the GPU: " + std::to_string(p.free_pages.size() * kPage) +
-                    " are free. Close a sequence or ask for a shorter one");
+                {BackendTraits::kSlots, " sequences are open on the GPU already. Close one first"});
+        if (n > p.free_pages.size())
+            throw Error(ErrorKind::out_of_memory,
+                        {"no room for the keys and values of ", capacity,
+                         " more tokens on the GPU: ", p.free_pages.size() * kPage,
+                         " are free. Close a sequence or ask for a shorter one"});
         tokens_.reserve(static_cast<std::size_t>(capacity));  // append() must not throw
         pages_.assign(p.free_pages.end() - static_cast<std::ptrdiff_t>(n), p.free_pages.end());
         slot_ = p.free_slots.back();
@@ -2541,6 +2565,10 @@ struct Activations {
     Buffer<int> gather;
 };
 
+struct ScoresTraits {
+    static constexpr int kThreads = 256;  // keys of a block
+    static_assert(kThreads % 32 == 0 && kThreads <= 1024, "whole warps");
+};
 // scores: scores[h,t,s] = q[t,h] . k[s] / sqrt(hd), -infinity where masked; for an observer
 //   q (T, H, HD) bf16, cache -> scores (H, T, keys) f32
 //   grid: (blocks of 256 keys, T, H)
@@ -2548,11 +2576,12 @@ struct Activations {
 //   order: columns left to right
 //   source: nanochat gpt.py CausalSelfAttention.forward; CPU twin ops::attention
 template <int HD>
-__global__ void __launch_bounds__(256)
+__global__ void __launch_bounds__(ScoresTraits::kThreads)
     scores_kernel(float* scores, const bf16* q, Cache cache, const RowInfo* rows, int first_row,
                   int keys, int H, int ratio, int window, float scale) {
     ptx::pdl_wait();
-    const int s = static_cast<int>(blockIdx.x) * 256 + static_cast<int>(threadIdx.x);
+    const int s =
+        static_cast<int>(blockIdx.x) * ScoresTraits::kThreads + static_cast<int>(threadIdx.x);
     const int t = static_cast<int>(blockIdx.y), h = static_cast<int>(blockIdx.z);
     if (s >= keys) return;
     const RowInfo row = rows[first_row + t];
@@ -2567,12 +2596,9 @@ __global__ void __launch_bounds__(256)
 // Runs `f` with the head size as a constant.
 template <class F>
 void with_head_size(int HD, F f) {
-    if (HD == 64)
-        f(std::integral_constant<int, 64>{});
-    else if (HD == 128)
-        f(std::integral_constant<int, 128>{});
-    else
-        f(std::integral_constant<int, 256>{});
+    if (HD == 64) return f(std::integral_constant<int, 64>{});
+    if (HD == 128) return f(std::integral_constant<int, 128>{});
+    f(std::integral_constant<int, 256>{});
 }
 
 struct Piece {  // tokens of one chunk that a pass reads
@@ -2620,13 +2646,14 @@ private:
     void claim(std::uint64_t pages);
     void fill_rotary(const Model& model);
     void capture();
-    void check(std::span<const Chunk> batch) const;
+    void check(std::span<const Chunk> batch);
     void run(std::span<const Chunk> batch, Observer* observer);
     void prompt_pass(std::span<const Piece> pieces, Observer* observer);
     void prompt_layer(int i, std::span<const Piece> pieces, int T, Observer* observer);
     void prompt_attention(int i, std::span<const Piece> pieces, int T, Observer* observer);
     void prompt_mlp(int i, std::span<const Piece> pieces, int T, Observer* observer);
     void final_norm(int T, const int* gather, float* x_out);
+    void head(float* logits, const bf16* x, const float* squares, int rows, float softcap);
     void prompt_head(std::span<const Piece> pieces, Observer* observer);
     void observe_head(std::span<const Piece> pieces, Observer* observer);
     void observe_attention(int i, std::span<const Piece> pieces, Observer* observer);
@@ -2656,6 +2683,12 @@ private:
         return 1.4426950408889634f * 1.01f * config_.qk_scale * config_.qk_scale *
                std::sqrt(static_cast<float>(s_.hd));
     }
+    // n values in the stream's order, in any direction; the host has them after synchronize()
+    template <class T>
+    void copy(T* to, const T* from, std::size_t n) {
+        NANOGPT_CUDA_CHECK(cudaMemcpyAsync(to, from, n * sizeof(T), cudaMemcpyDefault, d_.stream));
+    }
+    void synchronize() { NANOGPT_CUDA_CHECK(cudaStreamSynchronize(d_.stream)); }
     static bool wanted(Observer* o, HookPoint point, int layer) {
         return o != nullptr && o->wants(point, layer);
     }
@@ -2689,9 +2722,13 @@ private:
     std::unique_ptr<Event> uploaded_, drawn_event_[2];
     Graph graphs_[std::size(BackendTraits::kBuckets)];
     int n_tiles_ = 0;
-    std::vector<int> order_;           // chunk of the batch for each row of the logits
-    std::vector<std::uint64_t> last_;  // sequences of the last draw
+    std::vector<int> order_;                     // chunk of the batch for each row of the logits
+    std::vector<std::uint64_t> last_, serials_;  // sequences of the last draw, and of this one
     Ahead ahead_;
+    // what a step works with; kept, so that a step allocates nothing
+    std::vector<const Sequence*> seen_;
+    std::vector<Piece> pieces_;
+    std::vector<Draw> asked_, in_order_;
     int ring_ = 0;
 };
 
@@ -2701,11 +2738,11 @@ inline CudaBackend::CudaBackend(std::shared_ptr<const Model> model, const CudaOp
     const float bound = config_.qk_scale * config_.qk_scale * std::sqrt(float(s_.hd));
     if (s_.hd > 256 || bound > BackendTraits::kMaxScore || s_.ld > 4096 ||
         s_.V > BackendTraits::kMaxVocab) {
-        throw Error(ErrorKind::unsupported,
-                    "the GPU kernels take heads of up to 256, widths of up to 4096, scores of up "
-                    "to 40 and half a million tokens; this model has " +
-                        std::to_string(s_.hd) + ", " + std::to_string(s_.D) + ", " +
-                        std::to_string(bound) + " and " + std::to_string(s_.V) + ". Use the CPU");
+        throw Error(
+            ErrorKind::unsupported,
+            {"the GPU kernels take heads of up to 256, widths of up to 4096, scores of up "
+             "to 40 and half a million tokens; this model has ",
+             s_.hd, ", ", s_.D, ", ", std::to_string(bound), " and ", s_.V, ". Use the CPU"});
     }
     NANOGPT_CUDA_CHECK(cudaSetDevice(gpu.device));
     stream_ = std::make_unique<Stream>();
@@ -2720,7 +2757,6 @@ inline CudaBackend::CudaBackend(std::shared_ptr<const Model> model, const CudaOp
     plan_memory(*model, options);
     w_ = std::make_unique<DeviceWeights>(*model, d_.stream);
     fill_rotary(*model);
-    NANOGPT_CUDA_CHECK(cudaStreamSynchronize(d_.stream));
     for (const KernelInfo& kernel : kernel_table()) {  // loaded now, not in the first step
         cudaFuncAttributes attributes{};
         NANOGPT_CUDA_CHECK(cudaFuncGetAttributes(&attributes, kernel.function));
@@ -2732,14 +2768,9 @@ inline CudaBackend::CudaBackend(std::shared_ptr<const Model> model, const CudaOp
 // the CPU's memory, running out stalls it.
 inline void CudaBackend::plan_memory(const Model& model, const CudaOptions& options) {
     using B = BackendTraits;
-    std::size_t free_bytes = 0, total_bytes = 0;
-    NANOGPT_CUDA_CHECK(cudaMemGetInfo(&free_bytes, &total_bytes));
-    const std::uint64_t available =
-        gpu_.integrated ? nanogpt::detail::available_memory() : std::uint64_t{free_bytes};
+    const std::uint64_t available = gpu_.free_bytes;
     const std::uint64_t reserve =
-        options.reserve_bytes != 0 ? options.reserve_bytes
-        : gpu_.integrated ? std::max<std::uint64_t>(std::uint64_t{8} << 30, total_bytes / 10)
-                          : std::uint64_t{512} << 20;
+        options.reserve_bytes.value_or(default_reserve(gpu_.integrated, gpu_.memory_bytes));
     const auto S = static_cast<std::uint64_t>(config_.sequence_len);
     // nanochat's own tables end at 10 contexts; whole pages, as a sequence's capacity
     max_positions_ = pad(static_cast<int>(std::max<std::uint64_t>(10 * S, 4096)), kPage);
@@ -2755,22 +2786,18 @@ inline void CudaBackend::plan_memory(const Model& model, const CudaOptions& opti
         2 * B::kStaging +
         static_cast<std::uint64_t>(max_positions_) * 4 * static_cast<unsigned>(s_.hd);
     const std::uint64_t page_bytes = static_cast<std::uint64_t>(s_.layer_values() * s_.L) * 2;
-    const std::uint64_t context_pages = cdiv<std::uint64_t>(S, kPage), kv = options.kv_tokens;
-    const std::uint64_t pages = kv != 0 ? kv / kPage + (kv % kPage != 0) : 32 * context_pages;
-    const std::uint64_t least = kv != 0 ? pages : context_pages;
     const std::uint64_t usable = available - std::min(available, reserve);
-    const std::uint64_t room = usable - std::min(usable, fixed);
-    if (least > room / page_bytes) {  // by division: nothing can overflow
+    const std::uint64_t pages =
+        plan_pages(usable - std::min(usable, fixed), page_bytes, S, options.kv_tokens);
+    if (pages == 0) {
+        const std::uint64_t tokens = options.kv_tokens != 0 ? options.kv_tokens : 8 * S;
         throw Error(ErrorKind::out_of_memory,
-                    nanogpt::detail::quote(model.info().id) + " needs " +
-                        std::to_string(fixed >> 20) + " MiB on the GPU and " +
-                        std::to_string(page_bytes >> 10) + " KiB for every 64 of " +
-                        std::to_string(kv != 0 ? kv : S) + " tokens of cache; " +
-                        std::to_string(available >> 20) + " MiB are free and " +
-                        std::to_string(reserve >> 20) +
-                        " MiB of them stay reserved. Close other programs or use the CPU");
+                    {nanogpt::detail::quote(model.info().id), " needs ", fixed >> 20,
+                     " MiB on the GPU and ", page_bytes >> 10, " KiB for every 64 of ", tokens,
+                     " tokens of cache; ", available >> 20, " MiB are free and ", reserve >> 20,
+                     " MiB of them stay reserved. Close other programs or use the CPU"});
     }
-    claim(std::min(pages, room / page_bytes));
+    claim(pages);
 }
 
 inline void CudaBackend::claim(std::uint64_t pages) {
@@ -2814,9 +2841,9 @@ inline void CudaBackend::fill_rotary(const Model& model) {
                                config_.rope_base, config_.bf16_rope_tables);
     });
     cos_ = Buffer<float>(cos.size()), sin_ = Buffer<float>(sin.size());
-    const std::size_t bytes = cos.size() * sizeof(float);
-    NANOGPT_CUDA_CHECK(cudaMemcpy(cos_.get(), cos.data(), bytes, cudaMemcpyHostToDevice));
-    NANOGPT_CUDA_CHECK(cudaMemcpy(sin_.get(), sin.data(), bytes, cudaMemcpyHostToDevice));
+    copy<float>(cos_.get(), cos.data(), cos.size());
+    copy<float>(sin_.get(), sin.data(), sin.size());
+    synchronize();
 }
 
 inline std::unique_ptr<Sequence> CudaBackend::new_sequence(int capacity) {
@@ -2824,9 +2851,9 @@ inline std::unique_ptr<Sequence> CudaBackend::new_sequence(int capacity) {
     if (capacity < 1)
         throw Error(ErrorKind::usage, "a cache must have room for at least one token");
     if (capacity > pool_->max_pages * kPage)
-        throw Error(ErrorKind::usage, "a sequence of " + std::to_string(capacity) +
-                                          " tokens was asked for; this GPU backend has room for " +
-                                          std::to_string(pool_->max_pages * kPage));
+        throw Error(ErrorKind::usage, {"a sequence of ", capacity,
+                                       " tokens was asked for; this GPU backend has room for ",
+                                       pool_->max_pages * kPage});
     return std::make_unique<CudaSequence>(pool_, capacity);
 }
 
@@ -2867,11 +2894,9 @@ inline void CudaBackend::prompt_pass(std::span<const Piece> pieces, Observer* o)
     const bool watched = wanted(o, HookPoint::embed_norm, -1);
     if (wanted(o, HookPoint::embed, -1)) {  // rows of wte, gathered by copies
         for (int r = 0; r < T; ++r)
-            NANOGPT_CUDA_CHECK(cudaMemcpyAsync(
-                a.n.get() + std::int64_t{r} * s_.ld,
-                w_->wte + std::int64_t{rows_host_[static_cast<std::size_t>(r)].id} * s_.D,
-                static_cast<std::size_t>(s_.D) * sizeof(bf16), cudaMemcpyDeviceToDevice,
-                d_.stream));
+            copy(a.n.get() + std::int64_t{r} * s_.ld,
+                 w_->wte + std::int64_t{rows_host_[static_cast<std::size_t>(r)].id} * s_.D,
+                 static_cast<std::size_t>(s_.D));
         tap(o, HookPoint::embed, -1, pieces, a.n.get(), s_.ld, {s_.D});
     }
     EmbedArgs first = embed_args(a);
@@ -2906,11 +2931,8 @@ inline void CudaBackend::prompt_layer(int i, std::span<const Piece> pieces, int 
     tap(o, HookPoint::mlp_in, i, pieces, a.n.get(), s_.ld, {s_.D});
     prompt_mlp(i, pieces, T, o);
     tap(o, HookPoint::resid_post, i, pieces, x, s_.ld, {s_.D});
-    if (config_.generation == Generation::g4 && i == s_.L / 2) {
-        NANOGPT_CUDA_CHECK(cudaMemcpyAsync(
-            a.middle.get(), x, static_cast<std::size_t>(T) * static_cast<std::size_t>(s_.ld) * 4,
-            cudaMemcpyDeviceToDevice, d_.stream));
-    }
+    if (config_.generation == Generation::g4 && i == s_.L / 2)
+        copy(a.middle.get(), x, static_cast<std::size_t>(T) * static_cast<std::size_t>(s_.ld));
 }
 
 // Queries, keys and values; rotated, normalised, cached; every query looks back over its window.
@@ -2986,6 +3008,21 @@ inline void CudaBackend::final_norm(int T, const int* gather, float* x_out) {
                                          : rms_norm<NormInput::plain>(d_, norm);
 }
 
+// Logits of `rows` rows of x; where x is not normalised yet, `squares` has the sums for that.
+inline void CudaBackend::head(float* logits, const bf16* x, const float* squares, int rows,
+                              float softcap) {
+    gemv<GemvOutput::scaled_f32>(d_, {.x = x,
+                                      .w = w_->lm_head,
+                                      .M = rows,
+                                      .N = s_.V,
+                                      .K = s_.ld,
+                                      .ld = s_.V,
+                                      .squares = squares,
+                                      .D = s_.D,
+                                      .y = logits,
+                                      .softcap = softcap});
+}
+
 // Logits after the last token of each chunk that ends in this pass.
 inline void CudaBackend::prompt_head(std::span<const Piece> pieces, Observer* o) {
     Activations& a = prompt_;
@@ -2996,23 +3033,13 @@ inline void CudaBackend::prompt_head(std::span<const Piece> pieces, Observer* o)
                 p.begin + static_cast<int>(p.tokens.size()) - 1;
     if (o != nullptr) observe_head(pieces, o);
     if (last == 0) return;
-    NANOGPT_CUDA_CHECK(cudaMemcpyAsync(a.gather.get(), gather_host_.get(),
-                                       static_cast<std::size_t>(last) * sizeof(int),
-                                       cudaMemcpyHostToDevice, d_.stream));
+    copy(a.gather.get(), gather_host_.get(), static_cast<std::size_t>(last));
     uploaded_->record(d_.stream);
     final_norm(last, a.gather.get(), nullptr);
     int first = INT_MAX;  // a pass fills rows of the logits in order
     for (const Piece& p : pieces)
         if (p.output >= 0) first = std::min(first, p.output);
-    gemv<GemvOutput::scaled_f32>(d_, {.x = a.n.get(),
-                                      .w = w_->lm_head,
-                                      .M = last,
-                                      .N = s_.V,
-                                      .K = s_.ld,
-                                      .ld = s_.V,
-                                      .D = s_.D,
-                                      .y = logits_.get() + std::int64_t{first} * s_.V,
-                                      .softcap = config_.softcap});
+    head(logits_.get() + std::int64_t{first} * s_.V, a.n.get(), nullptr, last, config_.softcap);
 }
 
 // ---- single tokens
@@ -3038,16 +3065,7 @@ inline void CudaBackend::decode_kernels(int rows) {
     first.x = a.x.get(), first.xb = a.n.get(), first.squares = a.squares.get();
     embed(d_, first, rows, true);
     for (int i = 0; i < s_.L; ++i) decode_layer(i, rows);
-    gemv<GemvOutput::scaled_f32>(d_, {.x = a.n.get(),
-                                      .w = w_->lm_head,
-                                      .M = rows,
-                                      .N = s_.V,
-                                      .K = s_.ld,
-                                      .ld = s_.V,
-                                      .squares = a.squares.get(),
-                                      .D = s_.D,
-                                      .y = decode_logits_.get(),
-                                      .softcap = config_.softcap});
+    head(decode_logits_.get(), a.n.get(), a.squares.get(), rows, config_.softcap);
 }
 
 // Five kernels a layer; the norms are sums of squares that the kernel before left behind.
@@ -3106,7 +3124,7 @@ inline void CudaBackend::capture() {
     for (std::size_t b = 0; b < std::size(BackendTraits::kBuckets); ++b) {
         graphs_[b].capture(d_.stream, [&] { decode_kernels(BackendTraits::kBuckets[b]); });
     }
-    NANOGPT_CUDA_CHECK(cudaStreamSynchronize(d_.stream));
+    synchronize();
 }
 
 // ---- steps
@@ -3134,9 +3152,7 @@ inline void CudaBackend::upload_rows(const Activations& a, std::span<const Piece
         }
     }
     for (; n < padded_rows; ++n) rows_host_[static_cast<std::size_t>(n)] = {};
-    NANOGPT_CUDA_CHECK(cudaMemcpyAsync(a.rows_info.get(), rows_host_.get(),
-                                       static_cast<std::size_t>(n) * sizeof(RowInfo),
-                                       cudaMemcpyHostToDevice, d_.stream));
+    copy(a.rows_info.get(), rows_host_.get(), static_cast<std::size_t>(n));
     if (a.tiles.get() != nullptr) upload_tiles(pieces);
     uploaded_->record(d_.stream);
 }
@@ -3154,25 +3170,23 @@ inline void CudaBackend::upload_tiles(std::span<const Piece> pieces) {
     std::sort(tiles, tiles + n_tiles_, [](const QueryTile& a, const QueryTile& b) {
         return a.pos != b.pos ? a.pos > b.pos : a.first_row < b.first_row;
     });
-    NANOGPT_CUDA_CHECK(cudaMemcpyAsync(prompt_.tiles.get(), tiles,
-                                       static_cast<std::size_t>(n_tiles_) * sizeof(QueryTile),
-                                       cudaMemcpyHostToDevice, d_.stream));
+    copy(prompt_.tiles.get(), tiles, static_cast<std::size_t>(n_tiles_));
 }
 
-inline void CudaBackend::check(std::span<const Chunk> batch) const {
-    std::vector<const Sequence*> seen;
+inline void CudaBackend::check(std::span<const Chunk> batch) {
     if (batch.size() > static_cast<std::size_t>(BackendTraits::kSlots))
         throw Error(ErrorKind::usage,
-                    "a step takes at most " + std::to_string(BackendTraits::kSlots) + " sequences");
+                    {"a step takes at most ", BackendTraits::kSlots, " sequences"});
+    seen_.clear();
     for (const Chunk& chunk : batch) {
         const auto* s = dynamic_cast<const CudaSequence*>(chunk.sequence);
         if (s == nullptr || s->pool() != pool_.get())
             throw Error(ErrorKind::usage, "a sequence of another backend was given to this one");
         nanogpt::detail::check_tokens(chunk.tokens, s->length(), s->capacity(), s_.V);
-        seen.push_back(s);
+        seen_.push_back(s);
     }
-    std::sort(seen.begin(), seen.end());
-    if (std::adjacent_find(seen.begin(), seen.end()) != seen.end())
+    std::sort(seen_.begin(), seen_.end());
+    if (std::adjacent_find(seen_.begin(), seen_.end()) != seen_.end())
         throw Error(ErrorKind::usage, "a sequence is twice in one step");
 }
 
@@ -3181,34 +3195,31 @@ inline void CudaBackend::check(std::span<const Chunk> batch) const {
 inline void CudaBackend::run(std::span<const Chunk> batch, Observer* o) {
     using B = BackendTraits;
     ahead_.valid = false;
-    order_.clear();
-    std::vector<Piece> pieces;
+    order_.clear(), pieces_.clear();
     const auto single = [&](const Chunk& c) {
         return o == nullptr && !c.prompt && c.tokens.size() == 1;
     };
     const auto piece = [&](const Chunk& c, std::size_t from, std::size_t n, int begin, int output) {
         auto* const s = static_cast<CudaSequence*>(c.sequence);
-        pieces.push_back(
+        pieces_.push_back(
             {s, c.tokens.subspan(from, n), s->length() + static_cast<int>(from), begin, output});
     };
     const auto flush_decode = [&] {
-        if (pieces.empty()) return;
-        decode_pass(pieces);
+        if (pieces_.empty()) return;
+        decode_pass(pieces_);
         result_ = decode_logits_.get();
-        if (pieces.size() != batch.size()) {  // others have rows too
+        if (pieces_.size() != batch.size()) {  // others have rows too
             result_ = logits_.get();
-            NANOGPT_CUDA_CHECK(cudaMemcpyAsync(
-                logits_.get() + std::int64_t{pieces[0].output} * s_.V, decode_logits_.get(),
-                pieces.size() * static_cast<std::size_t>(s_.V) * sizeof(float),
-                cudaMemcpyDeviceToDevice, d_.stream));
+            copy(logits_.get() + std::int64_t{pieces_[0].output} * s_.V, decode_logits_.get(),
+                 pieces_.size() * static_cast<std::size_t>(s_.V));
         }
-        pieces.clear();
+        pieces_.clear();
     };
     for (std::size_t i = 0; i < batch.size(); ++i) {
         if (!single(batch[i])) continue;
-        piece(batch[i], 0, 1, static_cast<int>(pieces.size()), static_cast<int>(order_.size()));
+        piece(batch[i], 0, 1, static_cast<int>(pieces_.size()), static_cast<int>(order_.size()));
         order_.push_back(static_cast<int>(i));
-        if (pieces.size() == static_cast<std::size_t>(B::kDecodeRows)) flush_decode();
+        if (pieces_.size() == static_cast<std::size_t>(B::kDecodeRows)) flush_decode();
     }
     flush_decode();
     int rows = 0;
@@ -3223,10 +3234,10 @@ inline void CudaBackend::run(std::span<const Chunk> batch, Observer* o) {
             piece(c, from, n, rows, last ? static_cast<int>(order_.size()) : -1);
             if (last) order_.push_back(static_cast<int>(i));
             rows += static_cast<int>(n), from += n;
-            if (rows == B::kRows) prompt_pass(pieces, o), pieces.clear(), rows = 0;
+            if (rows == B::kRows) prompt_pass(pieces_, o), pieces_.clear(), rows = 0;
         }
     }
-    if (!pieces.empty()) prompt_pass(pieces, o);
+    if (!pieces_.empty()) prompt_pass(pieces_, o);
 }
 
 inline void CudaBackend::append(std::span<const Chunk> batch) {
@@ -3243,11 +3254,10 @@ inline std::span<const float> CudaBackend::step(std::span<const Chunk> batch, Ob
     run(batch, observer);
     for (std::size_t row = 0, n = 1; row < order_.size(); row += n, n = 1) {
         while (row + n < order_.size() && order_[row + n] == order_[row] + static_cast<int>(n)) ++n;
-        NANOGPT_CUDA_CHECK(cudaMemcpyAsync(
-            logits_host_.get() + static_cast<std::size_t>(order_[row]) * V, result_ + row * V,
-            n * V * sizeof(float), cudaMemcpyDeviceToHost, d_.stream));
+        copy(logits_host_.get() + static_cast<std::size_t>(order_[row]) * V, result_ + row * V,
+             n * V);
     }
-    NANOGPT_CUDA_CHECK(cudaStreamSynchronize(d_.stream));
+    synchronize();
     append(batch);
     last_.clear();
     return {logits_host_.get(), batch.size() * V};
@@ -3255,16 +3265,15 @@ inline std::span<const float> CudaBackend::step(std::span<const Chunk> batch, Ob
 
 inline std::span<const Token> CudaBackend::sample(std::span<const Chunk> batch,
                                                   std::span<Sampler* const> samplers) {
-    std::vector<Draw> draws;
-    std::vector<std::uint64_t> serials;
     bool here = !batch.empty();
     NANOGPT_CUDA_CHECK(cudaSetDevice(gpu_.device));
     check(batch);
+    asked_.clear(), serials_.clear();
     for (std::size_t i = 0; i < batch.size(); ++i) {
-        draws.push_back(draw_of(*samplers[i], 0));
-        const bool greedy = draws[i].temperature == 0;
-        here &= greedy || (draws[i].top_k > 0 && draws[i].top_k <= DrawTraits::kMaxTopK);
-        serials.push_back(static_cast<CudaSequence*>(batch[i].sequence)->serial);
+        asked_.push_back(draw_of(*samplers[i], 0));
+        const bool greedy = asked_[i].temperature == 0;
+        here &= greedy || (asked_[i].top_k > 0 && asked_[i].top_k <= DrawTraits::kMaxTopK);
+        serials_.push_back(static_cast<CudaSequence*>(batch[i].sequence)->serial);
     }
     if (!here) return Backend::sample(batch, samplers);  // a long list of candidates
     const auto joins = std::find_if(batch.begin(), batch.end(), [](const Chunk& c) {
@@ -3273,16 +3282,16 @@ inline std::span<const Token> CudaBackend::sample(std::span<const Chunk> batch,
     const auto singles = static_cast<std::size_t>(joins - batch.begin());
     const bool single = singles == batch.size() && singles <= BackendTraits::kDecodeRows;
     // the first rows may have been begun ahead; who joins them is left to be read
-    const std::size_t begun = continues(batch.first(singles), draws) ? singles : 0;
+    const std::size_t begun = continues(batch.first(singles), asked_) ? singles : 0;
     const int ring = begun == batch.size() ? ring_ : 1 - ring_, begun_ring = ahead_.ring;
     ahead_.valid = false, order_.clear();
     if (begun < batch.size()) {
         run(batch.subspan(begun), nullptr);
-        std::vector<Draw> in_order;
-        for (const int i : order_) in_order.push_back(draws[begun + static_cast<std::size_t>(i)]);
-        launch_draw(in_order, single ? decode_.rows_info.get() : parked_.get(), ring_ = ring);
+        in_order_.clear();
+        for (const int i : order_) in_order_.push_back(asked_[begun + static_cast<std::size_t>(i)]);
+        launch_draw(in_order_, single ? decode_.rows_info.get() : parked_.get(), ring_ = ring);
     }
-    if (single && serials == last_) go_ahead(batch, samplers);
+    if (single && serials_ == last_) go_ahead(batch, samplers);
     drawn_.assign(batch.size(), 0);
     const auto take = [&](int from, std::size_t row, std::size_t to) {
         if (row == 0) drawn_event_[from]->wait();
@@ -3298,7 +3307,7 @@ inline std::span<const Token> CudaBackend::sample(std::span<const Chunk> batch,
     append(batch);
     for (Sampler* s : samplers) s->skip();
     ahead_.tokens = drawn_;
-    last_ = std::move(serials);
+    last_.swap(serials_);
     return drawn_;
 }
 
@@ -3306,8 +3315,7 @@ inline void CudaBackend::launch_draw(std::span<const Draw> draws, RowInfo* rows,
     const std::size_t at = static_cast<std::size_t>(ring) * BackendTraits::kSlots;
     drawn_event_[ring]->wait();  // a step begun for nothing may still read its list
     std::copy(draws.begin(), draws.end(), draws_host_.get() + at);
-    NANOGPT_CUDA_CHECK(cudaMemcpyAsync(draws_.get(), draws_host_.get() + at, draws.size_bytes(),
-                                       cudaMemcpyHostToDevice, d_.stream));
+    copy(draws_.get(), draws_host_.get() + at, draws.size());
     draw(d_,
          {.logits = result_,
           .V = s_.V,
@@ -3326,10 +3334,8 @@ inline bool CudaBackend::continues(std::span<const Chunk> batch,
     if (!ahead_.valid || ahead_.serials.size() != batch.size()) return false;
     for (std::size_t i = 0; i < batch.size(); ++i) {
         const auto* s = static_cast<const CudaSequence*>(batch[i].sequence);
-        const Draw &a = ahead_.draws[i], &b = draws[i];
         if (s->serial != ahead_.serials[i] || s->length() != ahead_.lengths[i] ||
-            batch[i].tokens[0] != ahead_.tokens[i] || a.uniform != b.uniform ||
-            a.temperature != b.temperature || a.top_k != b.top_k || a.top_p != b.top_p)
+            batch[i].tokens[0] != ahead_.tokens[i] || draws[i] != ahead_.draws[i])
             return false;
     }
     return true;
@@ -3370,10 +3376,8 @@ void CudaBackend::tap(Observer* o, HookPoint point, int layer, std::span<const P
         std::vector<T> raw((rows - 1) * stride +
                            width / group *
                                std::max<std::size_t>(group, static_cast<std::size_t>(spacing)));
-        NANOGPT_CUDA_CHECK(
-            cudaMemcpyAsync(raw.data(), from + static_cast<std::size_t>(p.begin) * stride,
-                            raw.size() * sizeof(T), cudaMemcpyDeviceToHost, d_.stream));
-        NANOGPT_CUDA_CHECK(cudaStreamSynchronize(d_.stream));
+        copy(raw.data(), from + static_cast<std::size_t>(p.begin) * stride, raw.size());
+        synchronize();
         std::vector<float> values;
         for (std::size_t t = 0; t < rows; ++t)
             for (std::size_t j = 0; j < width; ++j)
@@ -3402,9 +3406,8 @@ inline void CudaBackend::tap_cache(Observer* o, HookPoint point, int layer,
                                          (std::int64_t{head} * 2 * kPage + pos % kPage +
                                           (point == HookPoint::v ? kPage : 0)) *
                                              s_.HD;
-                NANOGPT_CUDA_CHECK(cudaMemcpyAsync(row.data(), from, HD * sizeof(bf16),
-                                                   cudaMemcpyDeviceToHost, d_.stream));
-                NANOGPT_CUDA_CHECK(cudaStreamSynchronize(d_.stream));
+                copy(row.data(), from, HD);
+                synchronize();
                 for (int j = 0; j < s_.hd; ++j)
                     values.push_back(__bfloat162float(row[static_cast<std::size_t>(j)]));
             }
@@ -3428,18 +3431,17 @@ inline void CudaBackend::observe_attention(int i, std::span<const Piece> pieces,
         const std::size_t n = static_cast<std::size_t>(s_.H * T) * static_cast<std::size_t>(keys);
         if (scratch_.size() < n) scratch_ = Buffer<float>(n);
         with_head_size(s_.HD, [&](auto HD) {
-            launch({.grid = dim3(static_cast<unsigned>(cdiv(keys, 256)), static_cast<unsigned>(T),
-                                 static_cast<unsigned>(s_.H)),
-                    .block = 256,
+            launch({.grid = dim3(static_cast<unsigned>(cdiv(keys, ScoresTraits::kThreads)),
+                                 static_cast<unsigned>(T), static_cast<unsigned>(s_.H)),
+                    .block = ScoresTraits::kThreads,
                     .stream = d_.stream},
                    scores_kernel<HD.value>, scratch_.get(), prompt_.q.get(), cache(i),
                    prompt_.rows_info.get(), p.begin, keys, s_.H, s_.H / s_.K, config_.window(i),
                    1 / std::sqrt(static_cast<float>(s_.hd)));
         });
         std::vector<float> values(n);
-        NANOGPT_CUDA_CHECK(cudaMemcpyAsync(values.data(), scratch_.get(), n * sizeof(float),
-                                           cudaMemcpyDeviceToHost, d_.stream));
-        NANOGPT_CUDA_CHECK(cudaStreamSynchronize(d_.stream));
+        copy<float>(values.data(), scratch_.get(), n);
+        synchronize();
         if (scores) o->on({HookPoint::attn_scores, i, p.pos, shape, values});
         if (!pattern) continue;
         const auto width = static_cast<std::size_t>(keys);
@@ -3460,47 +3462,41 @@ inline void CudaBackend::observe_head(std::span<const Piece> pieces, Observer* o
     if (config_.generation == Generation::g4)
         tap(o, HookPoint::backout, -1, pieces, a.x0.get(), s_.ld, {s_.D});
     tap(o, HookPoint::final_norm, -1, pieces, a.n.get(), s_.ld, {s_.D});
-    if (!wanted(o, HookPoint::logits_raw, -1) && !wanted(o, HookPoint::logits, -1)) return;
     const auto V = static_cast<std::size_t>(s_.V);
-    std::vector<float> raw(static_cast<std::size_t>(T) * V), capped(raw.size());
-    for (int t = 0; t < T; t += BackendTraits::kDecodeRows) {
-        const int rows = std::min(BackendTraits::kDecodeRows, T - t);
-        const std::size_t at = static_cast<std::size_t>(t) * V,
-                          bytes = static_cast<std::size_t>(rows) * V * sizeof(float);
-        for (const bool cap : {false, true}) {
-            gemv<GemvOutput::scaled_f32>(d_, {.x = a.n.get() + std::int64_t{t} * s_.ld,
-                                              .w = w_->lm_head,
-                                              .M = rows,
-                                              .N = s_.V,
-                                              .K = s_.ld,
-                                              .ld = s_.V,
-                                              .D = s_.D,
-                                              .y = decode_logits_.get(),
-                                              .softcap = cap ? config_.softcap : 0});
-            NANOGPT_CUDA_CHECK(cudaMemcpyAsync((cap ? capped : raw).data() + at,
-                                               decode_logits_.get(), bytes, cudaMemcpyDeviceToHost,
-                                               d_.stream));
+    for (const HookPoint point : {HookPoint::logits_raw, HookPoint::logits}) {
+        if (!wanted(o, point, -1)) continue;
+        std::vector<float> values(static_cast<std::size_t>(T) * V);
+        for (int t = 0; t < T; t += BackendTraits::kDecodeRows) {
+            const int rows = std::min(BackendTraits::kDecodeRows, T - t);
+            head(decode_logits_.get(), a.n.get() + std::int64_t{t} * s_.ld, nullptr, rows,
+                 point == HookPoint::logits ? config_.softcap : 0);
+            copy(values.data() + static_cast<std::size_t>(t) * V, decode_logits_.get(),
+                 static_cast<std::size_t>(rows) * V);
         }
-    }
-    NANOGPT_CUDA_CHECK(cudaStreamSynchronize(d_.stream));
-    for (const Piece& p : pieces) {
-        const int shape[] = {static_cast<int>(p.tokens.size()), s_.V};
-        const std::size_t at = static_cast<std::size_t>(p.begin) * V, n = p.tokens.size() * V;
-        if (wanted(o, HookPoint::logits_raw, -1))
-            o->on({HookPoint::logits_raw, -1, p.pos, shape, {raw.data() + at, n}});
-        if (wanted(o, HookPoint::logits, -1))
-            o->on({HookPoint::logits, -1, p.pos, shape, {capped.data() + at, n}});
+        synchronize();
+        for (const Piece& p : pieces) {
+            const int shape[] = {static_cast<int>(p.tokens.size()), s_.V};
+            const float* const from = values.data() + static_cast<std::size_t>(p.begin) * V;
+            o->on({point, -1, p.pos, shape, {from, p.tokens.size() * V}});
+        }
     }
 }
 
-// read: nothing of what it reads is kept; eight 16-byte values are on their way in every thread
+struct ReadTraits {
+    static constexpr int kThreads = 512;
+    static constexpr int kAhead = 8;  // 16-byte values on their way in every thread
+    static_assert(kThreads * kAhead * 16 >= 64 * 1024, "of a block: enough to hide the latency");
+};
+// read: nothing of what it reads is kept
 //   p (n) uint4 -> nothing, but for one pattern in 2^64
 //   grid: any number of blocks of 512 threads
 //   cost: reads 16*n bytes; bandwidth-bound, which is its purpose
 //   order: none
 //   source: the usual copy kernel without the copy
-template <int kAhead = 8>
-__global__ void __launch_bounds__(512) read_kernel(const uint4* p, std::size_t n, uint4* out) {
+template <class T = ReadTraits>
+__global__ void __launch_bounds__(T::kThreads)
+    read_kernel(const uint4* p, std::size_t n, uint4* out) {
+    constexpr int kAhead = T::kAhead;
     uint4 sum{};
     const std::size_t step = std::size_t{gridDim.x} * blockDim.x;
     for (std::size_t i = blockIdx.x * std::size_t{blockDim.x} + threadIdx.x; i < n;
@@ -3560,13 +3556,13 @@ inline std::vector<KernelInfo> kernel_table() {
             add("rotary_kernel, any size", rotary_kernel<RotaryTraits<kHD, false>>, 96, 0, 0);
             add("decode_attention_kernel", decode_attention_kernel<kHD>,
                 DecodeAttentionTraits::kThreads, 0, 8);
-            add("scores_kernel", scores_kernel<kHD>, 256, 0, 0);
+            add("scores_kernel", scores_kernel<kHD>, ScoresTraits::kThreads, 0, 0);
         });
     }
     add("embed_kernel<false>", embed_kernel<false>, EmbedTraits::kThreads, 0, 0);
     add("embed_kernel<true>", embed_kernel<true>, EmbedTraits::kThreads, 0, 0);
     add("draw_kernel", draw_kernel<DrawTraits::kThreads>, DrawTraits::kThreads, 0, 8);
-    add("read_kernel", read_kernel<8>, 512, 0, 8);
+    add("read_kernel", read_kernel<ReadTraits>, ReadTraits::kThreads, 0, 8);
     return table;
 }
 
@@ -3593,8 +3589,10 @@ inline GpuInfo gpu_info(int device) {
     gpu.l2_bytes = static_cast<std::uint64_t>(p.l2CacheSize);
     gpu.shared_bytes = p.sharedMemPerBlockOptin;
     gpu.integrated = p.integrated != 0;
-    // on such a GPU CUDA does not count what the file cache would give back
-    gpu.free_bytes = gpu.integrated ? detail::available_memory() : free_bytes;
+    gpu.free_bytes = gpu.integrated
+                         ? cuda::shared_memory_free(free_bytes, detail::available_memory(),
+                                                    detail::memory_info("MemFree:"))
+                         : free_bytes;
     // code made from PTX for Ampere has no instruction to wait for the kernel before
     gpu.overlap = p.major >= 9 && attributes.ptxVersion >= 90;
     if (e != cudaSuccess) {
@@ -3653,6 +3651,7 @@ inline std::string cuda_versions() {
 
 // Bytes per second of a plain read of 1 GiB, or of half of what is free: the median of nine.
 inline double cuda_read_bandwidth(int device = 0) {
+    using T = cuda::ReadTraits;
     const GpuInfo gpu = gpu_info(device);
     if (!gpu.problem.empty()) throw Error(ErrorKind::device, gpu.name + ": " + gpu.problem);
     const std::size_t bytes =
@@ -3668,8 +3667,8 @@ inline double cuda_read_bandwidth(int device = 0) {
     std::vector<float> ms(9);
     for (float& m : ms) {
         NANOGPT_CUDA_CHECK(cudaEventRecord(begin));
-        cuda::launch({.grid = dim3(static_cast<unsigned>(4 * gpu.sms)), .block = 512},
-                     cuda::read_kernel<8>, reinterpret_cast<const uint4*>(memory.get()),
+        cuda::launch({.grid = dim3(static_cast<unsigned>(4 * gpu.sms)), .block = T::kThreads},
+                     cuda::read_kernel<T>, reinterpret_cast<const uint4*>(memory.get()),
                      bytes / sizeof(uint4), reinterpret_cast<uint4*>(out.get()));
         NANOGPT_CUDA_CHECK(cudaEventRecord(end));
         NANOGPT_CUDA_CHECK(cudaEventSynchronize(end));
@@ -3720,11 +3719,10 @@ inline std::unique_ptr<Backend> open_cuda(std::shared_ptr<const Model> model,
     if (options.self_test) {
         const double off = cuda_self_test(*backend, model);
         if (!(off <= cuda::BackendTraits::kTolerance))
-            throw Error(ErrorKind::device, gpu.name + ": its logits are " + std::to_string(off) +
-                                               " away from the CPU's (relative), at most " +
-                                               std::to_string(cuda::BackendTraits::kTolerance) +
-                                               " is right. Use the CPU, "
-                                               "and update the driver");
+            throw Error(ErrorKind::device, {gpu.name, ": its logits are ", std::to_string(off),
+                                            " away from the CPU's (relative), at most ",
+                                            std::to_string(cuda::BackendTraits::kTolerance),
+                                            " is right. Use the CPU, and update the driver"});
     }
     return backend;
 }

@@ -3483,24 +3483,24 @@ private:
 
 namespace detail {
 
-inline std::uint64_t available_memory() {  // bytes; what can be had without swapping
+inline std::uint64_t memory_info(std::string_view name) {  // of /proc/meminfo, bytes; or 0
     const std::string s = read_kernel_file("/proc/meminfo");
-    const std::size_t at = s.find("MemAvailable:");
-    const std::size_t digits = at == s.npos ? s.npos : s.find_first_of("0123456789", at);
+    const std::size_t at = s.find_first_of("0123456789", s.find(name));
     std::uint64_t kib = 0;
-    if (digits == s.npos) return total_memory();
-    std::from_chars(s.data() + digits, s.data() + s.size(), kib);
+    if (at != s.npos) std::from_chars(s.data() + at, s.data() + s.size(), kib);
     return kib << 10;
+}
+inline std::uint64_t available_memory() {  // bytes; what can be had without swapping
+    const std::uint64_t bytes = memory_info("MemAvailable:");
+    return bytes != 0 ? bytes : total_memory();
 }
 
 // One row of a weight or embedding table, as float32.
 inline void copy_row(float* out, const Tensor& table, std::size_t row) {
-    const std::size_t n = table.cols();
-    if (table.dtype == DType::bf16) {
-        for (std::size_t i = 0; i < n; ++i) out[i] = bf16_to_f32(table.bf16()[row * n + i]);
-    } else {
-        std::copy_n(table.f32() + row * n, n, out);
-    }
+    const std::size_t n = table.cols(), at = row * n;
+    for (std::size_t i = 0; i < n; ++i)
+        out[i] =
+            table.dtype == DType::bf16 ? bf16_to_f32(table.bf16()[at + i]) : table.f32()[at + i];
 }
 
 // Reads the weights of one checkpoint straight to where they stay: one allocation, and a MiB per

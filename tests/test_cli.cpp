@@ -1210,6 +1210,37 @@ TEST_CASE("cli: with a GPU the GPU answers, and --device-type cpu is as without"
     CHECK(bench.find("sweep")->array.size() == 2);
 }
 
+TEST_CASE("cli: a walk on a GPU has the numbers of one on the CPU") {
+    if (no_binary() || no_gpu()) return;
+    const Words walk = words("walk -p Hello --json --no-png -d bfloat16") + sample();
+    const Json cpu = parse_json(run(walk + words("--device-type cpu"), "", gpu()).out);
+    const Json json = parse_json(run(walk, "", gpu()).out);
+    CHECK(text_of(json, "device") != text_of(cpu, "device"));
+    const auto &stages = json.find("stages")->array, &wanted = cpu.find("stages")->array;
+    REQUIRE(stages.size() == wanted.size());
+    for (std::size_t i = 0; i < stages.size(); i++) {
+        CAPTURE(text_of(stages[i], "name"));
+        CHECK(text_of(stages[i], "name") == text_of(wanted[i], "name"));
+        const double rms = number_of(wanted[i], "rms");
+        CHECK(number_of(stages[i], "rms") == doctest::Approx(rms).epsilon(0.03));
+        CHECK(number_of(stages[i], "not_finite") == 0);
+    }
+    const auto& heads = json.find("attention")->array;
+    CHECK(heads.size() == 8);
+    for (const Json& head : heads) {
+        for (const Json& row : head.find("map")->array) {
+            double sum = 0;
+            for (const Json& weight : row.array) sum += weight.number;
+            CHECK(sum == doctest::Approx(1).epsilon(1e-3));
+        }
+    }
+    const Json& output = json.find("lens")->array.back();
+    CHECK(output.find("is_output")->boolean);
+    const double choice = number_of(*json.find("choice"), "token");
+    CHECK(number_of(output.find("cells")->array.back(), "token") == choice);
+    CHECK(number_of(*cpu.find("choice"), "token") == choice);
+}
+
 TEST_CASE("cli: check reads every byte and executes nothing") {
     if (no_binary()) return;
     const test::TempDir dir;

@@ -1,5 +1,6 @@
 // open_cuda from end to end: against nanochat's numbers, against the CPU, and against itself, since
 // a row's bits must not depend on what else is in a step.
+#include <atomic>   // atomic
 #include <climits>  // INT_MAX
 #include <numeric>  // iota
 
@@ -19,6 +20,8 @@ using nanogpt::Sampler;
 using nanogpt::SamplingParams;
 using nanogpt::Sequence;
 using nanogpt::Token;
+
+extern std::atomic<long> allocations;  // by new, so far: allocations.cpp counts
 
 namespace {
 
@@ -917,6 +920,100 @@ TEST_CASE("cuda backend: logits that are no numbers are refused, and a sequence 
             CHECK(sequence->tokens().empty());
         }
     }
+}
+
+// ==== memory =====================================================================================
+
+TEST_CASE("cuda backend: on paper: what can be taken of a memory that is the CPU's too") {
+    constexpr std::uint64_t kGiB = std::uint64_t{1} << 30, kMost = ~std::uint64_t{0} >> 1;
+    struct Row {
+        std::uint64_t cuda_free, available, unused, want;
+    };
+    for (const Row& r : {
+             Row{20 * kGiB, 110 * kGiB, 20 * kGiB, 110 * kGiB},  // 90 are the file cache's
+             Row{10 * kGiB, 110 * kGiB, 20 * kGiB, 100 * kGiB},  // CUDA has 10 less than the CPU
+             Row{119 * kGiB, 100 * kGiB, 99 * kGiB, 100 * kGiB},
+             Row{5 * kGiB, 4 * kGiB, 6 * kGiB, 4 * kGiB},  // what is available may be reserved
+             Row{0, 50 * kGiB, 0, 50 * kGiB},
+             Row{0, 50 * kGiB, 50 * kGiB, 0},
+             Row{0, 0, 0, 0},
+             Row{kMost, kMost, 0, kMost},
+         }) {
+        CAPTURE(r.cuda_free);
+        CHECK(nanogpt::cuda::shared_memory_free(r.cuda_free, r.available, r.unused) == r.want);
+    }
+    CHECK(nanogpt::cuda::default_reserve(true, 120 * kGiB) == 12 * kGiB);
+    CHECK(nanogpt::cuda::default_reserve(true, 64 * kGiB) == 8 * kGiB);
+    CHECK(nanogpt::cuda::default_reserve(false, 140 * kGiB) == kGiB / 2);
+}
+
+TEST_CASE(
+    "cuda backend: on paper: the cache shrinks to eight contexts, then a model does not fit") {
+    constexpr std::uint64_t kMost = ~std::uint64_t{0}, kPages = 32 * 32;  // of 32 contexts of 2048
+    struct Row {
+        std::uint64_t room, page_bytes, context, tokens, want;
+    };
+    for (const Row& r : {
+             Row{kMost, 1'000, 2048, 0, kPages},
+             Row{kPages * 1'000, 1'000, 2048, 0, kPages},
+             Row{kPages * 1'000 - 1, 1'000, 2048, 0, kPages - 1},
+             Row{8 * 32 * 1'000, 1'000, 2048, 0, 8 * 32},
+             Row{8 * 32 * 1'000 - 1, 1'000, 2048, 0, 0},
+             Row{0, 1'000, 2048, 0, 0},
+             Row{kMost, 1'000, 65, 0, 32 * 2},   // whole pages of 64 tokens
+             Row{10'000, 1'000, 2048, 640, 10},  // what was asked for, or nothing
+             Row{10'000, 1'000, 2048, 641, 0},
+             Row{10'000, 1'000, 2048, 1, 1},
+             Row{999, 1'000, 2048, 1, 0},
+             Row{kMost, 1, 2048, kMost, kMost / 64 + 1},
+             Row{kMost, 1'000, 2048, kMost, 0},
+         }) {
+        CAPTURE(r.room);
+        CAPTURE(r.tokens);
+        CHECK(nanogpt::cuda::plan_pages(r.room, r.page_bytes, r.context, r.tokens) == r.want);
+    }
+}
+
+TEST_CASE("cuda backend: a step allocates nothing, on the GPU or beside it") {
+    if (no_gpu()) return;
+    const auto gpu = open_gpu(load(Gen::g4, {1024, 515, 2, 4, 2, 64, "SL"}));
+    Random random(5);
+    const auto ids = random_ids(random, 515, 400);
+    std::vector<std::unique_ptr<Sequence>> sequences;
+    std::vector<Sampler> samplers;
+    for (std::uint64_t i = 0; i < 12; ++i) {
+        sequences.push_back(gpu->new_sequence(600));
+        samplers.emplace_back(SamplingParams{i % 2 == 0 ? 0.0f : 0.8f, 20, 0.9f, i});
+    }
+    std::vector<Chunk> batch;
+    std::vector<Sampler*> pointers;
+    batch.reserve(12), pointers.reserve(12);
+    const auto hundred_steps = [&] {
+        for (std::size_t i = 0; i < 100; ++i) {
+            batch.clear(), pointers.clear();
+            const std::size_t first = i / 10 % 3, count = 1 + i / 7 % 9;  // the same for a while
+            for (std::size_t k = first; k < first + count; ++k) {
+                if (sequences[k]->tokens().size() > 150) sequences[k]->rewind(3);
+                const bool prompt = sequences[k]->tokens().empty() || i % 20 == k;
+                batch.push_back({sequences[k].get(),
+                                 std::span(ids).subspan(i, prompt ? 5 + 40 * (k % 8) : 1), prompt});
+                pointers.push_back(&samplers[k]);
+            }
+            if (i % 10 == 9)
+                gpu->step(batch);
+            else
+                gpu->sample(batch, pointers);
+        }
+    };
+    hundred_steps();  // makes room for the largest batch there is
+    std::size_t before = 0, after = 0, total = 0;
+    cudaMemGetInfo(&before, &total);
+    const long allocated = allocations;
+    hundred_steps();
+    const long more = allocations - allocated;
+    cudaMemGetInfo(&after, &total);
+    CHECK(more == 0);
+    CHECK(before == after);
 }
 
 // ==== errors =====================================================================================
