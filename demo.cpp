@@ -89,7 +89,8 @@ struct GpuInfo {
     std::string problem = {};
 };
 struct CudaOptions {
-    std::uint64_t kv_tokens = 0, reserve_bytes = 0;
+    std::uint64_t kv_tokens = 0;
+    std::optional<std::uint64_t> reserve_bytes = {};
 };
 inline std::string cuda_problem() { return "this nanogpt was built without CUDA"; }
 inline std::string cuda_versions() { return ""; }
@@ -246,6 +247,7 @@ struct Options {
     int port = 8000, num_gpus = 1;
     int slots = 0;  // 0: by device
     int queue = 512, max_models = 3, drain_seconds = 10;
+    int queue_timeout = 120, request_timeout = 600;
     std::optional<std::uint64_t> mem_reserve;  // bytes
     std::vector<std::string> api_keys, allow_origins, allow_hosts;
     bool open = false, trust_proxy = false, log_content = false;
@@ -428,6 +430,8 @@ constexpr Flag kFlags[] = {
     {0, "trust-proxy", "", "serve", "believe X-Forwarded-For of a proxy on this machine", SET(o.trust_proxy = true)},
     {0, "slots", "N", "serve", "answers at once (default 256 on a GPU, 8 on the CPU)", SET(o.slots = whole(g, 1, 256))},
     {0, "queue", "N", "serve", "answers that may wait (default 512)", SET(o.queue = whole(g, 0, 100'000))},
+    {0, "queue-timeout", "N", "serve", "seconds an answer may wait to begin (default 120)", SET(o.queue_timeout = whole(g, 1, 86'400))},
+    {0, "request-timeout", "N", "serve", "seconds an answer may take in all (default 600)", SET(o.request_timeout = whole(g, 1, 86'400))},
     {0, "max-models", "N", "serve", "models in memory at once (default 3)", SET(o.max_models = whole(g, 1, 64))},
     {0, "mem-reserve", "SIZE", "serve", "memory left to others, such as 8G (default: by device)", set_mem_reserve},
     {0, "drain-seconds", "N", "serve", "for running answers when the server is stopped (default 10)", SET(o.drain_seconds = whole(g, 0, 3600))},
@@ -1562,6 +1566,7 @@ Answer complete(const Options& o, Session& s, Sequence& sequence, std::span<cons
     answer.prompt_tokens = static_cast<int>(prompt.size());
     const auto on_token = [&](Generated generated) {
         if (answer.completion_tokens++ == 0) answer.prefill_seconds = seconds_since(output.start);
+        if (s.tokenizer.is_special(generated.token)) return true;  // ends it, unseen
         return output(stream.push(generated.token)) && !stream.stopped();
     };
     answer.reason = generate(*s.device.backend, sequence, prompt, params, on_token, nullptr,
@@ -5021,6 +5026,7 @@ void HttpServer::loop() {
         for (const std::uint64_t id : ids()) check_time(*find(id), now);
         if (no_accept_until_ != Clock::time_point() && now > no_accept_until_ && listener_ >= 0) {
             no_accept_until_ = {};
+            if (spare_ < 0) spare_ = ::open("/dev/null", O_RDONLY | O_CLOEXEC);
             watch(listener_, kListener, EPOLLIN, EPOLL_CTL_MOD);
         }
     }
@@ -5038,9 +5044,8 @@ void HttpServer::accept_some() {
                 last_complaint_ = now;
                 say(cat("cannot accept a connection: ", std::strerror(errno)), kYellow);
             }
-            ::close(spare_);  // makes room for one, to tell it
-            refuse_politely(::accept(listener_, nullptr, nullptr));
-            spare_ = ::open("/dev/null", O_RDONLY | O_CLOEXEC);
+            ::close(std::exchange(spare_, -1));  // makes room for one after the other, to tell them
+            for (; i < 16; i++) refuse_politely(::accept(listener_, nullptr, nullptr));
             no_accept_until_ = now + std::chrono::milliseconds(100);
             watch(listener_, kListener, 0, EPOLL_CTL_MOD);
             return;
@@ -5392,8 +5397,6 @@ public:
     static constexpr int kRunningPerClient = 16, kWaitingPerClient = 32;
 
 private:
-    static constexpr double kMostWaiting = 120, kMostRunning = 600;  // seconds
-
     struct Running {
         Running(std::shared_ptr<Job> j, std::unique_ptr<Sequence> s)
             : job(std::move(j)),
@@ -5602,8 +5605,9 @@ void Scheduler::expire() {
                 fail(*job, {503, "draining", "the server is stopping"});
             } else if (!broken_.empty()) {
                 fail(*job, {503, "device_lost", broken_});
-            } else if (std::chrono::duration<double>(now - job->created).count() > kMostWaiting) {
-                fail(*job, {503, "queue_full", "waited 120 seconds for a free slot"});
+            } else if (now - job->created > std::chrono::seconds(options_.queue_timeout)) {
+                fail(*job, {503, "queue_full",
+                            cat("waited ", options_.queue_timeout, " s for a free slot")});
             } else {
                 return false;
             }
@@ -5708,7 +5712,7 @@ Device Scheduler::open(const ModelInfo& info) {
     };
     const auto context = static_cast<std::uint64_t>(std::min(info.config.sequence_len, 1536));
     CudaOptions cuda;
-    cuda.reserve_bytes = options_.mem_reserve.value_or(0);
+    cuda.reserve_bytes = options_.mem_reserve;
     cuda.kv_tokens = settings_.slots * context;
     try {
         return open_device(info, options_, cuda, watch, true);
@@ -6000,6 +6004,8 @@ void Scheduler::take(Loaded& m, Running& r, Token token) {
     r.last = now;
     m.written->generated++;
     const auto reason = r.answer.take(*r.sequence, token, [&](Generated generated) {
+        // A completion ends at any special token; that of a call would open an empty bracket.
+        if (!r.job->chat && r.job->offer->tokenizer->is_special(generated.token)) return true;
         std::string text = r.text.push(generated.token);
         if (!text.empty()) event(Event::Kind::text, r.job, std::move(text));
         return !r.text.stopped();
@@ -6059,9 +6065,11 @@ void Scheduler::sweep(Loaded& m) {
                 fail(job, {503, "out_of_memory", "not enough memory to draw the pictures"});
             r->over = true;
         }
-        if (!r->over && std::chrono::duration<double>(now - job.created).count() > kMostRunning)
-            fail(job, {503, "request_timeout", "the answer took more than 600 seconds"}),
-                r->over = true;
+        if (!r->over && now - job.created > std::chrono::seconds(options_.request_timeout)) {
+            fail(job, {503, "request_timeout",
+                       cat("the answer took more than ", options_.request_timeout, " s")});
+            r->over = true;
+        }
         if (!r->over) return false;
         const auto seconds = [](Clock::time_point a, Clock::time_point b) {
             return std::chrono::duration<double>(b - a).count();
@@ -8758,10 +8766,11 @@ const kInline = new RegExp([kCall.source,
     String.raw`\k<mark>(?![\w*])`,
 ].join('|'), 'gs');
 
-// Calculator calls as a person reads them; whole and unfinished ones.
+// Calculator calls as a person reads them; whole and unfinished ones. Of an empty one, nothing.
 const callText = ({sum, end, result}) =>
-  result !== undefined ? `${sum} = ${result}` : `${sum} ${end ? '= ?' : '…'}`;
-const readable = (text) => text.replace(kCall, (...found) => `[${callText(found.at(-1))}]`);
+  result !== undefined ? `${sum} = ${result}` : sum && `${sum} ${end ? '= ?' : '…'}`;
+const readable = (text) => text.replace(kCall, (...found) =>
+  callText(found.at(-1)) && `[${callText(found.at(-1))}]`);
 
 function inline(text, into) {
   let at = 0;
@@ -8769,7 +8778,8 @@ function inline(text, into) {
     const {sum, code, mark, inner} = groups;
     into.append(text.slice(at, index),
       sum !== undefined
-        ? make('span', {class: 'calc'}, make('b', {}, 'calculator:'), ' ' + callText(groups))
+        ? callText(groups) && make('span', {class: 'calc'}, make('b', {}, 'calculator:'),
+          ' ' + callText(groups))
         : mark ? inline(inner, make(mark.length === 2 ? 'strong' : 'em')) : make('code', {}, code));
     at = index + all.length;
   }
@@ -9647,6 +9657,7 @@ function start() {
   viewport.addEventListener('resize', () => {
     const covered = viewport.scale === 1 ? Math.max(innerHeight - viewport.height, 0) : 0;
     root.style.setProperty('--keyboard', `${covered}px`);
+    stay();
   });
   document.addEventListener('keydown', onKey);
   document.addEventListener('visibilitychange', () => { if (!document.hidden) poll(); });

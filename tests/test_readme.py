@@ -1,6 +1,6 @@
 #!/usr/bin/env python3
 """README.md against the program: its commands run, its transcript comes out word for word, what it
-names exists. (Its example is compiled and run by consumers/run.sh.)
+names exists, its speeds are those of SPEED.md. (Its example is compiled and run by consumers/run.sh.)
 
     test_readme.py NANOGPT ROOT
 
@@ -38,7 +38,7 @@ def read(path):
         return file.read()
 
 
-README = read("README.md")
+README, SPEED = read("README.md"), read("tools/SPEED.md")
 SOURCES = "".join(read(path) for path in ("nanogpt.hpp", "kernels.cuh", "demo.cpp", "CMakeLists.txt"))
 
 
@@ -169,6 +169,65 @@ def names():
         check(f"{script} can be run", os.access(os.path.join(ROOT, script), os.X_OK))
 
 
+# ---- speed
+
+per_ms, per_us = (lambda ms: 1e3 / ms), (lambda us: 1e6 / us)  # to tokens a second
+same, seconds = (lambda value: value), (lambda ms: ms / 1e3)
+
+# Lines of the README with # for each figure, and where those stem from: table, row and column of
+# SPEED.md, and what makes the one of the other.
+MEASURED = {
+    "| decoding, float32 | # tok/s, # of what the memory delivers | nanochat in PyTorch: # tok/s |": [
+        ("forward", "nanogpt, float32", "decode ms/token", per_ms),
+        ("forward", "nanogpt, float32", "of the read bandwidth", same),
+        ("forward", "nanochat, PyTorch float32", "decode ms/token", per_ms)],
+    "| decoding, bfloat16 weights | # tok/s, # | |": [
+        ("forward", "nanogpt, bfloat16", "decode ms/token", per_ms),
+        ("forward", "nanogpt, bfloat16", "of the read bandwidth", same)],
+    "| reading a prompt of 512 tokens | # s | nanochat in PyTorch: # s |": [
+        ("forward", "nanogpt, float32", "prefill 512 ms", seconds),
+        ("forward", "nanochat, PyTorch float32", "prefill 512 ms", seconds)],
+    "| tokenizer, English | # MB/s | tiktoken: # MB/s |": [
+        ("tokenizer", "English", "nanogpt MB/s", same),
+        ("tokenizer", "English", "tiktoken MB/s", same)],
+    "| start, one answer, exit (sample) | # s | nanochat: # s |": [
+        ("start", "`nanogpt", "seconds", same), ("start", "nanochat", "seconds", same)],
+    "NVIDIA H200, bfloat16, context 1,024, one sequence: d12 # tok/s, d20 #, d32 # "
+    "(compiled PyTorch in a CUDA graph: #, #, #).": [
+        ("cuda_model", row, depth, per_us)
+        for row in ("decoding, batch 1", "the peer: prompt; batch 1") for depth in ("d12", "d20", "d32")],
+}
+NUMBER = r"([\d,]*\.?\d+)"
+MOST_APART = 0.01  # what rounding may do
+
+
+def lines_of(text, table):
+    return text.split(f"<!-- {table} -->\n", 1)[1].split(f"<!-- /{table} -->", 1)[0].splitlines()
+
+
+def figure(table, row, column):
+    """Of SPEED.md, in the first row of that beginning; of several figures in one cell the second."""
+    rows = [[cell.strip() for cell in line.strip("|").split("|")]
+            for line in lines_of(SPEED, table) if line.startswith("|")]
+    cell = next(one for one in rows if one[0].startswith(row))[rows[0].index(column)]
+    return float(re.match(NUMBER, cell.split("; ")[";" in cell])[0].replace(",", ""))
+
+
+def speed():
+    rows = [line for line in lines_of(README, "speed") if line.startswith("| ")][1:]
+    for line, sources in MEASURED.items():
+        found = re.search("^" + re.escape(line).replace(r"\#", NUMBER) + "$", README, re.M)
+        check(f"{line} is there", found and len(found.groups()) == len(sources))
+        if not found:
+            continue
+        rows = [row for row in rows if row != found[0]]
+        for shown, (*place, convert) in zip(found.groups(), sources):
+            measured = convert(figure(*place))
+            check(f"{line}: {shown} is what SPEED.md has",
+                  abs(float(shown.replace(",", "")) / measured - 1) <= MOST_APART, (place, measured))
+    check("every line of the table of speeds has its source", not rows, rows)
+
+
 def form():
     lines = README.splitlines()
     first = lines.index("```sh") + 2
@@ -189,6 +248,7 @@ def main():
         transcripts(home)
         table_of_commands()
     names()
+    speed()
     form()
     print(f"{passed} passed, {failed} failed")
     return 1 if failed or not passed else 0

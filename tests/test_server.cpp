@@ -4,6 +4,7 @@
 #include <doctest/doctest.h>
 
 #include <sys/ioctl.h>
+#include <sys/resource.h>  // prlimit
 
 #include <functional>
 #include <memory>
@@ -737,6 +738,25 @@ TEST_CASE("server: http: requests that come together are answered in order") {
     CHECK(garbage.receive().status == 200);
     CHECK(garbage.receive().status == 400);
     CHECK(garbage.ends());
+}
+
+TEST_CASE("server: http: a connection is for 1,000 requests, and the last answer says so") {
+    if (no_binary()) return;
+    Connection c(port());
+    const std::string request = get("/health");
+    int kept = 0;
+    for (int i = 1; i < 1'000; i++) {
+        c.send(request);
+        const Response r = c.receive();
+        kept += r.status == 200 && !r.says_close();
+    }
+    CHECK(kept == 999);
+    c.send(request + request);
+    const Response last = c.receive();
+    CHECK(last.status == 200);
+    CHECK(last.says_close());
+    CHECK(c.ends());  // the 1,001st gets nothing
+    CHECK(ask(port(), request).status == 200);
 }
 
 TEST_CASE("server: http: 100-continue comes after the checks, or not at all") {
@@ -1685,6 +1705,7 @@ TEST_CASE("server: completions: no template, and both ends of the answer") {
     const Response mark = ask(port(), post("/v1/completions", R"({"prompt":"v","temperature":0})"));
     CHECK(number_at(json_of(mark.body), "usage.completion_tokens") == 2);
     CHECK(text_at(json_of(mark.body), "choices.0.finish_reason") == "stop");
+    CHECK(text_at(json_of(mark.body), "choices.0.text") == "w");  // no empty brackets
     const std::string command = std::string(NANOGPT_BINARY) + " sample --base-dir " +
                                 zoo().string() + " -g d9 -p v -t 0 -m 9 --device-type cpu -q";
     FILE* const pipe = ::popen(command.c_str(), "r");
@@ -2102,8 +2123,8 @@ TEST_CASE(
     open.clear();
     for (int i = 0; i < 60; i++) {  // one client: 16 may run and 32 wait, the others are too many
         open.emplace_back(wide->port(), 9);
-        open.back().send(endless(i > 0 ? 1 : test::quick() ? 100 : 600, "", kSlow));
-        if (i == 0) http::sleep_ms(300);
+        open.back().send(endless(i > 0 ? 1 : test::quick() ? 300 : 600, "", kSlow));
+        if (i == 0) CHECK(busy(wide->port()));
     }
     int many = 0;
     good = 0;
@@ -2117,6 +2138,85 @@ TEST_CASE(
     CHECK(many >= 12);
     CHECK(good + many == 60);
     CHECK(idle(wide->port()));
+}
+
+namespace {
+
+// "" if a stream began and ended with this error of a busy server, and the connection with it.
+std::string fault_of_cut(const Response& r, const std::string& code) {
+    const Stream s = read_stream(r.body);
+    if (r.status != 200 || s.data.size() < 2) return "no stream: " + r.body;
+    const Json last = json_of(s.data.back());
+    if (text_at(last, "error.code") != code || text_at(last, "error.type") != "overloaded_error")
+        return "the last event is " + s.data.back();
+    if (s.done || !s.broken.empty() || r.complete) return "it says that it is whole";
+    return r.closed ? "" : "the connection goes on";
+}
+
+}  // namespace
+
+TEST_CASE("server: who waits for too long is sent away, and what takes too long is cut") {
+    if (no_binary()) return;
+    const std::string stream = R"(,"stream":true)";
+    {
+        const auto s = start(zoo(), {"--threads", "1", "--slots", "1", "--queue-timeout", "1"});
+        Connection running(s->port(), 2), waits(s->port(), 3), streams(s->port(), 4);
+        running.send(endless(4'000, stream, kSlow));
+        CHECK(busy(s->port()));
+        const auto begin = Clock::now();
+        waits.send(endless(5));
+        streams.send(endless(5, stream));
+        for (Connection* c : {&waits, &streams}) {
+            const Response r = c->receive(60'000);
+            const double waited = http::ms_since(begin);
+            INFO(r.body);
+            CHECK(waited >= 1'000);
+            CHECK(waited < 10'000);
+            const Words events = read_stream(r.body).data;  // if it was told how many are before it
+            const Json json = json_of(events.empty() ? r.body : events.back());
+            CHECK(text_at(json, "error.code") == "queue_full");
+            CHECK(contains(text_at(json, "detail"), "waited 1 s "));
+            if (c == &streams && !events.empty()) {
+                CHECK(fault_of_cut(r, "queue_full") == "");
+                continue;
+            }
+            CHECK(r.status == 503);
+            CHECK(r.has("retry-after"));
+            CHECK(fault_of_error(r) == "");
+            CHECK(!r.says_close());
+        }
+        const Json health = json_of(ask(s->port(), get("/health")).body);
+        CHECK(number_at(health, "active") == 1);  // who was there before is not touched
+        CHECK(number_at(health, "queued") == 0);
+        CHECK(read_stream(running.receive(0).body).error == false);
+        running.close();
+        CHECK(idle(s->port()));
+        waits.send(endless(5));
+        CHECK(waits.receive(60'000).status == 200);
+    }
+    const auto s = start(zoo(), {"--threads", "1", "--slots", "2", "--request-timeout", "1"});
+    ask(s->port(), endless(1, "", kSlow));  // loads the model
+    Connection whole(s->port(), 2), streams(s->port(), 3);
+    const auto begin = Clock::now();
+    whole.send(endless(4'000, "", kSlow));
+    streams.send(endless(4'000, stream, kSlow));
+    const Response r = whole.receive(60'000), cut = streams.receive(60'000);
+    const double took = http::ms_since(begin);
+    INFO(r.body);
+    CHECK(took >= 1'000);
+    CHECK(took < 10'000);
+    CHECK(r.status == 503);
+    CHECK(code_of(r) == "request_timeout");
+    CHECK(contains(r.body, "more than 1 s"));
+    CHECK(r.has("retry-after"));
+    CHECK(fault_of_error(r) == "");
+    CHECK(fault_of_cut(cut, "request_timeout") == "");
+    const std::string text = read_stream(cut.body).text;
+    CHECK(text.size() > 0);
+    CHECK(text == repeated("rsq", 4'000).substr(0, text.size()));
+    CHECK(idle(s->port()));
+    whole.send(endless(5));
+    CHECK(whole.receive(60'000).status == 200);
 }
 
 TEST_CASE("server: a client with many requests does not keep the others waiting") {
@@ -2139,6 +2239,53 @@ TEST_CASE("server: a client with many requests does not keep the others waiting"
         greedy.clear();
         CHECK(idle(one_slot->port()));
     }
+}
+
+TEST_CASE("server: fairness: 64 requests of one client do not double what 31 others wait") {
+    if (no_binary()) return;
+    const auto s = start(zoo(), {"--threads", "1", "--slots", "4"});
+    const std::string request = endless(test::quick() ? 8 : 16, "", kSlow);
+    std::size_t passed = 0;
+    // Milliseconds until the last of the 31 is answered, beside one who was there before.
+    const auto round = [&](int many) {
+        std::vector<Connection> greedy, others;
+        for (int i = 0; i < many; i++) {
+            greedy.emplace_back(s->port(), 20);
+            greedy.back().send(request);
+        }
+        const auto begin = Clock::now();
+        for (int i = 0; i < 31; i++) {
+            others.emplace_back(s->port(), 21 + i);
+            others.back().send(request);
+        }
+        int good = 0, refused = 0;
+        for (Connection& c : others) good += c.receive(60'000).status == 200;
+        const double ms = http::ms_since(begin);
+        CHECK(good == 31);
+        for (Connection& c : greedy) {  // of whose only 48 may wait or run
+            const Response r = c.receive(60'000);
+            good += r.status == 200;
+            refused += r.status == 429;
+        }
+        CHECK(good + refused == 31 + many);
+        CHECK(refused <= many / 4);
+        passed += good + refused == 31 + many && refused <= many / 4;
+        return ms;
+    };
+    const auto median = [](std::vector<double> ms) {
+        std::sort(ms.begin(), ms.end());
+        return ms[(ms.size() - 1) / 2];
+    };
+    round(1);  // loads the model
+    const std::size_t rounds = test::quick() ? 2 : 20;
+    std::vector<double> equal, beside;  // in turn, so that both have the same noise
+    while (beside.size() < rounds) {
+        equal.push_back(round(1));
+        beside.push_back(round(64));
+    }
+    MESSAGE("the last of 31 waits ", median(beside), " ms, with equal shares ", median(equal));
+    CHECK(median(beside) <= 2 * median(equal));
+    tally("C4", passed, 2 * rounds + 1);
 }
 
 TEST_CASE(
@@ -2237,19 +2384,96 @@ TEST_CASE("server: more connections than there may be are refused at once, and t
 
 namespace {
 
-// "" if a stream began and ended with the error of a server that stops, and the connection with it.
-std::string fault_of_drained(const Response& r) {
-    const Stream s = read_stream(r.body);
-    if (r.status != 200 || s.data.size() < 2) return "no stream: " + r.body;
-    const Json last = json_of(s.data.back());
-    if (text_at(last, "error.code") != "draining" ||
-        text_at(last, "error.type") != "overloaded_error")
-        return "the last event is " + s.data.back();
-    if (s.done || !s.broken.empty() || r.complete) return "it says that it is whole";
-    return r.closed ? "" : "the connection goes on";
+// Seconds of a CPU that the thread of the sockets, which is the first one, has taken.
+double socket_seconds(const Server& s) {
+    const std::string pid = std::to_string(s.pid());
+    std::ifstream file("/proc/" + pid + "/task/" + pid + "/stat");
+    std::string text;
+    std::getline(file, text);
+    std::istringstream words(text.substr(text.rfind(')') + 1));
+    for (int i = 0; i < 11; i++) words >> text;
+    double user = 0, system = 0;
+    words >> user >> system;
+    return (user + system) / static_cast<double>(::sysconf(_SC_CLK_TCK));
 }
 
 }  // namespace
+
+TEST_CASE("server: without descriptors it refuses who comes, disturbs nobody, and does not spin") {
+    if (no_binary()) return;
+    const auto s = start(zoo(), {"--threads", "1"});
+    const std::string look = get("/health"), pid = std::to_string(s->pid());
+    rlimit files{};
+    REQUIRE(::prlimit(s->pid(), RLIMIT_NOFILE, nullptr, &files) == 0);
+    const auto limit = [&](rlim_t most) {
+        const rlimit less = {most, files.rlim_max};
+        REQUIRE(::prlimit(s->pid(), RLIMIT_NOFILE, &less, nullptr) == 0);
+    };
+    const auto begin = Clock::now();
+    std::vector<Connection> streams, open;
+    for (int i = 0; i < 2; i++) {
+        streams.emplace_back(s->port(), 5);
+        streams.back().send(endless(300, R"(,"stream":true)", kSlow));
+    }
+    for (Connection& c : streams) CHECK(c.begins());
+    Connection inside(s->port(), 6);
+    const auto active = [&] {
+        inside.send(look);
+        return number_at(json_of(inside.receive().body), "active");
+    };
+    CHECK(active() == 2);
+    const auto held = std::distance(fs::directory_iterator("/proc/" + pid + "/fd"), {});
+    // 48 connections where there is room for some 8.
+    const auto crowd = [&](int running) {
+        const auto come = Clock::now();
+        for (int i = 0; i < 48; i++) {
+            open.emplace_back(s->port(), 50);
+            open.back().send(look);
+        }
+        CHECK(active() == running);
+        int good = 0, refused = 0;
+        for (Connection& c : open) {
+            const Response r = c.receive(20'000 - http::ms_since(come));
+            good += r.status == 200;
+            refused += r.status == 503 && r.has("retry-after") && r.says_close() && c.ends();
+        }
+        CHECK(good >= 6);
+        CHECK(refused >= 36);
+        CHECK(good + refused == 48);
+        CHECK(http::ms_since(come) < 6'000);
+    };
+    limit(static_cast<rlim_t>(held) + 8);
+    crowd(2);
+    for (Connection& c : streams) {
+        const Stream all = read_stream(c.receive(120'000).body);
+        CHECK(all.text == repeated("rsq", 100));
+        CHECK(all.done);
+    }
+    // Not even the one that is kept for refusing: it comes when there is one again.
+    limit(3);
+    Connection waits(s->port(), 7);
+    waits.send(look);
+    http::sleep_ms(500);
+    const double before = socket_seconds(*s);
+    http::sleep_ms(1'000);
+    CHECK(socket_seconds(*s) - before < 0.5);
+    CHECK(!waits.begins(0));
+    limit(files.rlim_cur);
+    CHECK(waits.receive().status == 200);
+    // The one that is kept was lost, and is there again.
+    open.clear();
+    http::sleep_ms(500);
+    limit(static_cast<rlim_t>(held) + 8);
+    crowd(0);
+    open.clear();
+    http::sleep_ms(500);
+    CHECK(ask(s->port(), chat()).status == 200);
+    int complaints = 0;
+    const std::string log = s->output(), words = "cannot accept a connection";
+    for (std::size_t at = 0; (at = log.find(words, at)) != log.npos; at++) complaints++;
+    CHECK(complaints >= 2);
+    CHECK(complaints <= 2 + http::ms_since(begin) / 1'000);  // one a second
+}
 
 TEST_CASE("server: draining: what is asked now is refused, what was asked before is answered") {
     if (no_binary()) return;
@@ -2358,7 +2582,7 @@ TEST_CASE("server: SIGTERM: idle ends at once, a stream may finish, a queue is s
         CHECK(busy(s->port()));
         http::sleep_ms(100);
         s->signal(SIGTERM);
-        CHECK(fault_of_drained(running.receive(60'000)) == "");
+        CHECK(fault_of_cut(running.receive(60'000), "draining") == "");
         CHECK(s->wait(60'000) == 0);
     }
     {
@@ -2371,7 +2595,7 @@ TEST_CASE("server: SIGTERM: idle ends at once, a stream may finish, a queue is s
         http::sleep_ms(100);
         CHECK(!s->has_ended());
         s->signal(SIGTERM);  // again: at once
-        CHECK(fault_of_drained(running.receive(60'000)) == "");
+        CHECK(fault_of_cut(running.receive(60'000), "draining") == "");
         CHECK(s->wait(60'000) == 0);
     }
     {
@@ -2658,10 +2882,27 @@ TEST_CASE("server: wrong usage and ports that cannot be had") {
         return WIFSIGNALED(status) ? 128 + WTERMSIG(status) : WEXITSTATUS(status);
     };
     const std::string base = " --base-dir " + zoo().string();
-    for (const char* flags :
-         {"-p 70000", "-p -1", "-p x", "-p 8000x", "-n 2", "-n 0", "--slots 0", "--slots x",
-          "--queue -1", "--max-models 0", "--drain-seconds -1", "--drain-seconds x",
-          "--mem-reserve x", "--host", "--nothing", "extra", "--allow-origin nonsense"}) {
+    for (const char* flags : {"-p 70000",
+                              "-p -1",
+                              "-p x",
+                              "-p 8000x",
+                              "-n 2",
+                              "-n 0",
+                              "--slots 0",
+                              "--slots x",
+                              "--queue -1",
+                              "--queue-timeout 0",
+                              "--queue-timeout x",
+                              "--request-timeout 0",
+                              "--request-timeout 86401",
+                              "--max-models 0",
+                              "--drain-seconds -1",
+                              "--drain-seconds x",
+                              "--mem-reserve x",
+                              "--host",
+                              "--nothing",
+                              "extra",
+                              "--allow-origin nonsense"}) {
         CAPTURE(std::string(flags));
         CHECK(exit_of(flags + base) == 2);
     }
@@ -2842,6 +3083,57 @@ TEST_CASE("server: memory that others take: no new answers, no idle models, and 
     available(200);  // below an eighth
     CHECK(s->wait(60'000) == 5);
     CHECK(contains(s->output(), "memory is used up"));
+}
+
+TEST_CASE("server: a GPU that fails ends every answer with an error, and the server with 1") {
+    if (no_binary()) return;
+#ifdef NANOGPT_TRAP
+    const test::TempDir dir;
+    const std::string script = (dir / "serve").string(), file = (dir / "now").string();
+    const char* const all = std::getenv("CUDA_VISIBLE_DEVICES");
+    test::write_file(script, std::string("#!/bin/sh\nexec env CUDA_VISIBLE_DEVICES=") +
+                                 (all == nullptr ? "0" : all) +
+                                 " LD_PRELOAD=" NANOGPT_TRAP " NANOGPT_TRAP='" + file +
+                                 "' " NANOGPT_BINARY " \"$@\"\n");
+    fs::permissions(script, fs::perms::owner_all);
+    auto spec = chain_model("chatsft_checkpoints", "d9", 1, 64);
+    spec.fill = [chain = spec.fill](std::string_view name, std::span<float> values) {
+        chain(name, values);
+        if (name != "transformer.wte.weight" && name != "lm_head.weight") return;
+        // without it most logits are zero, and the self-test has nothing to compare
+        for (std::size_t i = 63; i < values.size(); i += 64) values[i] += 0.01f;
+    };
+    test::make_checkpoint(dir.path(), spec);
+    const auto s = start(dir.path(), {"--slots", "3"}, script);
+    const Json health = json_of(ask(s->port(), get("/health")).body);
+    if (text_at(health, "device") != "cuda") {
+        MESSAGE("skipped: no GPU can be used");
+        return;
+    }
+    CHECK(ask(s->port(), chat()).status == 200);
+    CHECK(contains(ask(s->port(), get("/stats")).body, "(sm_"));  // the model is on it
+    std::vector<std::unique_ptr<Connection>> clients;
+    for (int i = 0; i < 6; i++) {  // three are answered, three wait
+        clients.push_back(std::make_unique<Connection>(s->port(), i));
+        clients[static_cast<std::size_t>(i)]->send(
+            endless(3'900, i % 2 == 0 ? R"(,"stream":true)" : ""));
+    }
+    CHECK(busy(s->port()));
+    test::write_file(file, "");
+    int failed = 0;
+    for (const auto& client : clients) {
+        const Response r = client->receive(60'000);
+        INFO(shown(r.body));
+        CHECK(!contains(r.body, "[DONE]"));
+        failed += contains(r.body, "device_lost");
+        CHECK((r.status == 200 || r.status == 503));
+    }
+    CHECK(failed == 6);
+    CHECK(s->wait(60'000) == 1);
+    CHECK(contains(s->output(), "device failed: CUDA: "));
+#else
+    MESSAGE("skipped: built without CUDA");
+#endif
 }
 
 // ---- bytes without sense ------------------------------------------------------------------------

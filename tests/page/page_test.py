@@ -419,6 +419,10 @@ def completion(page):
         page.wait("!run")
     check("base: and further", page.js(TEXT).startswith(before) and
           (len(page.js(TEXT)) > len(before) or not page.js(TROUBLE)))
+    say(page, "37 times 41 is")  # greedily, the calculator's mark is next
+    check("base: a calculator's mark ends the text and is not shown", page.wait(
+        f"!run && {TEXT}.trim() === '37 times 41 is' && "
+        "chat.turns.at(-1).about.finish === 'stop'"), page.js(TEXT))
     check("base: the command for the terminal is sample",
           page.js("$('cli').textContent").startswith("nanogpt sample -i base -g d4 -s 5000"))
 
@@ -588,6 +592,10 @@ def waiting(page, stub):
     stub.gate.release()
     check("calculator: and has its result then", page.wait(
         f"!run && {box} === 'calculator: 6*7 = 42' && {TEXT}.endsWith('42.')"))
+    say(page, "an empty call")
+    check("calculator: of an empty call nothing is shown, nor copied", page.wait(
+        f"!run && {TEXT} === 'Well.' && !{LAST}.querySelector('.calc') && "
+        "readable(chat.turns.at(-1).answer) === 'Well.'"), page.js(TEXT))
 
 
 def stopping(page, stub):
@@ -663,6 +671,7 @@ def trouble(page, stub):
         f"{LAST}.querySelector('.waiting').textContent.includes('the queue is full. Trying again')"))
     check("busy: and tries again by itself", page.wait(f"!run && {TEXT} === 'You said: busy'", 15)
           and stub.busy == 0)
+    retries(page, stub)
     say(page, "nothing")
     check("empty answer: is told", page.wait(f"{TROUBLE}?.includes('nothing to say')"))
     say(page, "after that")
@@ -686,6 +695,54 @@ def trouble(page, stub):
           [(m["role"], len(m["content"])) for m in sent])
 
 
+def retries(page, stub):
+    """Of a busy server: how often it is asked again, and what is kept meanwhile."""
+    wait = LAST + ".querySelector('.waiting').textContent"
+    stub.busy, asked = 9, len(stub.asked)
+    say(page, "for ever", wait=False)
+    page.wait(f"{wait}.includes('(1 of 5)')")
+    page.type("my next question")
+    check("busy: counts up to the fifth time", page.wait(f"{wait}.includes('(5 of 5)')", 15))
+    check("busy: then stops, and says why", page.wait(
+        f"!run && {TROUBLE}.startsWith('the queue is full') && {TROUBLE}.includes('Try again')", 5),
+        page.js(TROUBLE))
+    time.sleep(1.5)  # longer than a pause
+    words = [body["messages"] for body in stub.asked[asked:]]
+    check("busy: six times in all, with the same words",
+          len(words) == 6 and words == words[:1] * 6, words)
+    check("busy: the question and what was typed meanwhile are kept", page.js(
+        "$('text').value === 'my next question' && "
+        "[...document.querySelectorAll('.bubble')].at(-1).textContent === 'for ever'"))
+    stub.busy = 0
+    act(page, "Try again")
+    check("busy: by hand it is asked once more", page.wait(f"!run && {TEXT} === 'You said: for ever'")
+          and len(stub.asked) == asked + 7)
+    page.js("$('text').value = ''; grow()")
+
+    say(page, "break")
+    page.wait(f"!run && {TEXT} === 'One two three'")
+    stub.busy, stub.busy_status, asked = 2, 429, len(stub.asked)
+    act(page, "Continue")
+    page.wait(f"{wait}.includes('(1 of 5)')")
+    page.js("$('text').focus()")
+    page.type("still here")
+    shown = page.js(TEXT)
+    check("busy: the third try succeeds, and what was written and typed stays", page.wait(
+        f"!run && {TEXT} === 'One two threeYou said: One two three' && "
+        "$('text').value === 'still here'", 15) and shown == "One two three"
+        and len(stub.asked) == asked + 3, (shown, page.js(TEXT)))
+    page.js("$('text').value = ''; grow()")
+
+    stub.busy, stub.busy_status, asked = 9, 503, len(stub.asked)
+    say(page, "not now", wait=False)
+    page.wait(f"{wait}.includes('(1 of 5)')")
+    page.key("Escape")
+    time.sleep(1.5)
+    check("busy: Esc ends the waiting, and nothing more is asked", page.js(
+        f"!run && {TROUBLE}.startsWith('Stopped.')") and len(stub.asked) == asked + 1)
+    stub.busy = 0
+
+
 def away(page, stub, again):
     page.js("newChat()")
     port = stub.port
@@ -693,6 +750,17 @@ def away(page, stub, again):
     page.js("poll()")
     check("away: a banner says so", page.wait("$('banner').checkVisibility() && "
                                               "/cannot be reached/.test($('banner').textContent)"))
+    waits = page.js("""(async () => {
+        const later = setTimeout, waits = [];
+        window.setTimeout = (call, ms) => later(call, waits[waits.push(ms) - 1]);
+        pause = 0;
+        for (let i = 0; i < 7; ++i) await poll();
+        pause = 0;
+        window.setTimeout = later;
+        return waits; })()""")
+    check("away: asks again after 1, 2, 4 ... 30 seconds",
+          waits == [1000, 2000, 4000, 8000, 16000, 30000, 30000], waits)
+    page.js("poll()")
     say(page, "are you there?")
     check("away: the question stays, with a way to try again", page.wait(
         f"{TROUBLE}?.includes('cannot be reached') && {TROUBLE}.includes('Try again') && "
@@ -845,6 +913,39 @@ def small(browser, stub, shots):
         done(page)
 
 
+def covered(browser, stub):
+    """The keyboard of a phone: it leaves the page's size alone, and covers its lower part."""
+    page = Page(browser, stub.url, 390, 844, touch=True)
+    page.wait("!!model")
+    page.js("send('many lines'); const most = innerHeight; let height = most; "
+            "Object.defineProperty(visualViewport, 'height', {get: () => height})")
+    page.wait("chat.turns.length && !run && atEnd()")
+
+    def keyboard(size):
+        page.js(f"height = most - {size}; visualViewport.dispatchEvent(new Event('resize'))")
+        return page.js("""['#text', '#send', 'header'].map((one) => {
+            const box = document.querySelector(one).getBoundingClientRect();
+            return [box.top, box.bottom]; })""")
+    before, open_, after = keyboard(0), keyboard(336), keyboard(0)
+    check("phone: without a keyboard the box is at the bottom", before[0][1] > 844 - 100, before)
+    check("phone: the keyboard covers neither box nor button, the header stays",
+          all(0 <= top < bottom <= 844 - 336 for top, bottom in open_)
+          and open_[0][1] > 844 - 336 - 100 and open_[2] == before[2], (before, open_))
+    check("phone: when it goes, all is as before", after == before, (before, after))
+    keyboard(336)
+    check("phone: the newest words stay in sight above it",
+          page.js("atEnd() && $('newest').hidden"), page.js("$('scroll').scrollTop"))
+    keyboard(0)
+    page.js("$('scroll').scrollTop = 0")
+    page.wait("!following")
+    keyboard(336)
+    check("phone: who reads elsewhere stays there", page.js("$('scroll').scrollTop") == 0)
+    keyboard(0)
+    page.js("Object.defineProperty(visualViewport, 'scale', {get: () => 2})")
+    check("phone: who enlarges the page moves nothing in it", keyboard(422) == before)
+    done(page)
+
+
 def odd_places(browser, program, base, stub):
     was, stub.models = stub.models, {**stub.models, "models": [], "count": 0, "default": None}
     page = Page(browser, stub.url)
@@ -957,6 +1058,7 @@ def run(program, sample, shots):
         done(page)
         section(looks, browser, stub, shots)
         section(small, browser, stub, shots)
+        section(covered, browser, stub)
         section(odd_places, browser, program, base, stub)
         check("no request to another origin", all(
             origin.startswith(("http://127.0.0.1:", "blob:", "data:", "about:"))

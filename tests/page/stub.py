@@ -18,7 +18,8 @@ class Stub:
 
     def __init__(self, page, headers, models, port=0):
         self.page, self.headers, self.models = page, headers, models
-        self.asked, self.gone, self.busy = [], 0, 0
+        self.asked, self.gone = [], 0
+        self.busy, self.busy_status = 0, 503  # how many questions are refused, and how
         self.tabs = []  # what each question named as its tab
         self.gate = threading.Semaphore(0)
         stub = self
@@ -78,10 +79,10 @@ class Stub:
         if question == "refuse":
             return self.send(handler, 400, {"error": {"message": "temperature must be <b>warm</b>",
                                                       "code": "out_of_range"}})
-        if question == "busy" and self.busy > 0:
+        if self.busy > 0:
             self.busy -= 1
-            return self.send(handler, 503, {"error": {"message": "the queue is full",
-                                                      "code": "queue_full"}}, Retry_After="1")
+            return self.send(handler, self.busy_status, {"error": {
+                "message": "the queue is full", "code": "queue_full"}}, Retry_After="1")
         handler.send_response(200)
         handler.send_header("Content-Type", "text/event-stream; charset=utf-8")
         handler.send_header("Connection", "close")
@@ -120,6 +121,9 @@ class Stub:
             token("<|python_end|>")
             for text in ("<|output_start|>", "42", "<|output_end|>", "42."):
                 token(text)
+        elif question == "an empty call":
+            for text in ("Well", "<|python_start|>", "<|python_end|>", "."):
+                token(text)
         elif question == "split":
             text = json.dumps({"token": SPLIT, "gpu": 0}, ensure_ascii=False).encode()
             for byte in b": ping\n\ndata: " + text + b"\n\n":  # every cut there is
@@ -157,6 +161,8 @@ class Stub:
             self.gate.acquire(timeout=20)
             token("the last line\n\n")
             self.gate.acquire(timeout=20)
+        elif question == "many lines":
+            token("line\n\n" * 120)
         elif question == "long ago":
             token("Too long.")
             return done(dropped_messages=2)
