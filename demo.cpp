@@ -1626,6 +1626,10 @@ public:
                 throw;
             } catch (const std::exception& e) {
                 failure_ = interrupted() ? 0 : report(options_, e);
+                if (failure_ == 6) {  // a GPU that failed does not come back in this process
+                    if (!interactive_) break;
+                    note("start again to go on; /save FILE keeps what was said");
+                }
             }
             forget_interrupts();
         }

@@ -1210,6 +1210,24 @@ TEST_CASE("cli: with a GPU the GPU answers, and --device-type cpu is as without"
     CHECK(bench.find("sweep")->array.size() == 2);
 }
 
+TEST_CASE("cli: a GPU that fails ends a conversation from a pipe at once, with exit code 6") {
+    if (no_binary() || no_gpu()) return;
+#ifdef NANOGPT_TRAP
+    const test::TempDir dir;
+    const std::string file = (dir / "now").string();
+    Words env = gpu();
+    env.push_back("LD_PRELOAD=" NANOGPT_TRAP);
+    env.push_back("NANOGPT_TRAP=" + file);
+    std::string lines;
+    for (int i = 0; i < 20'000; i++) lines += "What is 37 times 41?\n";
+    CHECK(std::system(("(sleep 2; touch '" + file + "') &").c_str()) == 0);
+    const Result r = run(words("-t 0 --device-type cuda") + sample(), lines, env);
+    CHECK(r.code == 6);
+    CHECK(contains(r.err, "CUDA: "));
+    CHECK(r.err.find("CUDA: ") == r.err.rfind("CUDA: "));  // said once
+#endif
+}
+
 TEST_CASE("cli: a walk on a GPU has the numbers of one on the CPU") {
     if (no_binary() || no_gpu()) return;
     const Words walk = words("walk -p Hello --json --no-png -d bfloat16") + sample();
