@@ -84,12 +84,12 @@ struct GpuInfo {
     int device = 0;
     std::string name = {};
     int major = 0, minor = 0, sms = 0;
-    std::uint64_t memory_bytes = 0, free_bytes = 0;
+    std::uint64_t memory_bytes = 0, free_bytes = 0, reserve_bytes = 0;
     bool integrated = false;
     std::string problem = {};
 };
 struct CudaOptions {
-    std::uint64_t kv_tokens = 0;
+    std::uint64_t kv_tokens = 0, least_contexts = 1;
     std::optional<std::uint64_t> reserve_bytes = {};
 };
 inline std::string cuda_problem() { return "this nanogpt was built without CUDA"; }
@@ -1359,11 +1359,11 @@ void check_memory(const ModelInfo& info, std::optional<DType> weights, std::int6
     }
 }
 
-// Memory left to others. Where the GPU shares it with the CPU, running out stalls the machine.
+// Memory left to others.
 std::uint64_t default_reserve(bool cuda) {
     const std::uint64_t tenth = nanogpt::detail::total_memory() / 10, gib = std::uint64_t{1} << 30;
     const std::optional<GpuInfo> gpu = gpu_in_use(cuda);
-    return gpu && gpu->integrated ? std::max(8 * gib, tenth) : std::min(gib, tenth);
+    return gpu && gpu->integrated ? gpu->reserve_bytes : std::min(gib, tenth);
 }
 
 struct Device {
@@ -4937,7 +4937,7 @@ private:
         c.since = Clock::now();
     }
     void accept_some();
-    void refuse_politely(int fd);
+    bool refuse_politely(int fd);
     bool receive(Connection& c);
     bool parse(Connection& c);
     bool advance(Connection& c);
@@ -5049,7 +5049,8 @@ void HttpServer::accept_some() {
                 say(cat("cannot accept a connection: ", std::strerror(errno)), kYellow);
             }
             ::close(std::exchange(spare_, -1));  // makes room for one after the other, to tell them
-            for (; i < 16; i++) refuse_politely(::accept(listener_, nullptr, nullptr));
+            while (i++ < 16 && refuse_politely(::accept(listener_, nullptr, nullptr))) {
+            }
             no_accept_until_ = now + std::chrono::milliseconds(100);
             watch(listener_, kListener, 0, EPOLL_CTL_MOD);
             return;
@@ -5077,13 +5078,13 @@ void HttpServer::accept_some() {
         connections_.emplace(c->id, std::move(c));
     }
 }
-void HttpServer::refuse_politely(int fd) {
-    if (fd < 0) return;
+bool HttpServer::refuse_politely(int fd) {
+    if (fd < 0) return false;
     constexpr std::string_view kFull =
         "HTTP/1.1 503 Service Unavailable\r\nRetry-After: 5\r\nContent-Length: 0\r\n"
         "Connection: close\r\n\r\n";
     ::send(fd, kFull.data(), kFull.size(), MSG_NOSIGNAL | MSG_DONTWAIT);
-    ::close(fd);
+    return ::close(fd) == 0;
 }
 
 void HttpServer::write_head(Connection& c, int status, std::string_view type, const Fields& more,
@@ -5601,6 +5602,7 @@ void Scheduler::receive() {
 // Sends away who waited too long, and forgets who is gone.
 void Scheduler::expire() {
     const Clock::time_point now = Clock::now();
+    const int most = std::min(options_.queue_timeout, options_.request_timeout);
     for (Client& client : clients_) {
         std::erase_if(client.waiting, [&](const std::shared_ptr<Job>& job) {
             if (job->cancelled) {
@@ -5609,9 +5611,8 @@ void Scheduler::expire() {
                 fail(*job, {503, "draining", "the server is stopping"});
             } else if (!broken_.empty()) {
                 fail(*job, {503, "device_lost", broken_});
-            } else if (now - job->created > std::chrono::seconds(options_.queue_timeout)) {
-                fail(*job, {503, "queue_full",
-                            cat("waited ", options_.queue_timeout, " s for a free slot")});
+            } else if (now - job->created > std::chrono::seconds(most)) {
+                fail(*job, {503, "queue_full", cat("waited ", most, " s for a free slot")});
             } else {
                 return false;
             }
@@ -5723,7 +5724,7 @@ Device Scheduler::open(const ModelInfo& info) {
     } catch (const Error& e) {
         if (!place_for(options_).cuda || e.kind != ErrorKind::out_of_memory) throw;
     }
-    cuda.kv_tokens = 0;
+    cuda.kv_tokens = 0, cuda.least_contexts = std::min<std::uint64_t>(settings_.slots, 8);
     return open_device(info, options_, cuda, watch, true);
 }
 
@@ -7438,6 +7439,8 @@ void Server::props(Connection& c) {
                                               {"max_tokens", options_.max_tokens}})},
                          {"limits", object({{"slots", slots_},
                                             {"queue", options_.queue},
+                                            {"queue_seconds", options_.queue_timeout},
+                                            {"request_seconds", options_.request_timeout},
                                             {"max_models", options_.max_models},
                                             {"body_bytes", Limits::kBody},
                                             {"running_per_client", Scheduler::kRunningPerClient},

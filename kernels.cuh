@@ -94,16 +94,22 @@ inline void check(cudaError_t error, const char* call, const char* file, int lin
                     ":" + std::to_string(line));
 }
 
-// Device memory for n values, all bytes zero; freed by its owner.
-template <class T>
+// Memory for n values, freed by its owner: the device's, all bytes zero, or if pinned the host's,
+// which the GPU reads and writes by itself.
+template <class T, bool pinned = false>
 class Buffer {
 public:
     Buffer() = default;
     explicit Buffer(std::size_t n) : n_(n) {
         if (n == 0) return;
-        NANOGPT_CUDA_CHECK(cudaMalloc(&data_, n * sizeof(T)));
-        NANOGPT_CUDA_CHECK(cudaMemset(data_, 0, n * sizeof(T)));
-        NANOGPT_CUDA_CHECK(cudaDeviceSynchronize());  // our stream does not wait for this one
+        if constexpr (pinned) {
+            NANOGPT_CUDA_CHECK(cudaHostAlloc(&data_, n * sizeof(T), cudaHostAllocMapped));
+            std::fill_n(data_, n, T{});
+        } else {
+            NANOGPT_CUDA_CHECK(cudaMalloc(&data_, n * sizeof(T)));
+            NANOGPT_CUDA_CHECK(cudaMemset(data_, 0, n * sizeof(T)));
+            NANOGPT_CUDA_CHECK(cudaDeviceSynchronize());  // our stream does not wait for this one
+        }
     }
     Buffer(Buffer&& other) noexcept
         : data_(std::exchange(other.data_, nullptr)), n_(std::exchange(other.n_, 0)) {}
@@ -111,14 +117,17 @@ public:
         std::swap(data_, other.data_), std::swap(n_, other.n_);
         return *this;
     }
-    ~Buffer() { cudaFree(data_); }
+    ~Buffer() { pinned ? cudaFreeHost(data_) : cudaFree(data_); }
     T* get() const { return data_; }
-    std::size_t size() const { return n_; }  // in values
+    T& operator[](std::size_t i) const { return data_[i]; }  // of pinned memory
+    std::size_t size() const { return n_; }                  // in values
 
 private:
     T* data_ = nullptr;
     std::size_t n_ = 0;
 };
+template <class T>
+using Pinned = Buffer<T, true>;
 
 template <class T>
 __host__ __device__ constexpr T cdiv(T a, T b) {
@@ -2188,18 +2197,18 @@ struct GpuInfo {
     std::string name;
     int major = 0, minor = 0, sms = 0;  // compute capability, multiprocessors
     std::uint64_t memory_bytes = 0, free_bytes = 0, l2_bytes = 0, shared_bytes = 0;
-    bool integrated = false;  // one memory with the CPU
-    bool overlap = false;     // kernels may start while the one before still runs
-    std::string problem;      // empty: the kernels run on it; else why not
+    std::uint64_t reserve_bytes = 0;  // to be left to others
+    bool integrated = false;          // one memory with the CPU
+    bool overlap = false;             // kernels may start while the one before still runs
+    std::string problem;              // empty: the kernels run on it; else why not
 };
 
 struct CudaOptions {
     int device = 0;
-    // room for keys and values, in tokens; 0: 32 full contexts, or as many as fit, 8 at least
-    std::uint64_t kv_tokens = 0;
-    // memory left to others; unset: max(8 GiB, 10 %) where the CPU shares it, else 512 MiB
-    std::optional<std::uint64_t> reserve_bytes = {};
-    bool self_test = true;  // compare a few tokens with the CPU
+    // room for keys and values, in tokens; 0: 32 full contexts, or as many as fit, these at least
+    std::uint64_t kv_tokens = 0, least_contexts = 1;
+    std::optional<std::uint64_t> reserve_bytes = {};  // left to others; unset: GpuInfo's
+    bool self_test = true;                            // compare a few tokens with the CPU
 };
 
 namespace cuda {
@@ -2212,8 +2221,9 @@ struct BackendTraits {
     static constexpr int kAlign = 256;         // bytes, of every tensor in the slab
     static constexpr int kPad = 64;  // columns of weights and activations come in multiples
     static constexpr std::uint64_t kStaging = std::uint64_t{32} << 20;  // bytes of one buffer
-    static constexpr float kMaxScore = 40;      // e^(-2 * 40) is still a normal float
-    static constexpr double kTolerance = 0.03;  // of the self-test; bf16 gives 0.003 to 0.01
+    static constexpr float kMaxScore = 40;          // e^(-2 * 40) is still a normal float
+    static constexpr double kTolerance = 0.03;      // of the self-test; bf16 gives 0.003 to 0.01
+    static constexpr std::uint64_t kContexts = 32;  // of keys and values, where nobody says more
     static constexpr int kBuckets[] = {1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128};
     static_assert(kBuckets[10] == kDecodeRows, "the largest graph takes a whole pass");
 };
@@ -2227,41 +2237,20 @@ inline std::uint64_t shared_memory_free(std::uint64_t cuda_free, std::uint64_t a
                                         std::uint64_t unused) {
     return std::min(available, cuda_free + available - std::min(available, unused));
 }
+// Running out of a memory that is the CPU's too stalls the machine.
 inline std::uint64_t default_reserve(bool integrated, std::uint64_t total_bytes) {
     return integrated ? std::max<std::uint64_t>(std::uint64_t{8} << 30, total_bytes / 10)
                       : std::uint64_t{512} << 20;
 }
-// Pages of the KV cache for `tokens` tokens, or if that is 0 for 32 contexts of S tokens, or for as
-// many as fit into `room` bytes, 8 at least. 0: they do not fit. No product that could overflow.
+// Pages of the KV cache for `tokens` tokens, or if that is 0 for kContexts contexts of S tokens, or
+// for as many as fit into `room` bytes, `least` of them at least. 0: they do not fit.
 inline std::uint64_t plan_pages(std::uint64_t room, std::uint64_t page_bytes, std::uint64_t S,
-                                std::uint64_t tokens) {
+                                std::uint64_t tokens, std::uint64_t least) {
     const std::uint64_t context = cdiv<std::uint64_t>(S, kPage), fits = room / page_bytes;
     const std::uint64_t asked = tokens / kPage + (tokens % kPage != 0);
-    if (tokens != 0) return asked <= fits ? asked : 0;
-    return 8 * context <= fits ? std::min(32 * context, fits) : 0;
+    if (tokens != 0) return asked <= fits ? asked : 0;  // by division: nothing can overflow
+    return least * context <= fits ? std::min(BackendTraits::kContexts * context, fits) : 0;
 }
-
-// Host memory that the GPU reads and writes by itself.
-template <class T>
-class Pinned {
-public:
-    Pinned() = default;
-    explicit Pinned(std::size_t n) {
-        NANOGPT_CUDA_CHECK(cudaHostAlloc(&data_, n * sizeof(T), cudaHostAllocMapped));
-        std::fill_n(data_, n, T{});
-    }
-    Pinned(const Pinned&) = delete;
-    Pinned& operator=(Pinned&& other) noexcept {
-        std::swap(data_, other.data_);
-        return *this;
-    }
-    ~Pinned() { cudaFreeHost(data_); }
-    T* get() const { return data_; }
-    T& operator[](std::size_t i) const { return data_[i]; }
-
-private:
-    T* data_ = nullptr;
-};
 
 class Event {
 public:
@@ -2725,7 +2714,7 @@ private:
     std::vector<int> order_;                     // chunk of the batch for each row of the logits
     std::vector<std::uint64_t> last_, serials_;  // sequences of the last draw, and of this one
     Ahead ahead_;
-    // what a step works with; kept, so that a step allocates nothing
+    // what a step works with; here and with room for kSlots, so that a step allocates nothing
     std::vector<const Sequence*> seen_;
     std::vector<Piece> pieces_;
     std::vector<Draw> asked_, in_order_;
@@ -2769,8 +2758,7 @@ inline CudaBackend::CudaBackend(std::shared_ptr<const Model> model, const CudaOp
 inline void CudaBackend::plan_memory(const Model& model, const CudaOptions& options) {
     using B = BackendTraits;
     const std::uint64_t available = gpu_.free_bytes;
-    const std::uint64_t reserve =
-        options.reserve_bytes.value_or(default_reserve(gpu_.integrated, gpu_.memory_bytes));
+    const std::uint64_t reserve = options.reserve_bytes.value_or(gpu_.reserve_bytes);
     const auto S = static_cast<std::uint64_t>(config_.sequence_len);
     // nanochat's own tables end at 10 contexts; whole pages, as a sequence's capacity
     max_positions_ = pad(static_cast<int>(std::max<std::uint64_t>(10 * S, 4096)), kPage);
@@ -2787,10 +2775,11 @@ inline void CudaBackend::plan_memory(const Model& model, const CudaOptions& opti
         static_cast<std::uint64_t>(max_positions_) * 4 * static_cast<unsigned>(s_.hd);
     const std::uint64_t page_bytes = static_cast<std::uint64_t>(s_.layer_values() * s_.L) * 2;
     const std::uint64_t usable = available - std::min(available, reserve);
-    const std::uint64_t pages =
-        plan_pages(usable - std::min(usable, fixed), page_bytes, S, options.kv_tokens);
+    const std::uint64_t pages = plan_pages(usable - std::min(usable, fixed), page_bytes, S,
+                                           options.kv_tokens, options.least_contexts);
     if (pages == 0) {
-        const std::uint64_t tokens = options.kv_tokens != 0 ? options.kv_tokens : 8 * S;
+        const std::uint64_t tokens =
+            options.kv_tokens != 0 ? options.kv_tokens : S * options.least_contexts;
         throw Error(ErrorKind::out_of_memory,
                     {nanogpt::detail::quote(model.info().id), " needs ", fixed >> 20,
                      " MiB on the GPU and ", page_bytes >> 10, " KiB for every 64 of ", tokens,
@@ -2825,6 +2814,9 @@ inline void CudaBackend::claim(std::uint64_t pages) {
     gather_host_ = Pinned<int>(B::kSlots);
     draws_host_ = Pinned<Draw>(2 * B::kSlots);
     tokens_host_ = Pinned<int>(2 * B::kSlots);
+    const auto keep = [&](auto&... lists) { (lists.reserve(slots), ...); };
+    keep(drawn_, seen_, pieces_, asked_, in_order_, order_, last_, serials_, ahead_.serials,
+         ahead_.tokens, ahead_.lengths, ahead_.draws);
     uploaded_ = std::make_unique<Event>();
     for (auto& e : drawn_event_) e = std::make_unique<Event>();
 }
@@ -3591,8 +3583,9 @@ inline GpuInfo gpu_info(int device) {
     gpu.integrated = p.integrated != 0;
     gpu.free_bytes = gpu.integrated
                          ? cuda::shared_memory_free(free_bytes, detail::available_memory(),
-                                                    detail::memory_info("MemFree:"))
+                                                    detail::memory_info("MemFree:").value_or(0))
                          : free_bytes;
+    gpu.reserve_bytes = cuda::default_reserve(gpu.integrated, gpu.memory_bytes);
     // code made from PTX for Ampere has no instruction to wait for the kernel before
     gpu.overlap = p.major >= 9 && attributes.ptxVersion >= 90;
     if (e != cudaSuccess) {

@@ -3483,16 +3483,16 @@ private:
 
 namespace detail {
 
-inline std::uint64_t memory_info(std::string_view name) {  // of /proc/meminfo, bytes; or 0
+inline std::optional<std::uint64_t> memory_info(std::string_view name) {  // /proc/meminfo, bytes
     const std::string s = read_kernel_file("/proc/meminfo");
     const std::size_t at = s.find_first_of("0123456789", s.find(name));
     std::uint64_t kib = 0;
-    if (at != s.npos) std::from_chars(s.data() + at, s.data() + s.size(), kib);
+    if (at == s.npos) return {};
+    std::from_chars(s.data() + at, s.data() + s.size(), kib);
     return kib << 10;
 }
 inline std::uint64_t available_memory() {  // bytes; what can be had without swapping
-    const std::uint64_t bytes = memory_info("MemAvailable:");
-    return bytes != 0 ? bytes : total_memory();
+    return memory_info("MemAvailable:").value_or(total_memory());
 }
 
 // One row of a weight or embedding table, as float32.

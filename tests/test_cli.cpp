@@ -1216,7 +1216,8 @@ TEST_CASE("cli: a GPU that fails ends a conversation from a pipe at once, with e
     const test::TempDir dir;
     const std::string file = (dir / "now").string();
     Words env = gpu();
-    env.push_back("LD_PRELOAD=" NANOGPT_TRAP);
+    fs::create_symlink(NANOGPT_TRAP, dir / "trap.so");  // a name without spaces
+    env.push_back("LD_PRELOAD=" + (dir / "trap.so").string());
     env.push_back("NANOGPT_TRAP=" + file);
     std::string lines;
     for (int i = 0; i < 20'000; i++) lines += "What is 37 times 41?\n";
@@ -1240,7 +1241,7 @@ TEST_CASE("cli: a walk on a GPU has the numbers of one on the CPU") {
         CAPTURE(text_of(stages[i], "name"));
         CHECK(text_of(stages[i], "name") == text_of(wanted[i], "name"));
         const double rms = number_of(wanted[i], "rms");
-        CHECK(number_of(stages[i], "rms") == doctest::Approx(rms).epsilon(0.03));
+        CHECK(number_of(stages[i], "rms") == doctest::Approx(rms).epsilon(0.03).scale(0));
         CHECK(number_of(stages[i], "not_finite") == 0);
     }
     const auto& heads = json.find("attention")->array;

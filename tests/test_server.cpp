@@ -2194,7 +2194,7 @@ TEST_CASE("server: who waits for too long is sent away, and what takes too long 
         waits.send(endless(5));
         CHECK(waits.receive(60'000).status == 200);
     }
-    const auto s = start(zoo(), {"--threads", "1", "--slots", "2", "--request-timeout", "1"});
+    const auto s = start(zoo(), {"--threads", "1", "--slots", "2", "--request-timeout", "3"});
     ask(s->port(), endless(1, "", kSlow));  // loads the model
     Connection whole(s->port(), 2), streams(s->port(), 3);
     const auto begin = Clock::now();
@@ -2203,11 +2203,11 @@ TEST_CASE("server: who waits for too long is sent away, and what takes too long 
     const Response r = whole.receive(60'000), cut = streams.receive(60'000);
     const double took = http::ms_since(begin);
     INFO(r.body);
-    CHECK(took >= 1'000);
-    CHECK(took < 10'000);
+    CHECK(took >= 3'000);
+    CHECK(took < 30'000);
     CHECK(r.status == 503);
     CHECK(code_of(r) == "request_timeout");
-    CHECK(contains(r.body, "more than 1 s"));
+    CHECK(contains(r.body, "more than 3 s"));
     CHECK(r.has("retry-after"));
     CHECK(fault_of_error(r) == "");
     CHECK(fault_of_cut(cut, "request_timeout") == "");
@@ -2243,7 +2243,8 @@ TEST_CASE("server: a client with many requests does not keep the others waiting"
 
 TEST_CASE("server: fairness: 64 requests of one client do not double what 31 others wait") {
     if (no_binary()) return;
-    const auto s = start(zoo(), {"--threads", "1", "--slots", "4"});
+    const auto s = start(zoo(), {"--threads", "1", "--slots", "4", "--queue-timeout", "3600",
+                                 "--request-timeout", "3600"});
     const std::string request = endless(test::quick() ? 8 : 16, "", kSlow);
     std::size_t passed = 0;
     // Milliseconds until the last of the 31 is answered, beside one who was there before.
@@ -2259,11 +2260,11 @@ TEST_CASE("server: fairness: 64 requests of one client do not double what 31 oth
             others.back().send(request);
         }
         int good = 0, refused = 0;
-        for (Connection& c : others) good += c.receive(60'000).status == 200;
+        for (Connection& c : others) good += c.receive(600'000).status == 200;
         const double ms = http::ms_since(begin);
         CHECK(good == 31);
         for (Connection& c : greedy) {  // of whose only 48 may wait or run
-            const Response r = c.receive(60'000);
+            const Response r = c.receive(600'000);
             good += r.status == 200;
             refused += r.status == 429;
         }
@@ -2277,15 +2278,16 @@ TEST_CASE("server: fairness: 64 requests of one client do not double what 31 oth
         return ms[(ms.size() - 1) / 2];
     };
     round(1);  // loads the model
-    const std::size_t rounds = test::quick() ? 2 : 20;
-    std::vector<double> equal, beside;  // in turn, so that both have the same noise
-    while (beside.size() < rounds) {
+    const auto begin = Clock::now();
+    const std::size_t rounds = test::quick() ? 2 : 20;  // fewer on a slow machine, but two
+    std::vector<double> equal, beside;                  // in turn, so that both have the same noise
+    while (beside.size() < 2 || (beside.size() < rounds && http::ms_since(begin) < 90'000)) {
         equal.push_back(round(1));
         beside.push_back(round(64));
     }
     MESSAGE("the last of 31 waits ", median(beside), " ms, with equal shares ", median(equal));
     CHECK(median(beside) <= 2 * median(equal));
-    tally("C4", passed, 2 * rounds + 1);
+    tally("C4", passed, 2 * beside.size() + 1);
 }
 
 TEST_CASE(
@@ -2410,10 +2412,11 @@ TEST_CASE("server: without descriptors it refuses who comes, disturbs nobody, an
         REQUIRE(::prlimit(s->pid(), RLIMIT_NOFILE, &less, nullptr) == 0);
     };
     const auto begin = Clock::now();
+    const int tokens = test::quick() ? 90 : 300;
     std::vector<Connection> streams, open;
     for (int i = 0; i < 2; i++) {
         streams.emplace_back(s->port(), 5);
-        streams.back().send(endless(300, R"(,"stream":true)", kSlow));
+        streams.back().send(endless(tokens, R"(,"stream":true)", kSlow));
     }
     for (Connection& c : streams) CHECK(c.begins());
     Connection inside(s->port(), 6);
@@ -2445,10 +2448,14 @@ TEST_CASE("server: without descriptors it refuses who comes, disturbs nobody, an
     limit(static_cast<rlim_t>(held) + 8);
     crowd(2);
     for (Connection& c : streams) {
-        const Stream all = read_stream(c.receive(120'000).body);
-        CHECK(all.text == repeated("rsq", 100));
+        const Stream all = read_stream(c.receive(300'000).body);
+        CHECK(all.text == repeated("rsq", tokens / 3));
         CHECK(all.done);
     }
+    limit(files.rlim_cur);
+    http::sleep_ms(500);                // until nobody is refused any more
+    inside = Connection(s->port(), 6);  // the old one may have been idle for too long
+    CHECK(active() == 0);
     // Not even the one that is kept for refusing: it comes when there is one again.
     limit(3);
     Connection waits(s->port(), 7);
@@ -3080,7 +3087,7 @@ TEST_CASE("server: memory that others take: no new answers, no idle models, and 
     CHECK(code_of(ask(s->port(), chat())) == "out_of_memory");
     available(4'096);
     CHECK(ask(s->port(), chat()).status == 200);
-    available(200);  // below an eighth
+    available(0);  // below an eighth
     CHECK(s->wait(60'000) == 5);
     CHECK(contains(s->output(), "memory is used up"));
 }
@@ -3090,11 +3097,13 @@ TEST_CASE("server: a GPU that fails ends every answer with an error, and the ser
 #ifdef NANOGPT_TRAP
     const test::TempDir dir;
     const std::string script = (dir / "serve").string(), file = (dir / "now").string();
+    const std::string trap =
+        (dir / "trap.so").string();  // a name without spaces, as LD_PRELOAD is a list
+    fs::create_symlink(NANOGPT_TRAP, trap);
     const char* const all = std::getenv("CUDA_VISIBLE_DEVICES");
     test::write_file(script, std::string("#!/bin/sh\nexec env CUDA_VISIBLE_DEVICES=") +
-                                 (all == nullptr ? "0" : all) +
-                                 " LD_PRELOAD=" NANOGPT_TRAP " NANOGPT_TRAP='" + file +
-                                 "' " NANOGPT_BINARY " \"$@\"\n");
+                                 (all == nullptr ? "0" : all) + " LD_PRELOAD='" + trap +
+                                 "' NANOGPT_TRAP='" + file + "' " NANOGPT_BINARY " \"$@\"\n");
     fs::permissions(script, fs::perms::owner_all);
     auto spec = chain_model("chatsft_checkpoints", "d9", 1, 64);
     spec.fill = [chain = spec.fill](std::string_view name, std::span<float> values) {
@@ -3114,7 +3123,7 @@ TEST_CASE("server: a GPU that fails ends every answer with an error, and the ser
     CHECK(contains(ask(s->port(), get("/stats")).body, "(sm_"));  // the model is on it
     std::vector<std::unique_ptr<Connection>> clients;
     for (int i = 0; i < 6; i++) {  // three are answered, three wait
-        clients.push_back(std::make_unique<Connection>(s->port(), i));
+        clients.push_back(std::make_unique<Connection>(s->port(), i + 1));
         clients[static_cast<std::size_t>(i)]->send(
             endless(3'900, i % 2 == 0 ? R"(,"stream":true)" : ""));
     }

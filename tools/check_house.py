@@ -21,7 +21,7 @@ ROOT_ENTRIES = {"CMakeLists.txt", HEADER, KERNELS, "demo.cpp", "tools", "tests",
 TEXT = (".hpp", ".cpp", ".cuh", ".cu", ".py", ".sh", ".md", ".txt", ".cmake", ".html", ".js",
         ".css")
 # The aim for the header is 4000 lines. It has more: this number only ever goes down.
-MAX_LINES = {HEADER: 5156, KERNELS: 3731}
+MAX_LINES = {HEADER: 5156, KERNELS: 3724}
 MAX_FUNCTION, MAX_STORY = 60, 120  # the functions named forward tell the story and may be longer
 LADDER, MAX_STEP = os.path.join("tools", "ladder"), 60  # lines, as `diff | grep -c '^[<>]'` counts
 MAX_KERNEL = 130  # a pipeline in pieces is harder to follow than in one
@@ -251,8 +251,7 @@ def check_kernels(source):
         number = code.count("\n", 0, start + len(head) - len(head.lstrip())) + 1
         declaration = re.sub(LAUNCH_BOUNDS, "", code[match.end():].split("{")[0])
         name = re.search(r"(\w+)\s*\(", declaration).group(1)
-        bounds = re.match(r"\s*void\s+__launch_bounds__\(\s*(\w+)", code[match.end():])
-        if not bounds or bounds.group(1).isdigit():
+        if not re.match(r"\s*void\s+__launch_bounds__\(\s*(\w+::)?k[A-Z]", code[match.end():]):
             problem(KERNELS, number, f"{name} has no __launch_bounds__ from a traits struct")
         if not re.search(r"\b(template|static)\b", head):
             problem(KERNELS, number, f"{name} is neither a template nor static")

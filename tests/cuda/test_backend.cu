@@ -948,29 +948,33 @@ TEST_CASE("cuda backend: on paper: what can be taken of a memory that is the CPU
 }
 
 TEST_CASE(
-    "cuda backend: on paper: the cache shrinks to eight contexts, then a model does not fit") {
+    "cuda backend: on paper: the cache shrinks to what is needed, then a model does not fit") {
     constexpr std::uint64_t kMost = ~std::uint64_t{0}, kPages = 32 * 32;  // of 32 contexts of 2048
     struct Row {
-        std::uint64_t room, page_bytes, context, tokens, want;
+        std::uint64_t room, page_bytes, context, tokens, least, want;
     };
     for (const Row& r : {
-             Row{kMost, 1'000, 2048, 0, kPages},
-             Row{kPages * 1'000, 1'000, 2048, 0, kPages},
-             Row{kPages * 1'000 - 1, 1'000, 2048, 0, kPages - 1},
-             Row{8 * 32 * 1'000, 1'000, 2048, 0, 8 * 32},
-             Row{8 * 32 * 1'000 - 1, 1'000, 2048, 0, 0},
-             Row{0, 1'000, 2048, 0, 0},
-             Row{kMost, 1'000, 65, 0, 32 * 2},   // whole pages of 64 tokens
-             Row{10'000, 1'000, 2048, 640, 10},  // what was asked for, or nothing
-             Row{10'000, 1'000, 2048, 641, 0},
-             Row{10'000, 1'000, 2048, 1, 1},
-             Row{999, 1'000, 2048, 1, 0},
-             Row{kMost, 1, 2048, kMost, kMost / 64 + 1},
-             Row{kMost, 1'000, 2048, kMost, 0},
+             Row{kMost, 1'000, 2048, 0, 8, kPages},
+             Row{kPages * 1'000, 1'000, 2048, 0, 8, kPages},
+             Row{kPages * 1'000 - 1, 1'000, 2048, 0, 8, kPages - 1},
+             Row{8 * 32 * 1'000, 1'000, 2048, 0, 8, 8 * 32},
+             Row{8 * 32 * 1'000 - 1, 1'000, 2048, 0, 8, 0},
+             Row{8 * 32 * 1'000 - 1, 1'000, 2048, 0, 1, 8 * 32 - 1},
+             Row{32 * 1'000, 1'000, 2048, 0, 1, 32},
+             Row{32 * 1'000 - 1, 1'000, 2048, 0, 1, 0},
+             Row{0, 1'000, 2048, 0, 1, 0},
+             Row{kMost, 1'000, 65, 0, 1, 32 * 2},   // whole pages of 64 tokens
+             Row{10'000, 1'000, 2048, 640, 8, 10},  // what was asked for, or nothing
+             Row{10'000, 1'000, 2048, 641, 1, 0},
+             Row{10'000, 1'000, 2048, 1, 8, 1},
+             Row{999, 1'000, 2048, 1, 1, 0},
+             Row{kMost, 1, 2048, kMost, 1, kMost / 64 + 1},
+             Row{kMost, 1'000, 2048, kMost, 1, 0},
          }) {
         CAPTURE(r.room);
         CAPTURE(r.tokens);
-        CHECK(nanogpt::cuda::plan_pages(r.room, r.page_bytes, r.context, r.tokens) == r.want);
+        CHECK(nanogpt::cuda::plan_pages(r.room, r.page_bytes, r.context, r.tokens, r.least) ==
+              r.want);
     }
 }
 
@@ -988,10 +992,10 @@ TEST_CASE("cuda backend: a step allocates nothing, on the GPU or beside it") {
     std::vector<Chunk> batch;
     std::vector<Sampler*> pointers;
     batch.reserve(12), pointers.reserve(12);
-    const auto hundred_steps = [&] {
+    const auto hundred_steps = [&](std::size_t most) {
         for (std::size_t i = 0; i < 100; ++i) {
             batch.clear(), pointers.clear();
-            const std::size_t first = i / 10 % 3, count = 1 + i / 7 % 9;  // the same for a while
+            const std::size_t first = i / 10 % 3, count = 1 + i / 7 % most;  // the same for a while
             for (std::size_t k = first; k < first + count; ++k) {
                 if (sequences[k]->tokens().size() > 150) sequences[k]->rewind(3);
                 const bool prompt = sequences[k]->tokens().empty() || i % 20 == k;
@@ -1005,15 +1009,16 @@ TEST_CASE("cuda backend: a step allocates nothing, on the GPU or beside it") {
                 gpu->sample(batch, pointers);
         }
     };
-    hundred_steps();  // makes room for the largest batch there is
+    hundred_steps(2);  // whatever CUDA does at the first time, it has done
     std::size_t before = 0, after = 0, total = 0;
     cudaMemGetInfo(&before, &total);
     const long allocated = allocations;
-    hundred_steps();
+    hundred_steps(9);
     const long more = allocations - allocated;
     cudaMemGetInfo(&after, &total);
     CHECK(more == 0);
-    CHECK(before == after);
+    // where the CPU shares the memory, others change what is free
+    CHECK((before == after || nanogpt::gpu_info(0).integrated));
 }
 
 // ==== errors =====================================================================================
