@@ -5442,7 +5442,7 @@ private:
         }
         void learn(double seconds, std::size_t read) {
             if (read == 0) {
-                step = since >= kFresh ? seconds : 0.8 * step + 0.2 * seconds;
+                step = step == 0 ? seconds : std::min(seconds, 2 * step);  // one may be late
                 since = 0;
                 return;
             }

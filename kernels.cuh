@@ -2654,7 +2654,7 @@ private:
         const SamplingParams& p = s.params();
         return {s.uniform(ahead), p.temperature, p.top_p, p.top_k};
     }
-    bool continues(std::span<const Chunk> batch, std::span<const Draw> draws) const;
+    bool continues(std::span<const Chunk> batch, std::span<const Draw> draws);
     void go_ahead(std::span<const Chunk> batch, std::span<Sampler* const> samplers);
     void upload_rows(const Activations& a, std::span<const Piece> pieces, int padded_rows);
     void upload_tiles(std::span<const Piece> pieces);
@@ -2718,6 +2718,7 @@ private:
     std::vector<const Sequence*> seen_;
     std::vector<Piece> pieces_;
     std::vector<Draw> asked_, in_order_;
+    std::vector<std::size_t> kept_;
     int ring_ = 0;
 };
 
@@ -2815,7 +2816,7 @@ inline void CudaBackend::claim(std::uint64_t pages) {
     draws_host_ = Pinned<Draw>(2 * B::kSlots);
     tokens_host_ = Pinned<int>(2 * B::kSlots);
     const auto keep = [&](auto&... lists) { (lists.reserve(slots), ...); };
-    keep(drawn_, seen_, pieces_, asked_, in_order_, order_, last_, serials_, ahead_.serials,
+    keep(drawn_, seen_, pieces_, asked_, in_order_, kept_, order_, last_, serials_, ahead_.serials,
          ahead_.tokens, ahead_.lengths, ahead_.draws);
     uploaded_ = std::make_unique<Event>();
     for (auto& e : drawn_event_) e = std::make_unique<Event>();
@@ -3273,7 +3274,7 @@ inline std::span<const Token> CudaBackend::sample(std::span<const Chunk> batch,
     });
     const auto singles = static_cast<std::size_t>(joins - batch.begin());
     const bool single = singles == batch.size() && singles <= BackendTraits::kDecodeRows;
-    // the first rows may have been begun ahead; who joins them is left to be read
+    // the first rows may have been begun ahead, with others that have left; who joins is to be read
     const std::size_t begun = continues(batch.first(singles), asked_) ? singles : 0;
     const int ring = begun == batch.size() ? ring_ : 1 - ring_, begun_ring = ahead_.ring;
     ahead_.valid = false, order_.clear();
@@ -3286,10 +3287,11 @@ inline std::span<const Token> CudaBackend::sample(std::span<const Chunk> batch,
     if (single && serials_ == last_) go_ahead(batch, samplers);
     drawn_.assign(batch.size(), 0);
     const auto take = [&](int from, std::size_t row, std::size_t to) {
-        if (row == 0) drawn_event_[from]->wait();
         drawn_[to] = tokens_host_[static_cast<std::size_t>(from * BackendTraits::kSlots) + row];
     };
-    for (std::size_t i = 0; i < begun; ++i) take(begun_ring, i, i);
+    if (begun > 0) drawn_event_[begun_ring]->wait();
+    for (std::size_t i = 0; i < begun; ++i) take(begun_ring, kept_[i], i);
+    if (begun < batch.size()) drawn_event_[ring]->wait();
     for (std::size_t row = 0; row < order_.size(); ++row)
         take(ring, row, begun + static_cast<std::size_t>(order_[row]));
     if (std::find_if(drawn_.begin(), drawn_.end(), [](Token t) { return t < 0; }) != drawn_.end()) {
@@ -3320,15 +3322,18 @@ inline void CudaBackend::launch_draw(std::span<const Draw> draws, RowInfo* rows,
     drawn_event_[ring]->record(d_.stream);
 }
 
-// Whether the step that was begun ahead is the one asked for now.
-inline bool CudaBackend::continues(std::span<const Chunk> batch,
-                                   std::span<const Draw> draws) const {
-    if (!ahead_.valid || ahead_.serials.size() != batch.size()) return false;
-    for (std::size_t i = 0; i < batch.size(); ++i) {
+// Whether the step that was begun ahead has all that is asked for now; kept_ says in which rows.
+inline bool CudaBackend::continues(std::span<const Chunk> batch, std::span<const Draw> draws) {
+    if (!ahead_.valid) return false;
+    kept_.clear();
+    std::size_t row = 0;
+    for (std::size_t i = 0; i < batch.size(); ++i, ++row) {
         const auto* s = static_cast<const CudaSequence*>(batch[i].sequence);
-        if (s->serial != ahead_.serials[i] || s->length() != ahead_.lengths[i] ||
-            batch[i].tokens[0] != ahead_.tokens[i] || draws[i] != ahead_.draws[i])
+        while (row < ahead_.serials.size() && s->serial != ahead_.serials[row]) ++row;  // has left
+        if (row == ahead_.serials.size() || s->length() != ahead_.lengths[row] ||
+            batch[i].tokens[0] != ahead_.tokens[row] || draws[i] != ahead_.draws[row])
             return false;
+        kept_.push_back(row);
     }
     return true;
 }

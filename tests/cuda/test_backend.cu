@@ -893,6 +893,51 @@ TEST_CASE("cuda backend: a batch of sequences draws what each draws alone") {
     }
 }
 
+TEST_CASE("cuda backend: who leaves, pauses or joins changes no draw of the others") {
+    if (no_gpu()) return;
+    const auto gpu = open_gpu(load(Gen::g4, kTiny, short_windows(Gen::g4, 15)));
+    for (std::uint64_t script = 0; script < (quick() ? 3u : 40u); ++script) {
+        CAPTURE(script);
+        Random random(script + 1);
+        const std::size_t n = 2 + random.below(script % 4 == 0 ? 60 : 8);
+        std::vector<std::vector<Token>> prompts, want, got(n);
+        std::vector<std::unique_ptr<Sequence>> sequences;
+        std::vector<Sampler> samplers;
+        std::vector<std::size_t> lengths;
+        for (std::size_t i = 0; i < n; ++i) {
+            const SamplingParams p{i % 5 == 0 ? 0.0f : 1.0f, 50, 1, i};
+            prompts.push_back(random_ids(random, 512, 1 + random.below(20)));
+            lengths.push_back(1 + random.below(30));
+            want.push_back(draw_on(*gpu, prompts[i], p, lengths[i], true));
+            sequences.push_back(gpu->new_sequence(60));
+            samplers.emplace_back(p);
+        }
+        const std::size_t seldom = 3 + random.below(40);  // so many steps go on as the one before
+        for (std::size_t left = 1; left > 0;) {
+            std::vector<Chunk> batch;
+            std::vector<Sampler*> pointers;
+            std::vector<std::size_t> who;
+            left = 0;
+            for (const bool first : {false, true}) {  // those who join stand behind
+                for (std::size_t i = 0; i < n; ++i) {
+                    if (got[i].empty() != first || got[i].size() == lengths[i]) continue;
+                    ++left;
+                    if (random.below(seldom) == 0) continue;
+                    const auto next =
+                        first ? std::span<const Token>(prompts[i]) : std::span(got[i]).last(1);
+                    batch.push_back({sequences[i].get(), next, first});
+                    pointers.push_back(&samplers[i]);
+                    who.push_back(i);
+                }
+            }
+            const auto drawn = gpu->sample(batch, pointers);
+            REQUIRE(drawn.size() == who.size());
+            for (std::size_t k = 0; k < who.size(); ++k) got[who[k]].push_back(drawn[k]);
+        }
+        CHECK(got == want);
+    }
+}
+
 TEST_CASE("cuda backend: logits that are no numbers are refused, and a sequence stays as it was") {
     if (no_gpu()) return;
     constexpr float kNaN = std::numeric_limits<float>::quiet_NaN();
