@@ -126,29 +126,35 @@ Usage usage_of(int pid) {
     return out;
 }
 
-// Milliseconds until nothing runs, waits or is connected but this question; -1 if longer than `most`.
-double idle_after(int port, double most) {
-    const auto start = Clock::now();
-    do {
-        const auto json = json_of(http::ask(port, http::get("/health")).body);
-        if (number_at(json, "active") == 0 && number_at(json, "queued") == 0)
-            return ms_since(start);
-        http::sleep_ms(2);
-    } while (ms_since(start) < most);
-    return -1;
-}
 // A value of /metrics, summed over its labels; those that hold `label` only. -1 if there is none, so
 // that nothing passes for want of it.
-double metric(int port, const std::string& name, const std::string& label = "") {
-    const std::string body = http::ask(port, http::get("/metrics")).body;
+double metric(const std::string& metrics, const std::string& name, const std::string& label = "") {
     double sum = -1;
-    for (std::size_t at = 0; (at = body.find("\n" + name, at)) != std::string::npos; at++) {
-        const std::string line = body.substr(at + 1, body.find('\n', at + 1) - at - 1);
+    for (std::size_t at = 0; (at = metrics.find("\n" + name, at)) != std::string::npos; at++) {
+        const std::string line = metrics.substr(at + 1, metrics.find('\n', at + 1) - at - 1);
         const char next = line[name.size()];
         if ((next == ' ' || next == '{') && line.find(label) != std::string::npos)
             sum = std::max(sum, 0.0) + std::atof(line.c_str() + line.rfind(' '));
     }
     return sum;
+}
+// Milliseconds until nothing runs, waits, is held or is connected but this question, and stays so for
+// 100 ms, as the server counts every 50; -1 if longer than `most`.
+double idle_after(int port, double most) {
+    const auto start = Clock::now();
+    double since = -1, now = 0;
+    do {
+        const std::string metrics = http::ask(port, http::get("/metrics")).body;
+        now = ms_since(start);
+        const bool idle = metric(metrics, "nanogpt_active_sequences") == 0 &&
+                          metric(metrics, "nanogpt_queued") == 0 &&
+                          metric(metrics, "nanogpt_kv_blocks_used") == 0 &&
+                          metric(metrics, "nanogpt_connections") == 1;
+        since = !idle ? -1 : since < 0 ? now : since;
+        if (since >= 0 && now >= since + 100) return since;
+        http::sleep_ms(2);
+    } while (now < most + 100);
+    return -1;
 }
 
 // ---- requests -----------------------------------------------------------------------------------
@@ -502,7 +508,8 @@ Result overload() {
     Target target({"--slots", "8", "--queue", "512"});
     const int all = 1024, tokens = quick ? 4 : 16;
     const auto answered = [&] {  // no line before the first
-        return std::max(0.0, metric(target.port(), "nanogpt_requests_total", "/chat/completions"));
+        const std::string metrics = http::ask(target.port(), http::get("/metrics")).body;
+        return std::max(0.0, metric(metrics, "nanogpt_requests_total", "/chat/completions"));
     };
     const double before = answered();
     Loop loop(target.port());
@@ -596,17 +603,14 @@ Result aborts() {
     for (int i = 0; i < (quick ? 16 : 64); i++) add_rude();
     loop.run(400'000);
     const double idle = idle_after(target.port(), 5'000);
-    const double used = metric(target.port(), "nanogpt_kv_blocks_used");
-    const double active = metric(target.port(), "nanogpt_active_sequences");
     const bool passed = same == good && good >= good_count && broken == 0 && left + late == all &&
-                        left > all / 2 && idle >= 0 && active == 0 && used == 0 &&
-                        (quick || idle <= 1'000);
+                        left > all / 3 && idle >= 0 && (quick || idle <= 1'000);
     const bool ended = target.stop();
     return {
         passed && ended,
         format("%d went away (%d were answered before, %d broken) beside %d good answers: %d/%d "
-               "identical; all free after %.0f ms (%.0f sequences, %.0f blocks)",
-               left, late, broken, good, same, good, idle, active, used)};
+               "identical; all free after %.0f ms",
+               left, late, broken, good, same, good, idle)};
 }
 
 // B5: many kinds of slow and rude clients beside 8 streams.
