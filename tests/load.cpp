@@ -138,18 +138,19 @@ double metric(const std::string& metrics, const std::string& name, const std::st
     }
     return sum;
 }
-// Milliseconds until nothing runs, waits, is held or is connected but this question, and stays so for
-// 100 ms, as the server counts every 50; -1 if longer than `most`.
-double idle_after(int port, double most) {
+// Milliseconds until nothing runs, waits, is held or is connected but this question and `probes`, and
+// stays so for 100 ms, as the server counts every 50; -1 if longer than `most`.
+double idle_after(int port, double most, int probes = 0) {
     const auto start = Clock::now();
     double since = -1, now = 0;
     do {
         const std::string metrics = http::ask(port, http::get("/metrics")).body;
         now = ms_since(start);
+        const double connected = metric(metrics, "nanogpt_connections");
         const bool idle = metric(metrics, "nanogpt_active_sequences") == 0 &&
                           metric(metrics, "nanogpt_queued") == 0 &&
-                          metric(metrics, "nanogpt_kv_blocks_used") == 0 &&
-                          metric(metrics, "nanogpt_connections") == 1;
+                          metric(metrics, "nanogpt_kv_blocks_used") == 0 && connected >= 1 &&
+                          connected <= 1 + probes;
         since = !idle ? -1 : since < 0 ? now : since;
         if (since >= 0 && now >= since + 100) return since;
         http::sleep_ms(2);
@@ -971,7 +972,7 @@ Result soak() {
         };
         for (int i = 0; i < 24; i++) make(loop);
         loop.run(part + 120'000);
-        if (idle_after(target.port(), 10'000) < 0) broken++;
+        if (idle_after(target.port(), 10'000, 1) < 0) broken++;
         http::sleep_ms(300);
         if (ms_since(start) >= warm_up * 1000) after.push_back(usage_of(target.pid()));
         if (!quick && !after.empty()) {
