@@ -22,7 +22,7 @@ if ! up_to_date; then
     lock_tree
     require
     if ! [ -x "$program" ]; then
-        say "building (about a minute; only this once)"
+        say "building (one to three minutes; only this once)"
     else
         say "building what has changed"
     fi
