@@ -6194,9 +6194,9 @@ constexpr std::string_view kEvents = "text/event-stream; charset=utf-8";
 // is refused.
 class Form {
 public:
-    Form(const Json& json, int wrong_form, std::string_view name = "the body")
-        : json_(json), wrong_form_(wrong_form) {
-        if (json.kind != Json::Kind::object) wrong(name, "a JSON object");
+    explicit Form(Json json, int wrong_form = 400, std::string_view name = "the body")
+        : json_(std::move(json)), wrong_form_(wrong_form) {
+        if (json_.kind != Json::Kind::object) wrong(name, "a JSON object");
     }
     const Json* find(std::string_view name) const {
         const Json* value = json_.find(name);
@@ -6253,7 +6253,7 @@ public:
     int wrong_form() const { return wrong_form_; }
 
 private:
-    const Json& json_;
+    Json json_;
     int wrong_form_;
 };
 
@@ -6982,9 +6982,9 @@ std::int64_t read_max_tokens(const Form& form, int otherwise, bool nanochat) {
         form.find("max_completion_tokens") != nullptr ? "max_completion_tokens" : "max_tokens";
     return form.whole(name, 1, 4096, otherwise, sentence);
 }
-Json read_body(const Connection& c, int wrong_form = 400) {
+Form read_body(const Connection& c, int wrong_form = 400) {
     try {
-        return parse_json(c.request().body);
+        return Form(parse_json(c.request().body), wrong_form);
     } catch (const Error& e) {
         throw HttpError(wrong_form, "invalid_json", e.what());
     }
@@ -7024,8 +7024,7 @@ void Server::submit(Connection& c, std::shared_ptr<Exchange> x) {
 }
 
 void Server::nanochat(Connection& c) {
-    const Json json = read_body(c, 422);
-    const Form form(json, 422);
+    const Form form = read_body(c, 422);
     std::vector<Message> messages = read_messages(form, true);
     auto x = new_exchange(c, form, Style::nanochat);
     const std::int64_t most = read_max_tokens(form, options_.max_tokens, true);
@@ -7043,8 +7042,7 @@ void read_stream(const Form& form, Exchange& x) {
         x.include_usage = Form(*options, 400, "stream_options").flag("include_usage");
 }
 void Server::chat_completion(Connection& c) {
-    const Json json = read_body(c);
-    const Form form(json, 400);
+    const Form form = read_body(c);
     refuse_unsupported(form);
     const std::vector<Message> messages = read_messages(form, false);
     auto x = new_exchange(c, form, Style::chat);
@@ -7055,8 +7053,7 @@ void Server::chat_completion(Connection& c) {
     submit(c, std::move(x));
 }
 void Server::completion(Connection& c) {
-    const Json json = read_body(c);
-    const Form form(json, 400);
+    const Form form = read_body(c);
     refuse_unsupported(form);
     const Json& prompt = form.need("prompt");
     auto x = new_exchange(c, form, Style::completion);
@@ -7077,8 +7074,7 @@ void Server::completion(Connection& c) {
 }
 // What else could have stood at one place of an answer.
 void Server::why(Connection& c) {
-    const Json json = read_body(c);
-    const Form form(json, 400);
+    const Form form = read_body(c);
     std::vector<Message> messages = read_messages(form, false);
     if (messages.back().role != Role::assistant)
         Form::out_of_range("messages", "the last message must be the assistant's");
@@ -7112,8 +7108,7 @@ std::vector<int> read_layers(const Form& form, const Config& c, std::size_t T) {
     return layers;
 }
 void Server::walk(Connection& c) {
-    const Json json = read_body(c);
-    const Form form(json, 400);
+    const Form form = read_body(c);
     form.need("prompt");
     auto x = new_exchange(c, form, Style::walk);
     const Config& config = x->offer->info.config;
@@ -7464,15 +7459,13 @@ void Server::openai_model(Connection& c) {
 }
 
 void Server::tokenize(Connection& c) {
-    const Json json = read_body(c);
-    const Form form(json, 400);
+    const Form form = read_body(c);
     form.need("text");
     const auto offer = offer_of(form.text("model"));
     send_json(c, tokens_json(*offer->tokenizer, offer->tokenizer->encode(form.text("text"))));
 }
 void Server::detokenize(Connection& c) {
-    const Json json = read_body(c);
-    const Form form(json, 400);
+    const Form form = read_body(c);
     const auto offer = offer_of(form.text("model"));
     const char* name = form.find("tokens") != nullptr ? "tokens" : "ids";
     const std::vector<Token> ids = read_ids(form, name, offer->tokenizer->vocab_size());
