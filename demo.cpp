@@ -6518,8 +6518,7 @@ private:
     std::shared_ptr<const Tokenizer> tokenizer_of(const ModelInfo& info);
     std::shared_ptr<const Offer> offer_of(const std::string& id);
     std::shared_ptr<Exchange> new_exchange(const Connection& c, const Form& form, Style style);
-    void fit_prompt(Exchange& x, std::int64_t max_tokens);
-    void submit(Connection& c, std::shared_ptr<Exchange> x);
+    void submit(Connection& c, std::shared_ptr<Exchange> x, std::int64_t max_tokens);
 
     void begin_events(Connection& c, Exchange& x);
     void tell_text(Connection& c, Exchange& x, const std::string& text);
@@ -6910,28 +6909,18 @@ std::shared_ptr<const Offer> Server::offer_of(const std::string& id) {
 
 // ---- requests for answers
 
-std::uint64_t random_seed() {
-    Options o;
-    set_seed(o, {"seed", "-1"});
-    return o.sampling.seed;
-}
 std::vector<std::string> read_stop(const Form& form) {
     const Json* stop = form.find("stop");
     if (stop == nullptr) return {};
+    const bool many = stop->kind == Json::Kind::array;
+    const auto list = many ? std::span<const Json>(stop->array) : std::span(stop, 1);
+    if (list.size() > 4) Form::out_of_range("stop", "at most 4 stop texts");
     std::vector<std::string> texts;
-    const auto add = [&](const Json& text) {
+    for (const Json& text : list) {
         if (text.kind != Json::Kind::string) form.wrong("stop", "a string or strings");
         if (text.string.empty() || text.string.size() > 64)
             Form::out_of_range("stop", "a stop text must have 1 to 64 bytes");
         texts.push_back(text.string);
-    };
-    if (stop->kind == Json::Kind::string) {
-        add(*stop);
-    } else if (stop->kind == Json::Kind::array) {
-        if (stop->array.size() > 4) Form::out_of_range("stop", "at most 4 stop texts");
-        for (const Json& text : stop->array) add(text);
-    } else {
-        form.wrong("stop", "a string or strings");
     }
     return texts;
 }
@@ -6957,25 +6946,21 @@ std::shared_ptr<Exchange> Server::new_exchange(const Connection& c, const Form& 
         form.whole("top_k", 0, nanochat ? 200 : x->offer->info.config.vocab_size, d.top_k,
                    nanochat ? "top_k must be between 0 and 200" : nullptr));
     s.top_p = static_cast<float>(form.number("top_p", 1e-6, 1, double{d.top_p}));
+    Options given;
     const std::int64_t seed = form.whole("seed", -1, std::numeric_limits<std::int64_t>::max(), -1);
-    s.seed = seed < 0 ? random_seed() : static_cast<std::uint64_t>(seed);
+    set_seed(given, {"seed", std::to_string(seed)});  // -1: a random one
+    s.seed = given.sampling.seed;
     x->stop_texts = read_stop(form);
     x->params.stop = chat_stop_tokens(*x->offer->tokenizer);
+    if (style == Style::chat || style == Style::completion) {
+        x->answer_id = (x->chat ? "chatcmpl-" : "cmpl-") + random_hex(24);
+        x->streams = form.flag("stream");
+        if (const Json* options = form.find("stream_options"))
+            x->include_usage = Form(*options, 400, "stream_options").flag("include_usage");
+    }
     return x;
 }
 
-// Prompt and answer share the context.
-void Server::fit_prompt(Exchange& x, std::int64_t max_tokens) {
-    const auto S = static_cast<std::size_t>(x.offer->info.config.sequence_len);
-    if (x.prompt.size() >= S)
-        throw HttpError(400, "context_length_exceeded",
-                        cat("the prompt has ", x.prompt.size(), " tokens, the context of ", S,
-                            " has to hold an answer too"),
-                        "messages");
-    const auto room = static_cast<std::int64_t>(S - x.prompt.size());
-    x.params.max_tokens = static_cast<int>(std::min(max_tokens, room));
-    x.clipped = room < max_tokens;
-}
 std::int64_t read_max_tokens(const Form& form, int otherwise, bool nanochat) {
     const char* sentence = nanochat ? "max_tokens must be between 1 and 4096" : nullptr;
     const char* name =
@@ -7003,7 +6988,16 @@ std::vector<Token> read_ids(const Form& form, std::string_view name, int vocab_s
     }
 }
 
-void Server::submit(Connection& c, std::shared_ptr<Exchange> x) {
+void Server::submit(Connection& c, std::shared_ptr<Exchange> x, std::int64_t max_tokens) {
+    const auto S = static_cast<std::size_t>(x->offer->info.config.sequence_len);
+    if (x->prompt.size() >= S)
+        throw HttpError(400, "context_length_exceeded",
+                        cat("the prompt has ", x->prompt.size(), " tokens, the context of ", S,
+                            " has to hold an answer too"),
+                        "messages");
+    const auto room = static_cast<std::int64_t>(S - x->prompt.size());
+    x->params.max_tokens = static_cast<int>(std::min(max_tokens, room));
+    x->clipped = room < max_tokens;
     const auto reject = [&](int status, const char* code, const char* message) {
         rejected_[code]++;
         throw HttpError(status, code, message);
@@ -7033,24 +7027,15 @@ void Server::nanochat(Connection& c) {
     x->dropped_messages = drop_oldest(*x->offer->tokenizer, messages, x->prompt,
                                       static_cast<std::size_t>(x->offer->info.config.sequence_len),
                                       static_cast<std::size_t>(most));
-    fit_prompt(*x, most);
-    submit(c, std::move(x));
-}
-void read_stream(const Form& form, Exchange& x) {
-    x.streams = form.flag("stream");
-    if (const Json* options = form.find("stream_options"))
-        x.include_usage = Form(*options, 400, "stream_options").flag("include_usage");
+    submit(c, std::move(x), most);
 }
 void Server::chat_completion(Connection& c) {
     const Form form = read_body(c);
     refuse_unsupported(form);
     const std::vector<Message> messages = read_messages(form, false);
     auto x = new_exchange(c, form, Style::chat);
-    read_stream(form, *x);
-    x->answer_id = "chatcmpl-" + random_hex(24);
     x->prompt = render(*x->offer->tokenizer, messages);
-    fit_prompt(*x, read_max_tokens(form, options_.max_tokens, false));
-    submit(c, std::move(x));
+    submit(c, std::move(x), read_max_tokens(form, options_.max_tokens, false));
 }
 void Server::completion(Connection& c) {
     const Form form = read_body(c);
@@ -7058,19 +7043,13 @@ void Server::completion(Connection& c) {
     const Json& prompt = form.need("prompt");
     auto x = new_exchange(c, form, Style::completion);
     const Tokenizer& tokenizer = *x->offer->tokenizer;
-    read_stream(form, *x);
-    x->answer_id = "cmpl-" + random_hex(24);
-    std::vector<Token> ids;
-    if (prompt.kind == Json::Kind::string) {
-        ids = tokenizer.encode(prompt.string);
-    } else {
-        ids = read_ids(form, "prompt", tokenizer.vocab_size());
-    }
+    const std::vector<Token> ids = prompt.kind == Json::Kind::string
+                                       ? tokenizer.encode(prompt.string)
+                                       : read_ids(form, "prompt", tokenizer.vocab_size());
     x->prompt = {tokenizer.special("<|bos|>")};
     x->prompt.insert(x->prompt.end(), ids.begin(), ids.end());
     x->params.stop = special_tokens(tokenizer);
-    fit_prompt(*x, read_max_tokens(form, options_.max_tokens, false));
-    submit(c, std::move(x));
+    submit(c, std::move(x), read_max_tokens(form, options_.max_tokens, false));
 }
 // What else could have stood at one place of an answer.
 void Server::why(Connection& c) {
@@ -7089,8 +7068,7 @@ void Server::why(Connection& c) {
     x->prompt.resize(x->prompt.size() - static_cast<std::size_t>(n - 1 - x->position));
     x->chosen.token = x->answer_tokens[static_cast<std::size_t>(x->position)];
     x->candidates_only = true;
-    fit_prompt(*x, 1);
-    submit(c, std::move(x));
+    submit(c, std::move(x), 1);
 }
 
 // The layers of which every head is shown: some, for every map goes out in numbers too.
@@ -7126,8 +7104,7 @@ void Server::walk(Connection& c) {
     plan.sampling = x->params.sampling;
     if (form.find("temperature") == nullptr) plan.sampling.temperature = 0;
     x->prompt = plan.prompt;
-    fit_prompt(*x, 1);
-    submit(c, std::move(x));
+    submit(c, std::move(x), 1);
 }
 void Server::walk_picture(Connection& c) {
     const std::string_view path = c.request().path, prefix = "/api/v1/inference/walk/";
