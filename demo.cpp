@@ -4869,8 +4869,8 @@ protected:
     virtual void gone(Connection& c) = 0;      // the client of an answer that is being made
     virtual void answered(Connection& c) = 0;  // for the log
     virtual void woken() = 0;
-    virtual void pass(Connection&, Clock::time_point) {}  // some 4 times a second for each
-    virtual bool go_on() = 0;                             // as often: whether to
+    virtual void pass(Connection&) {}  // some 4 times a second for each
+    virtual bool go_on() = 0;          // as often: whether to
 
     void open(const std::string& host, int port);
     void stop_listening() {
@@ -4943,7 +4943,7 @@ private:
     bool advance(Connection& c);
     bool send(Connection& c);
     void close(Connection& c);
-    void check_time(Connection& c, Clock::time_point now);
+    void check_time(Connection& c);
     virtual void other_event() = 0;  // of a descriptor watched as kOther
 
     int epoll_ = -1, listener_ = -1, wake_ = -1, spare_ = -1, port_ = 0;
@@ -5027,7 +5027,7 @@ void HttpServer::loop() {
         const Clock::time_point now = Clock::now();
         if (now - last_pass < std::chrono::milliseconds(250)) continue;
         last_pass = now;
-        for (const std::uint64_t id : ids()) check_time(*find(id), now);
+        for (const std::uint64_t id : ids()) check_time(*find(id));
         if (no_accept_until_ != Clock::time_point() && now > no_accept_until_ && listener_ >= 0) {
             no_accept_until_ = {};
             if (spare_ < 0) spare_ = ::open("/dev/null", O_RDONLY | O_CLOEXEC);
@@ -5188,24 +5188,22 @@ void HttpServer::close(Connection& c) {
     connections_.erase(c.id);
 }
 
-void HttpServer::check_time(Connection& c, Clock::time_point now) {
-    const auto past = [&](Clock::time_point start) {
-        return std::chrono::duration<double>(now - start).count();
-    };
-    const double waited = past(c.since);
+void HttpServer::check_time(Connection& c) {
+    const double waited = seconds_since(c.since);
     const auto late = [&](const char* what) {
         c.reader.request.keep_alive = false;
         if (!c.reader.head_done()) c.request_start = c.since;
         refuse(c, HttpError(408, "request_timeout", what));
         move_on(c);
     };
-    if (c.out.empty() && !c.full) c.last_sent = now;
-    if (past(c.last_sent) > Limits::kStuck) {  // what it does not read would keep a plain end away
+    if (c.out.empty() && !c.full) c.last_sent = Clock::now();
+    if (seconds_since(c.last_sent) >
+        Limits::kStuck) {  // what it does not read would keep a plain end away
         const linger reset = {1, 0};
         ::setsockopt(c.fd, SOL_SOCKET, SO_LINGER, &reset, sizeof reset);
         return close(c);
     }
-    if (c.busy) return pass(c, now);
+    if (c.busy) return pass(c);
     if (c.lingering) {
         if (waited > Limits::kLinger) close(c);
     } else if (c.closing || !c.out.empty() || c.full) {
@@ -6474,7 +6472,7 @@ private:
     void gone(Connection& c) override;
     void answered(Connection& c) override;
     void woken() override;
-    void pass(Connection& c, Clock::time_point now) override;
+    void pass(Connection& c) override;
     bool go_on() override;
     void begin_drain(int exit_code, const char* why);
     void other_event() override;
@@ -6523,7 +6521,7 @@ private:
     void begin_events(Connection& c, Exchange& x);
     void tell_text(Connection& c, Exchange& x, const std::string& text);
     void tell_end(Connection& c, Exchange& x);
-    void tell_failure(Connection& c, Exchange& x);
+    void tell_failure(Connection& c, const Exchange& x, const Failure& f);
     void send_whole(Connection& c, Exchange& x);
     std::string chunk(const Exchange& x, const Value& choices, const Value& usage) const;
     Value usage(const Exchange& x) const;
@@ -6603,17 +6601,15 @@ bool Server::host_allowed(const Connection& c) const {
     const bool loopback =
         name == "localhost" || name == "::1" ||
         (name.starts_with("127.") && name.find_first_not_of("0123456789.") == name.npos);
-    return loopback || name == c.local ||
-           std::find(hosts_.begin(), hosts_.end(), name) != hosts_.end();
+    return loopback || name == c.local || has(hosts_, name);
 }
 void Server::check_origin(const Connection& c) const {
     const Request& r = c.request();
     const std::string* origin = r.find("origin");
-    const auto& allowed = options_.allow_origins;
     if (origin != nullptr) {
         const std::string host = lower(r.get("host"));
         const bool own = *origin == "http://" + host || *origin == "https://" + host;
-        if (own || std::find(allowed.begin(), allowed.end(), *origin) != allowed.end()) return;
+        if (own || has(options_.allow_origins, *origin)) return;
     }
     const bool link = r.method != "POST" && r.get("sec-fetch-mode") == "navigate";
     if (origin == nullptr && (link || r.get("sec-fetch-site") != "cross-site")) return;
@@ -6681,7 +6677,7 @@ Fields Server::common_fields(const Connection& c) {
     const auto& allowed = options_.allow_origins;
     if (allowed.empty()) return {};
     Fields fields = {{"Vary", "Origin"}};
-    if (origin != nullptr && std::find(allowed.begin(), allowed.end(), *origin) != allowed.end())
+    if (origin != nullptr && has(allowed, *origin))
         fields.push_back({"Access-Control-Allow-Origin", *origin});
     return fields;
 }
@@ -7128,7 +7124,7 @@ Value with_probability(const Tokenizer& tokenizer, const Candidate& candidate) {
 
 void Server::woken() {
     take_catalog();
-    std::vector<Connection*> touched;
+    std::vector<std::uint64_t> touched;
     for (Event& event : scheduler_->take_events()) {
         auto& x = static_cast<Exchange&>(*event.job);
         Connection* c = find(x.connection);
@@ -7141,18 +7137,16 @@ void Server::woken() {
         if (event.kind == Event::Kind::text) {
             tell_text(*c, x, event.text);
         } else if (event.kind == Event::Kind::done) {
-            x.failure ? tell_failure(*c, x) : tell_end(*c, x);
+            x.failure ? tell_failure(*c, x, *x.failure) : tell_end(*c, x);
         } else if (x.streams && x.last_number != event.number) {
             begin_events(*c, x);
             x.last_number = event.number;
             stream(*c, cat(event.kind == Event::Kind::queued ? ": queued " : ": loading ",
                            event.number, "\n\n"));
         }
-        if (std::find(touched.begin(), touched.end(), c) == touched.end()) touched.push_back(c);
+        if (!has(touched, c->id)) touched.push_back(c->id);
     }
-    std::vector<std::uint64_t> ids;
-    for (const Connection* c : touched) ids.push_back(c->id);
-    for (const std::uint64_t id : ids) {
+    for (const std::uint64_t id : touched) {
         Connection* c = find(id);
         if (c == nullptr) continue;
         if (c->job != nullptr && c->out.size() > Limits::kBuffered) c->job->paused = true;
@@ -7161,14 +7155,14 @@ void Server::woken() {
 }
 
 // Some 4 times a second for every answer that is being made.
-void Server::pass(Connection& c, Clock::time_point now) {
+void Server::pass(Connection& c) {
     if (c.job == nullptr) return;
     auto& x = static_cast<Exchange&>(*c.job);
     if (x.paused && c.out.size() < Limits::kBuffered / 2) {
         x.paused = false;
         scheduler_->poke();
     }
-    if (x.streams && std::chrono::duration<double>(now - x.last_event).count() > Limits::kPing) {
+    if (x.streams && seconds_since(x.last_event) > Limits::kPing) {
         begin_events(c, x);
         stream(c, ": ping\n\n");
         move_on(c);
@@ -7260,8 +7254,7 @@ void Server::tell_end(Connection& c, Exchange& x) {
     }
     end_stream(c, true);
 }
-void Server::tell_failure(Connection& c, Exchange& x) {
-    const Failure& f = *x.failure;
+void Server::tell_failure(Connection& c, const Exchange& x, const Failure& f) {
     if (!x.head_sent) return refuse(c, HttpError(f.status, f.code, f.message));
     stream(c, cat("data: ", object(error_members(f.status, f.code, f.message)).text, "\n\n"));
     end_stream(c, false);
@@ -7305,7 +7298,6 @@ void Server::gone(Connection& c) {
 }
 
 void Server::answered(Connection& c) {
-    const std::string code = std::to_string(c.status);
     const Request& r = c.request();
     const std::string path(r.path.substr(0, 200));
     std::string route = "other";
@@ -7313,8 +7305,7 @@ void Server::answered(Connection& c) {
         if (r.path == known.path || (known.prefix && r.path.starts_with(known.path)))
             route = known.path;
     }
-    const std::string key = cat("{route=\"", route, "\",code=\"", code, "\"}");
-    counts_[key]++;
+    counts_[cat("{route=\"", route, "\",code=\"", c.status, "\"}")]++;
     const auto* x = static_cast<const Exchange*>(c.job.get());
     const int prompt = x == nullptr ? 0 : static_cast<int>(x->prompt.size());
     // What became of a job is the scheduler's until it says so; of a cancelled one nobody waits for that.
@@ -7341,8 +7332,8 @@ void Server::answered(Connection& c) {
                       .text +
                   "\n");
     } else {
-        say(cat(when, " ", c.request_id, " ", c.client, " ", r.method, " ", path, " ", code, " ",
-                decimals(ms, 1), " ms ", prompt, " ", written, " ", finish));
+        say(cat(when, " ", c.request_id, " ", c.client, " ", r.method, " ", path, " ", c.status,
+                " ", decimals(ms, 1), " ms ", prompt, " ", written, " ", finish));
     }
 }
 
@@ -7582,14 +7573,7 @@ bool Server::go_on() {
         if (!late || c.job == nullptr) continue;
         auto& x = static_cast<Exchange&>(*c.job);
         x.cancelled = true;
-        const HttpError stopped(503, "draining", "the server is stopping");
-        if (x.head_sent) {
-            stream(c, cat("data: ", object(error_members(503, stopped.code, stopped.what())).text,
-                          "\n\n"));
-            end_stream(c, false);
-        } else {
-            refuse(c, stopped);
-        }
+        tell_failure(c, x, {503, "draining", "the server is stopping"});
         move_on(c);
     }
     return unfinished && !late;
