@@ -5345,7 +5345,7 @@ struct Snapshot {  // what monitors see
     std::vector<Slot> slots;
     std::vector<OfModel> models;
     std::map<std::string, Written> written;  // by id
-    std::size_t active = 0, queued = 0, finished = 0, cancelled = 0;
+    std::size_t active = 0, queued = 0, cancelled = 0;
     std::uint64_t memory_available = 0;
     Histogram first_token, between_tokens;
     bool loading = false;
@@ -5357,12 +5357,9 @@ struct Snapshot {  // what monitors see
 
 class Scheduler {
 public:
-    struct Settings {
-        std::size_t slots = 8, queue = 512, max_models = 3;
-        std::uint64_t reserve = 0;  // bytes of memory left to others
-    };
-    Scheduler(const Settings& settings, const Options& options, std::function<void()> wake)
-        : settings_(settings),
+    Scheduler(std::size_t slots, const Options& options, std::function<void()> wake)
+        : slots_(slots),
+          reserve_(options.mem_reserve.value_or(default_reserve(place_for(options).cuda))),
           options_(options),
           wake_(std::move(wake)),
           thread_([this](std::stop_token stop) { work(stop); }) {}
@@ -5516,7 +5513,8 @@ private:
         posted_.push_back({kind, std::move(job), std::move(text), number});
     }
 
-    const Settings settings_;
+    const std::size_t slots_;
+    const std::uint64_t reserve_;  // bytes of memory left to others
     const Options options_;
     const std::function<void()> wake_;
 
@@ -5537,12 +5535,8 @@ private:
     std::vector<std::unique_ptr<Loaded>> models_;  // last used last
     std::shared_ptr<const Offer> loading_;
     std::vector<Client> clients_;  // who has jobs waiting; whose turn it is first
-    std::map<std::string, Snapshot::Written> written_;  // by id
-    std::size_t finished_ = 0, cancelled_ = 0;
+    Snapshot totals_;              // without slots and models
     std::vector<Event> posted_;
-    Histogram first_token_, between_tokens_;
-    std::uint64_t available_ = 0;
-    std::string broken_;
     Clock::time_point last_second_ = {}, last_publish_ = {};
     Peak peak_;  // once measured is true
     bool measuring_ = false;
@@ -5607,8 +5601,8 @@ void Scheduler::expire() {
                 fail(*job, {0, "cancelled", ""});
             } else if (draining_) {
                 fail(*job, {503, "draining", "the server is stopping"});
-            } else if (!broken_.empty()) {
-                fail(*job, {503, "device_lost", broken_});
+            } else if (!totals_.broken.empty()) {
+                fail(*job, {503, "device_lost", totals_.broken});
             } else if (now - job->created > std::chrono::seconds(most)) {
                 fail(*job, {503, "queue_full", cat("waited ", most, " s for a free slot")});
             } else {
@@ -5626,16 +5620,16 @@ void Scheduler::look_after() {
     const Clock::time_point now = Clock::now();
     if (now - last_second_ < std::chrono::seconds(1)) return;
     last_second_ = now;
-    available_ = detail::available_memory();
-    if (available_ < settings_.reserve / 2) make_room(0, nullptr);
-    if (available_ < std::min(settings_.reserve / 8, std::uint64_t{1} << 30)) stop_code_ = 5;
+    totals_.memory_available = detail::available_memory();
+    if (totals_.memory_available < reserve_ / 2) make_room(0, nullptr);
+    if (totals_.memory_available < std::min(reserve_ / 8, std::uint64_t{1} << 30)) stop_code_ = 5;
     tell_waiting();
 }
 
 // One job of each address in turn, and there of each client, until nothing more can start.
 void Scheduler::admit() {
     for (const auto& m : models_) m->full = false;
-    for (auto client = clients_.begin(); client != clients_.end() && running() < settings_.slots;) {
+    for (auto client = clients_.begin(); client != clients_.end() && running() < slots_;) {
         if (!start_one(*client++)) continue;
         // all who share the address go to the end of the line, and this client behind them
         std::rotate(client - 1, client, clients_.end());
@@ -5716,13 +5710,13 @@ Device Scheduler::open(const ModelInfo& info) {
     const auto context = static_cast<std::uint64_t>(std::min(info.config.sequence_len, 1536));
     CudaOptions cuda;
     cuda.reserve_bytes = options_.mem_reserve;
-    cuda.kv_tokens = settings_.slots * context;
+    cuda.kv_tokens = slots_ * context;
     try {
         return open_device(info, options_, cuda, watch, true);
     } catch (const Error& e) {
         if (!place_for(options_).cuda || e.kind != ErrorKind::out_of_memory) throw;
     }
-    cuda.kv_tokens = 0, cuda.least_contexts = std::min<std::uint64_t>(settings_.slots, 8);
+    cuda.kv_tokens = 0, cuda.least_contexts = std::min<std::uint64_t>(slots_, 8);
     return open_device(info, options_, cuda, watch, true);
 }
 
@@ -5742,7 +5736,7 @@ void Scheduler::begin_loading(std::shared_ptr<const Offer> offer) {
     const std::uint64_t need =
         weight_bytes(offer->info, place.dtype) +
         cache_bytes(config, place.dtype) * static_cast<std::uint64_t>(config.sequence_len);
-    while (models_.size() >= settings_.max_models) {
+    while (std::ssize(models_) >= options_.max_models) {
         const auto oldest = std::find_if(models_.begin(), models_.end(),
                                          [&](const auto& m) { return removable(*m); });
         if (oldest == models_.end()) return;  // until one is idle
@@ -5756,7 +5750,7 @@ void Scheduler::begin_loading(std::shared_ptr<const Offer> offer) {
         load_failure_ = {503, "out_of_memory",
                          cat(loading_->info.id, " needs ", human_bytes(need), " of memory, ",
                              human_bytes(detail::available_memory()), " is available and ",
-                             human_bytes(settings_.reserve), " of it stay reserved")};
+                             human_bytes(reserve_), " of it stay reserved")};
         return;
     }
     background_.post([this, o = loading_] {
@@ -5786,7 +5780,7 @@ void Scheduler::finish_loading() {
         if (!std::exchange(load_done_, false)) return;
         failure = std::exchange(load_failure_, {});
         if (just_loaded_ != nullptr) models_.push_back(std::move(just_loaded_));
-        if (!failure) models_.back()->written = &written_[models_.back()->offer->info.id];
+        if (!failure) models_.back()->written = &totals_.written[models_.back()->offer->info.id];
     }
     const std::shared_ptr<const Offer> offer = std::exchange(loading_, nullptr);
     if (!failure) return note(cat("loaded ", offer->info.id));
@@ -5814,8 +5808,8 @@ bool Scheduler::make_room(std::uint64_t bytes, const Loaded* keep) {
                                               static_cast<std::size_t>(r->job->params.max_tokens) -
                                               std::min(r->job->prompt.size(), r->read()));
         }
-        available_ = detail::available_memory();
-        if (available_ >= settings_.reserve + promised + bytes) return true;
+        totals_.memory_available = detail::available_memory();
+        if (totals_.memory_available >= reserve_ + promised + bytes) return true;
         const auto idle = [](const auto& m) { return !m->idle.empty(); };
         if (const auto m = std::find_if(models_.begin(), models_.end(), idle); m != models_.end()) {
             (*m)->idle.pop_front();
@@ -5859,7 +5853,7 @@ std::unique_ptr<Sequence> Scheduler::sequence_for(Loaded& m, const Job& job) {
     if (!m.device.cuda && !make_room(m.token_bytes() * need, &m)) return nullptr;
     // The CPU's take memory as they fill, so all can have the whole context and grow in later turns.
     const std::size_t S = static_cast<std::size_t>(m.offer->info.config.sequence_len);
-    const bool roomy = !m.device.cuda || 4 * (m.running.size() + 1) <= settings_.slots;
+    const bool roomy = !m.device.cuda || 4 * (m.running.size() + 1) <= slots_;
     const int capacity = static_cast<int>(
         roomy ? std::max(S, need) : std::min((need + 63) / 64 * 64, std::max(S, need)));
     for (;;) {
@@ -5877,17 +5871,15 @@ std::unique_ptr<Sequence> Scheduler::sequence_for(Loaded& m, const Job& job) {
 
 bool Scheduler::step(Loaded& m) {
     std::vector<Running*> rows;
-    for (const auto& r :
-         m.running) {  // always in this order: a device may have begun the next step
+    for (const auto& r : m.running) {  // in this order: a device may have begun the next step
         if (!r->over && !r->reading() && !r->job->paused) rows.push_back(r.get());
     }
     const bool beside = !rows.empty();
     const Clock::time_point start = Clock::now();
     const std::size_t read = read_prompts(m, rows);
-    if (!rows.empty()) sample(m, rows);
-    const bool worked = read > 0 || beside;
+    sample(m, rows);
     if (beside) m.pace.learn(seconds_since(start), read);
-    return walk_on(m) || worked;
+    return walk_on(m) || beside || read > 0;
 }
 
 // How fast the device is at best: measured once, when the first walk is asked for.
@@ -6000,9 +5992,9 @@ void Scheduler::take(Loaded& m, Running& r, Token token) {
     const Clock::time_point now = Clock::now();
     if (r.reading()) {
         r.first = now;
-        first_token_.add(std::chrono::duration<double>(now - r.job->created).count());
+        totals_.first_token.add(std::chrono::duration<double>(now - r.job->created).count());
     } else {
-        between_tokens_.add(std::chrono::duration<double>(now - r.last).count());
+        totals_.between_tokens.add(std::chrono::duration<double>(now - r.last).count());
     }
     r.last = now;
     m.written->generated++;
@@ -6026,12 +6018,12 @@ void Scheduler::guarded(std::span<Running* const> rows, Step&& step) {
         const auto* error = dynamic_cast<const Error*>(&e);
         for (Running* r : rows) r->answer.restart_sampler();
         if (error != nullptr && error->kind == ErrorKind::device) {
-            broken_ = "the device failed; the server stops";
+            totals_.broken = "the device failed; the server stops";
             stop_code_ = 1;
             say(cat("device failed: ", e.what()), kRed);
             for (const auto& m : models_) {
                 for (const auto& r : m->running)
-                    fail(*r->job, {503, "device_lost", broken_}), r->over = true;
+                    fail(*r->job, {503, "device_lost", totals_.broken}), r->over = true;
             }
         } else if (rows.size() == 1) {
             const bool memory = error == nullptr || error->kind == ErrorKind::out_of_memory;
@@ -6041,7 +6033,7 @@ void Scheduler::guarded(std::span<Running* const> rows, Step&& step) {
             rows[0]->over = true;
         }
     }
-    if (rows.size() == 1 || !broken_.empty()) return;
+    if (rows.size() == 1 || !totals_.broken.empty()) return;
     for (std::size_t i = 0; i < rows.size(); i++) guarded(rows.subspan(i, 1), step);
 }
 
@@ -6085,7 +6077,7 @@ void Scheduler::sweep(Loaded& m) {
             a.decode_seconds = seconds(r->first, r->last);
             a.first_seconds = seconds(job.created, r->first);
         }
-        (job.cancelled ? cancelled_ : finished_)++;
+        if (job.cancelled) totals_.cancelled++;
         if (!job.failure || job.cancelled)
             m.idle.push_back({std::move(r->sequence), job.prompt.size()});
         event(Event::Kind::done, r->job);
@@ -6096,10 +6088,10 @@ void Scheduler::sweep(Loaded& m) {
 // Idle sequences keep at most two contexts for every slot.
 void Scheduler::trim_idle(Loaded& m) {
     const std::size_t most =
-        2 * settings_.slots * static_cast<std::size_t>(m.offer->info.config.sequence_len);
+        2 * slots_ * static_cast<std::size_t>(m.offer->info.config.sequence_len);
     std::size_t tokens = 0;
     for (const Idle& idle : m.idle) tokens += idle.sequence->tokens().size();
-    while (tokens > most || m.idle.size() > 4 * settings_.slots) {
+    while (tokens > most || m.idle.size() > 4 * slots_) {
         tokens -= m.idle.front().sequence->tokens().size();
         m.idle.pop_front();
     }
@@ -6129,10 +6121,8 @@ void Scheduler::tell_waiting() {
     for (const Turn& turn : line) {
         const bool loading =
             loading_ != nullptr && (*turn.job)->offer->info.id == loading_->info.id;
-        if (loading)
-            event(Event::Kind::loading, *turn.job, "", load_percent_);
-        else
-            event(Event::Kind::queued, *turn.job, "", before);
+        event(loading ? Event::Kind::loading : Event::Kind::queued, *turn.job, "",
+              loading ? load_percent_.load() : before);
         before++;
     }
 }
@@ -6145,7 +6135,7 @@ void Scheduler::publish(bool always) {
     const auto blocks = [](std::size_t tokens) { return (tokens + 63) / 64; };
     if (always || now - last_publish_ > std::chrono::milliseconds(50)) {
         last_publish_ = now;
-        Snapshot& s = fresh.emplace();
+        Snapshot& s = fresh.emplace(totals_);
         for (const auto& m : models_) {
             const std::string& id = m->offer->info.id;
             std::uint64_t held = 0;
@@ -6160,13 +6150,8 @@ void Scheduler::publish(bool always) {
             }
             const int S = m->offer->info.config.sequence_len;
             s.models.push_back({id, m->backend().device(), m->running.size(), m->idle.size(), held,
-                                settings_.slots * blocks(static_cast<std::size_t>(S))});
+                                slots_ * blocks(static_cast<std::size_t>(S))});
         }
-        s.written = written_;
-        s.finished = finished_, s.cancelled = cancelled_;
-        s.memory_available = available_;
-        s.first_token = first_token_, s.between_tokens = between_tokens_;
-        s.broken = broken_;
     }
     {
         const std::lock_guard lock(mutex_);
@@ -7518,11 +7503,7 @@ Server::Server(Options& o) : options_(o), nonce_(random_hex(32)) {
 int Server::run(int signals) {
     signals_ = signals;
     watch(signals_, kOther, EPOLLIN);
-    Scheduler::Settings settings;
-    settings.slots = slots_;
-    settings.max_models = static_cast<std::size_t>(options_.max_models);
-    settings.reserve = options_.mem_reserve.value_or(default_reserve(place_for(options_).cuda));
-    scheduler_ = std::make_unique<Scheduler>(settings, options_, [this] { wake(); });
+    scheduler_ = std::make_unique<Scheduler>(slots_, options_, [this] { wake(); });
     try {
         if (!catalog_->default_id.empty()) scheduler_->preload(offer_of(""));
     } catch (const std::exception& e) {
