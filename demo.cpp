@@ -5366,20 +5366,15 @@ public:
 
     // ---- for the sockets' thread
     void submit(std::shared_ptr<Job> job) {
-        const std::lock_guard lock(mutex_);
-        arrived_.push_back(std::move(job));
-        poked_ = true;
-        ready_.notify_one();
-    }
-    void poke() {  // after a job was cancelled or may go on
-        const std::lock_guard lock(mutex_);
-        poked_ = true;
-        ready_.notify_one();
+        poke([&] { arrived_.push_back(std::move(job)); });
     }
     void preload(std::shared_ptr<const Offer> offer) {
+        poke([&] { preload_ = std::move(offer), snapshot_.loading = true; });
+    }
+    // Wakes the scheduler after a change, also one that was made before.
+    void poke(const std::function<void()>& change = [] {}) {
         const std::lock_guard lock(mutex_);
-        preload_ = std::move(offer);
-        snapshot_.loading = true;
+        change();
         poked_ = true;
         ready_.notify_one();
     }
@@ -5453,7 +5448,8 @@ private:
         Device device;
         Pace pace;
         std::vector<std::unique_ptr<Running>> running;
-        std::deque<Idle> idle;  // last used last
+        std::deque<Idle> idle;           // last used last
+        std::optional<Failure> failure;  // why it could not be loaded
         std::size_t next_reader = 0;
         bool used = false, full = false;  // full: somebody waits for room in it
         Snapshot::Written* written = nullptr;
@@ -5524,16 +5520,14 @@ private:
     std::shared_ptr<const Offer> preload_;
     std::vector<Event> events_;
     Snapshot snapshot_;
-    std::unique_ptr<Loaded> just_loaded_;
-    std::optional<Failure> load_failure_;
     bool poked_ = false, load_done_ = false;
 
     std::atomic<bool> draining_ = false, stopping_ = false;
     std::atomic<int> load_percent_ = 0, stop_code_ = 0;
 
     // the scheduler's own
-    std::vector<std::unique_ptr<Loaded>> models_;  // last used last
-    std::shared_ptr<const Offer> loading_;
+    std::vector<std::shared_ptr<Loaded>> models_;  // last used last
+    std::shared_ptr<Loaded> loading_;
     std::vector<Client> clients_;  // who has jobs waiting; whose turn it is first
     Snapshot totals_;              // without slots and models
     std::vector<Event> posted_;
@@ -5732,63 +5726,58 @@ bool Scheduler::removable(const Loaded& m) const {
 void Scheduler::begin_loading(std::shared_ptr<const Offer> offer) {
     if (loading_ != nullptr) return;
     const Place place = place_for(options_);
-    const Config& config = offer->info.config;
+    const ModelInfo& info = offer->info;
     const std::uint64_t need =
-        weight_bytes(offer->info, place.dtype) +
-        cache_bytes(config, place.dtype) * static_cast<std::uint64_t>(config.sequence_len);
+        weight_bytes(info, place.dtype) + cache_bytes(info.config, place.dtype) *
+                                              static_cast<std::uint64_t>(info.config.sequence_len);
     while (std::ssize(models_) >= options_.max_models) {
         const auto oldest = std::find_if(models_.begin(), models_.end(),
                                          [&](const auto& m) { return removable(*m); });
         if (oldest == models_.end()) return;  // until one is idle
         models_.erase(oldest);
     }
-    loading_ = std::move(offer);
+    loading_ = std::make_shared<Loaded>();
+    loading_->offer = std::move(offer);
     load_percent_ = 0;
     if (!make_room(need, nullptr)) {
-        const std::lock_guard lock(mutex_);
-        load_done_ = poked_ = true;
-        load_failure_ = {503, "out_of_memory",
-                         cat(loading_->info.id, " needs ", human_bytes(need), " of memory, ",
-                             human_bytes(detail::available_memory()), " is available and ",
-                             human_bytes(reserve_), " of it stay reserved")};
-        return;
+        loading_->failure = {503, "out_of_memory",
+                             cat(info.id, " needs ", human_bytes(need), " of memory, ",
+                                 human_bytes(detail::available_memory()), " is available and ",
+                                 human_bytes(reserve_), " of it stay reserved")};
+        return poke([&] { load_done_ = true; });
     }
-    background_.post([this, o = loading_] {
-        auto model = std::make_unique<Loaded>();
-        std::optional<Failure> failure;
+    background_.post([this, m = loading_] {
         try {
-            model->offer = o;
-            model->device = open(o->info);
-            if (model->device.cuda) model->pace.least = model->pace.tokens = 64;
+            m->device = open(m->offer->info);
+            if (m->device.cuda) m->pace.least = m->pace.tokens = 64;
         } catch (const Error& e) {
             const bool memory = e.kind == ErrorKind::out_of_memory;
-            failure = {memory ? 503 : 409, memory ? "out_of_memory" : "model_not_ready", e.what()};
+            m->failure = {memory ? 503 : 409, memory ? "out_of_memory" : "model_not_ready",
+                          e.what()};
         } catch (const std::exception&) {
-            failure = {503, "out_of_memory", cat("not enough memory to load ", o->info.id)};
+            m->failure = {503, "out_of_memory",
+                          cat("not enough memory to load ", m->offer->info.id)};
         }
-        const std::lock_guard lock(mutex_);
-        if (!failure) just_loaded_ = std::move(model);
-        load_failure_ = failure;
-        load_done_ = poked_ = true;
-        ready_.notify_one();
+        poke([&] { load_done_ = true; });
     });
 }
 void Scheduler::finish_loading() {
-    std::optional<Failure> failure;
     {
         const std::lock_guard lock(mutex_);
         if (!std::exchange(load_done_, false)) return;
-        failure = std::exchange(load_failure_, {});
-        if (just_loaded_ != nullptr) models_.push_back(std::move(just_loaded_));
-        if (!failure) models_.back()->written = &totals_.written[models_.back()->offer->info.id];
     }
-    const std::shared_ptr<const Offer> offer = std::exchange(loading_, nullptr);
-    if (!failure) return note(cat("loaded ", offer->info.id));
-    note(cat("cannot load ", offer->info.id, ": ", failure->message));
+    const std::shared_ptr<Loaded> m = std::exchange(loading_, nullptr);
+    const std::string& id = m->offer->info.id;
+    if (!m->failure) {
+        m->written = &totals_.written[id];
+        models_.push_back(m);
+        return note(cat("loaded ", id));
+    }
+    note(cat("cannot load ", id, ": ", m->failure->message));
     for (Client& client : clients_) {
         std::erase_if(client.waiting, [&](const std::shared_ptr<Job>& job) {
-            if (job->offer->info.id != offer->info.id) return false;
-            fail(*job, *failure);
+            if (job->offer->info.id != id) return false;
+            fail(*job, *m->failure);
             event(Event::Kind::done, job);
             return true;
         });
@@ -6120,7 +6109,7 @@ void Scheduler::tell_waiting() {
     int before = 0;
     for (const Turn& turn : line) {
         const bool loading =
-            loading_ != nullptr && (*turn.job)->offer->info.id == loading_->info.id;
+            loading_ != nullptr && (*turn.job)->offer->info.id == loading_->offer->info.id;
         event(loading ? Event::Kind::loading : Event::Kind::queued, *turn.job, "",
               loading ? load_percent_.load() : before);
         before++;
