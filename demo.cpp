@@ -4816,34 +4816,35 @@ struct CannotListen : std::runtime_error {
     using std::runtime_error::runtime_error;
 };
 
-std::string_view status_words(int status) {
-    static constexpr std::pair<int, std::string_view> kWords[] = {
-        {200, "OK"},
-        {204, "No Content"},
-        {304, "Not Modified"},
-        {400, "Bad Request"},
-        {401, "Unauthorized"},
-        {403, "Forbidden"},
-        {404, "Not Found"},
-        {405, "Method Not Allowed"},
-        {408, "Request Timeout"},
-        {409, "Conflict"},
-        {411, "Length Required"},
-        {413, "Content Too Large"},
-        {414, "URI Too Long"},
-        {415, "Unsupported Media Type"},
-        {417, "Expectation Failed"},
-        {422, "Unprocessable Content"},
-        {429, "Too Many Requests"},
-        {431, "Request Header Fields Too Large"},
-        {500, "Internal Server Error"},
-        {501, "Not Implemented"},
-        {503, "Service Unavailable"},
-        {505, "HTTP Version Not Supported"}};
-    for (const auto& [code, words] : kWords) {
-        if (code == status) return words;
-    }
-    return "Unknown";
+struct HttpStatus {
+    int code;
+    std::string_view words, error_type = "invalid_request_error";
+};
+const HttpStatus& http_status(int code) {
+    static constexpr HttpStatus kKnown[] = {{200, "OK"},
+                                            {204, "No Content"},
+                                            {304, "Not Modified"},
+                                            {400, "Bad Request"},
+                                            {401, "Unauthorized", "authentication_error"},
+                                            {403, "Forbidden", "permission_error"},
+                                            {404, "Not Found", "not_found_error"},
+                                            {405, "Method Not Allowed"},
+                                            {408, "Request Timeout"},
+                                            {409, "Conflict", "conflict_error"},
+                                            {411, "Length Required"},
+                                            {413, "Content Too Large"},
+                                            {414, "URI Too Long"},
+                                            {415, "Unsupported Media Type"},
+                                            {417, "Expectation Failed"},
+                                            {422, "Unprocessable Content"},
+                                            {429, "Too Many Requests", "rate_limit_error"},
+                                            {431, "Request Header Fields Too Large"},
+                                            {500, "Internal Server Error", "server_error"},
+                                            {503, "Service Unavailable", "overloaded_error"},
+                                            {505, "HTTP Version Not Supported"},
+                                            {0, "Unknown"}};  // any other
+    return *std::find_if(std::begin(kKnown), std::end(kKnown) - 1,
+                         [&](const HttpStatus& known) { return known.code == code; });
 }
 
 // The sockets. What a request means is decided by the class derived from this.
@@ -5093,7 +5094,7 @@ void HttpServer::write_head(Connection& c, int status, std::string_view type, co
     bool& keep = c.reader.request.keep_alive;
     keep = keep && c.requests < Limits::kRequests && listener_ >= 0;
     std::string& out = c.out;
-    out += cat("HTTP/1.1 ", status, " ", status_words(status),
+    out += cat("HTTP/1.1 ", status, " ", http_status(status).words,
                "\r\nDate: ", date_of(std::time(nullptr), "%a, %d %b %Y %H:%M:%S GMT", true),
                "\r\nServer: nanogpt/", version(), "\r\nX-Request-Id: ", c.request_id, "\r\n");
     if (!type.empty()) out += cat("Content-Type: ", type, "\r\n");
@@ -6665,21 +6666,11 @@ void Server::answer(Connection& c) {
              {"Access-Control-Max-Age", "600"}});
 }
 
-std::string_view error_type(int status) {
-    static constexpr std::pair<int, std::string_view> kTypes[] = {
-        {401, "authentication_error"}, {403, "permission_error"}, {404, "not_found_error"},
-        {409, "conflict_error"},       {429, "rate_limit_error"}, {500, "server_error"},
-        {501, "not_supported_error"},  {503, "overloaded_error"}};
-    for (const auto& [code, type] : kTypes) {
-        if (code == status) return type;
-    }
-    return "invalid_request_error";
-}
 Members error_members(int status, std::string_view code, std::string_view message,
                       std::string_view param = "") {
     const std::string shown = safe(message.substr(0, 400));
     return {{"error", object({{"message", shown},
-                              {"type", error_type(status)},
+                              {"type", http_status(status).error_type},
                               {"param", or_null(param)},
                               {"code", code}})},
             {"detail", shown}};
