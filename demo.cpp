@@ -7567,8 +7567,8 @@ std::string flags_help(const Command& command) {
     for (const Flag& flag : kFlags) {
         if (!belongs(flag, command)) continue;
         const std::string letter = flag.letter ? std::string("-") + flag.letter + ", " : "    ";
-        const std::string name = "  " + letter + "--" + std::string(flag.name) +
-                                 (flag.value.empty() ? "" : " ") + std::string(flag.value);
+        const std::string name =
+            cat("  ", letter, "--", flag.name, flag.value.empty() ? "" : " ", flag.value);
         text += name.size() < 30 ? fit(name, 30) : name + "\n" + std::string(30, ' ');
         text += wrapped(flag.help, 30);
     }
@@ -7579,31 +7579,30 @@ constexpr const char* kExamples =
     "  nanogpt -i sft -g d12 -p \"Hello\"      one answer\n"
     "  nanogpt models                        what there is\n";
 
+std::string title() {
+    return cat("nanogpt ", version(), ": chat with nanochat checkpoints, and look inside them\n\n");
+}
+
 int run_help(Options& o) {
     std::string text;
     if (!o.arguments.empty()) {
         const Command& command = find_command(o.arguments[0]);
-        const std::string arguments =
-            command.arguments.empty() ? "" : " " + std::string(command.arguments);
-        text = "nanogpt " + std::string(command.name) + arguments + " [FLAGS]\n" +
-               wrapped(command.summary, 0);
-        if (!command.aliases.empty()) text += "Also: " + std::string(command.aliases) + "\n";
+        text = cat("nanogpt ", command.name, command.arguments.empty() ? "" : " ",
+                   command.arguments, " [FLAGS]\n", wrapped(command.summary, 0));
+        if (!command.aliases.empty()) text += cat("Also: ", command.aliases, "\n");
         text += "\n" + flags_help(command);
     } else {
-        text =
-            "nanogpt " + version() + ": chat with nanochat checkpoints, and look inside them\n\n";
+        text = title();
         for (const Command& command : kCommands) {
-            text +=
-                fit("  nanogpt " + std::string(command.name) + " " + std::string(command.arguments),
-                    30) +
-                wrapped(command.summary, 30);
+            text += fit(cat("  nanogpt ", command.name, " ", command.arguments), 30) +
+                    wrapped(command.summary, 30);
         }
-        text +=
+        text += cat(
             "\nA flag in place of a command means chat. All flags of a command: nanogpt help "
-            "COMMAND\n\n";
-        text += std::string(kExamples) +
-                "\nExit codes: 0 done, 1 failed, 2 wrong usage, 3 not found, 4 file refused,\n"
-                "5 not enough memory, 6 device missing, 7 cannot listen, 130 Ctrl-C, 143 SIGTERM\n";
+            "COMMAND\n\n",
+            kExamples,
+            "\nExit codes: 0 done, 1 failed, 2 wrong usage, 3 not found, 4 file refused,\n"
+            "5 not enough memory, 6 device missing, 7 cannot listen, 130 Ctrl-C, 143 SIGTERM\n");
     }
     if (o.json) return write_json(object({{"help", text}})), 0;
     write_out(text);
@@ -7625,12 +7624,10 @@ int run_version(Options& o) {
 int run_nothing(const Options& o) {
     const fs::path base = base_dir(o.base_dir);
     const std::size_t found = find_models(base).size();
-    write_out("nanogpt " + version() +
-              ": chat with nanochat checkpoints, and look inside them\n\n" + kExamples + "\n" +
-              std::to_string(found) + (found == 1 ? " checkpoint" : " checkpoints") + " in " +
-              safe(home_relative(base)) +
-              (found == 0 ? "; chat then uses the sample model shipped with nanogpt" : "") +
-              ". More: nanogpt help\n");
+    write_out(cat(title(), kExamples, "\n", found, found == 1 ? " checkpoint" : " checkpoints",
+                  " in ", safe(home_relative(base)),
+                  found == 0 ? "; chat then uses the sample model shipped with nanogpt" : "",
+                  ". More: nanogpt help\n"));
     return 0;
 }
 
