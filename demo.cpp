@@ -4582,7 +4582,6 @@ public:
     bool begun() const { return begun_; }  // a byte of it has come
     bool head_done() const { return head_done_; }
     bool expects_continue() const { return expects_continue_; }
-    std::size_t body_bytes() const { return request.body.size(); }
 
     // True when the head is there and well formed. Throws HttpError.
     bool read_head(std::string& in) {
@@ -5210,7 +5209,7 @@ void HttpServer::check_time(Connection& c) {
     } else if (c.closing || !c.out.empty() || c.full) {
         // kStuck rules
     } else if (c.reader.head_done()) {
-        const double bytes = static_cast<double>(c.reader.body_bytes() + c.in.size());
+        const double bytes = static_cast<double>(c.request().body.size() + c.in.size());
         if (waited > Limits::kWhole || (waited > 5 && bytes < 1024 * (waited - 5)))
             late("the body did not arrive in time");
     } else if (!c.reader.begun()) {
@@ -6498,8 +6497,6 @@ private:
     void tell_end(Connection& c, Exchange& x);
     void tell_failure(Connection& c, const Exchange& x, const Failure& f);
     void send_whole(Connection& c, Exchange& x);
-    std::string chunk(const Exchange& x, const Value& choices, const Value& usage) const;
-    Value usage(const Exchange& x) const;
 
     Options& options_;
     std::vector<std::string> keys_, hosts_;
@@ -6733,7 +6730,6 @@ void Server::icon(Connection& c) {
 // The bundled sample stands in as long as nothing else is found and nothing else was asked for.
 std::shared_ptr<const Catalog> look_around(const Options& o, const Catalog* before) {
     auto c = std::make_shared<Catalog>();
-    c->base = base_dir(o.base_dir);
     if (is_path(o.model)) {
         c->models = {inspect_model(o.model, o.step, o.overrides)};
         c->base = c->models[0].model_file.parent_path();
@@ -6741,23 +6737,22 @@ std::shared_ptr<const Catalog> look_around(const Options& o, const Catalog* befo
         c->default_id = c->models[0].id;
         return c;
     }
-    const auto read_tokens = [&] {
+    const auto look_in = [&](const fs::path& base) {
+        c->base = base;
         std::error_code error;
         c->tokenizer_time = fs::last_write_time(c->base / "tokenizer" / "tokenizer.pkl", error);
         const bool same = before != nullptr && before->base == c->base &&
                           before->tokenizer_time == c->tokenizer_time;
         c->tokens = same ? before->tokens : base_tokenizer(c->base);
+        c->models = models_in(c->base, o, &c->tokens);
     };
-    read_tokens();
-    c->models = models_in(c->base, o, &c->tokens);
+    look_in(base_dir(o.base_dir));
     const Wanted w = wanted(o);
     const bool named = !w.source.empty() || !w.tag.empty() || w.step >= 0;
     const fs::path sample = o.base_dir.empty() && !named ? bundled_sample() : fs::path();
     if (c->models.empty() && !sample.empty()) {
         if (before == nullptr) tell_sample(c->base);
-        c->base = sample;
-        read_tokens();
-        c->models = models_in(c->base, o, &c->tokens);
+        look_in(sample);
     }
     try {
         if (c->models.empty()) no_checkpoints(c->base);
@@ -7134,7 +7129,7 @@ void Server::pass(Connection& c) {
     }
 }
 
-Value Server::usage(const Exchange& x) const {
+Value usage_of(const Exchange& x) {
     const Answer& a = x.answer;
     const Value details = object({{"cached_tokens", x.reused_tokens}});
     return merged(usage_json(a.prompt_tokens, a.completion_tokens),
@@ -7148,7 +7143,7 @@ Members answer_members(const Exchange& x, const char* chat, const Value& choices
             {"system_fingerprint", cat("nanogpt-", version())},
             {"choices", choices}};
 }
-std::string Server::chunk(const Exchange& x, const Value& choices, const Value& usage) const {
+std::string chunk(const Exchange& x, const Value& choices, const Value& usage) {
     Members members = answer_members(x, "chat.completion.chunk", choices);
     if (x.include_usage) members.emplace_back("usage", usage);
     return cat("data: ", object(members).text, "\n\n");
@@ -7209,12 +7204,12 @@ void Server::tell_end(Connection& c, Exchange& x) {
                            {"finish_reason", finish},
                            {"seed", x.params.sampling.seed},
                            {"model", x.offer->info.id},
-                           {"usage", usage(x)}};
+                           {"usage", usage_of(x)}};
         if (x.dropped_messages > 0) members.emplace_back("dropped_messages", x.dropped_messages);
         stream(c, cat("data: ", spaced(object(members)), "\n\n"));
     } else {
         stream(c, chunk(x, choices_json(x, "delta", {}, "", finish), nullptr));
-        if (x.include_usage) stream(c, chunk(x, raw("[]"), usage(x)));
+        if (x.include_usage) stream(c, chunk(x, raw("[]"), usage_of(x)));
         stream(c, "data: [DONE]\n\n");
     }
     end_stream(c, true);
@@ -7248,7 +7243,7 @@ void Server::send_whole(Connection& c, Exchange& x) {
     const Members message = {{"role", "assistant"}, {"content", x.text}, {"refusal", nullptr}};
     Members members = answer_members(
         x, "chat.completion", choices_json(x, "message", message, x.text, finish_word(a.reason)));
-    members.emplace_back("usage", usage(x));
+    members.emplace_back("usage", usage_of(x));
     members.emplace_back("seed", x.params.sampling.seed);
     members.emplace_back("timings", timings_json("queue_ms", x.queue_seconds, a));
     send_json(c, object(members));
