@@ -5119,8 +5119,7 @@ bool HttpServer::receive(Connection& c) {  // false: the connection is broken
 // One request, as far as it has arrived; true if it was whole.
 bool HttpServer::parse(Connection& c) {
     RequestReader& reader = c.reader;
-    const bool had_head = reader.head_done();
-    if (!had_head) {
+    if (!reader.head_done()) {
         if (!reader.read_head(c.in)) return false;
         c.since = c.request_start = Clock::now();
         c.requests++;
@@ -5487,7 +5486,6 @@ private:
     void take(Loaded& m, Running& r, Token token);
     template <class Step>
     void guarded(std::span<Running* const> rows, Step&& step);
-    void end(Running& r, StopReason reason);
     void fail(Job& job, Failure failure);
     void sweep(Loaded& m);
     void trim_idle(Loaded& m);
@@ -5994,7 +5992,14 @@ void Scheduler::take(Loaded& m, Running& r, Token token) {
         if (!text.empty()) event(Event::Kind::text, r.job, std::move(text));
         return !r.text.stopped();
     });
-    if (reason) end(r, *reason);
+    if (!reason) return;
+    std::string rest = r.text.finish();
+    if (!rest.empty()) event(Event::Kind::text, r.job, std::move(rest));
+    const bool full = reason == StopReason::max_tokens && r.job->clipped;
+    r.job->answer.reason = r.text.stopped() ? StopReason::stop_token
+                           : full           ? StopReason::context_full
+                                            : *reason;
+    r.over = true;
 }
 
 // Runs a step. If the error is of one sequence (its logits are no numbers), the others go on.
@@ -6026,14 +6031,6 @@ void Scheduler::guarded(std::span<Running* const> rows, Step&& step) {
     for (std::size_t i = 0; i < rows.size(); i++) guarded(rows.subspan(i, 1), step);
 }
 
-void Scheduler::end(Running& r, StopReason reason) {
-    Job& job = *r.job;
-    std::string rest = r.text.finish();
-    if (!rest.empty()) event(Event::Kind::text, r.job, std::move(rest));
-    if (reason == StopReason::max_tokens && job.clipped) reason = StopReason::context_full;
-    job.answer.reason = r.text.stopped() ? StopReason::stop_token : reason;
-    r.over = true;
-}
 void Scheduler::fail(Job& job, Failure failure) {
     if (!job.failure) job.failure = std::move(failure);
 }
@@ -6411,8 +6408,6 @@ int drop_oldest(const Tokenizer& tokenizer, std::vector<Message>& messages, std:
     }
     return dropped;
 }
-
-HttpError as_http(const std::exception& e);
 
 // ---- the server
 
