@@ -5480,7 +5480,7 @@ private:
     bool step(Loaded& m);
     std::size_t read_prompts(Loaded& m, std::vector<Running*>& rows);
     void sample(Loaded& m, std::span<Running* const> rows);
-    void look_ahead(Loaded& m, Running& r);
+    void read_alone(Loaded& m, Running& r, std::size_t size);
     bool peak_known(const Loaded& m);
     bool walk_on(Loaded& m);
     void take(Loaded& m, Running& r, Token token);
@@ -5922,15 +5922,8 @@ std::size_t Scheduler::read_prompts(Loaded& m, std::vector<Running*>& rows) {
         const std::size_t left = r.job->prompt.size() - r.read(), size = std::min(left, budget);
         if (size < left && budget < most) continue;
         budget -= size;
-        if (size < left) {
-            Running* const row = &r;
-            guarded({&row, 1}, [&](std::span<Running* const>) {
-                const auto piece = std::span(r.job->prompt).subspan(r.read(), size);
-                const Chunk chunk = {r.sequence.get(), piece, true};
-                m.backend().step({&chunk, 1});
-            });
-        } else if (r.job->candidates_only) {
-            look_ahead(m, r);
+        if (size < left || r.job->candidates_only) {
+            read_alone(m, r, size);
         } else {
             rows.push_back(&r);
         }
@@ -5961,12 +5954,15 @@ void Scheduler::sample(Loaded& m, std::span<Running* const> rows) {
     });
 }
 
-// The likeliest tokens behind a prompt: of the full distribution, before temperature and top-k.
-void Scheduler::look_ahead(Loaded& m, Running& r) {
+// A piece of a prompt; at its end, if they are asked for, the likeliest tokens behind it: of the full
+// distribution, before temperature and top-k.
+void Scheduler::read_alone(Loaded& m, Running& r, std::size_t size) {
     Running* const row = &r;
     guarded({&row, 1}, [&](std::span<Running* const>) {
-        const Chunk chunk = {r.sequence.get(), std::span(r.job->prompt).subspan(r.read()), true};
+        const auto piece = std::span(r.job->prompt).subspan(r.read(), size);
+        const Chunk chunk = {r.sequence.get(), piece, true};
         const std::span<const float> logits = m.backend().step({&chunk, 1});
+        if (r.read() < r.job->prompt.size()) return;
         Sampler::argmax(logits);  // throws if they are no numbers
         const std::vector<double> p = probabilities(logits);
         r.job->candidates = likeliest(p, 10);
