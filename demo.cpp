@@ -5583,7 +5583,7 @@ void Scheduler::receive() {
     if (preload != nullptr && loaded(*preload) == nullptr) begin_loading(std::move(preload));
 }
 
-// Sends away who waited too long, and forgets who is gone.
+// Sends away who waited too long or for nothing, and forgets who is gone.
 void Scheduler::expire() {
     const Clock::time_point now = Clock::now();
     const int most = std::min(options_.queue_timeout, options_.request_timeout);
@@ -5597,9 +5597,8 @@ void Scheduler::expire() {
                 fail(*job, {503, "device_lost", totals_.broken});
             } else if (now - job->created > std::chrono::seconds(most)) {
                 fail(*job, {503, "queue_full", cat("waited ", most, " s for a free slot")});
-            } else {
-                return false;
             }
+            if (!job->failure) return false;
             event(Event::Kind::done, job);
             return true;
         });
@@ -5773,12 +5772,9 @@ void Scheduler::finish_loading() {
     }
     note(cat("cannot load ", id, ": ", m->failure->message));
     for (Client& client : clients_) {
-        std::erase_if(client.waiting, [&](const std::shared_ptr<Job>& job) {
-            if (job->offer->info.id != id) return false;
-            fail(*job, *m->failure);
-            event(Event::Kind::done, job);
-            return true;
-        });
+        for (const auto& job : client.waiting) {
+            if (job->offer->info.id == id) fail(*job, *m->failure);
+        }
     }
 }
 
