@@ -1426,14 +1426,11 @@ Session pick_session(Options& o, const std::string& preferred) {
     tell_warnings(info);
     return {std::move(info), std::move(tokenizer)};
 }
-void open_device(Session& s, const Options& o, const CudaOptions& options = {}) {
-    const auto start = Clock::now();
-    s.device = open_device(s.info, o, options);
-    s.load_seconds = seconds_since(start);
-}
 Session open_session(Options& o, const std::string& preferred) {
     Session s = pick_session(o, preferred);
-    open_device(s, o);
+    const auto start = Clock::now();
+    s.device = open_device(s.info, o);
+    s.load_seconds = seconds_since(start);
     return s;
 }
 
@@ -2925,7 +2922,7 @@ BenchPlan open_bench(Session& s, const Options& o) {
         CudaOptions options;
         options.kv_tokens = static_cast<std::uint64_t>(*largest) * plan.room();
         try {
-            open_device(s, o, options);
+            s.device = open_device(s.info, o, options);
         } catch (const Error& e) {
             if (e.kind != ErrorKind::out_of_memory || plan.batches.size() < 2) throw;
             note(cat("batch size ", *largest, " is left out: ", e.what()));
