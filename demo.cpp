@@ -1069,10 +1069,8 @@ Wanted parse_id(std::string_view id) {
         if (at == std::string::npos) return {"", parts[0], -1, true};
         return {"", parts[0].substr(0, at), step(parts[0].substr(at + 5)), true};
     }
-    Wanted w = {parts[0], "", -1, false};
-    if (parts.size() > 1) w.tag = parts[1];
-    if (parts.size() > 2) w.step = step(parts[2]);
-    return w;
+    parts.resize(3);
+    return {parts[0], parts[1], parts[2].empty() ? -1 : step(parts[2]), false};
 }
 
 // "sft/d12 (steps 500, 1000, 2000), base/d20 (step 15000)"
@@ -1142,21 +1140,18 @@ const ModelInfo& choose(const std::vector<ModelInfo>& models, Wanted w,
                         const std::string& preferred) {
     using Found = std::vector<const ModelInfo*>;
     const bool named = !words_of(w).empty();
-    const auto fitting = [&](bool ready) {
+    const auto fitting = [&](const Wanted& x, bool is_ready) {
         Found found;
         for (const ModelInfo& m : models) {
-            const bool fits = (w.source.empty() || m.source == w.source) &&
-                              (w.tag.empty() || m.tag == w.tag) && (w.step < 0 || m.step == w.step);
-            if (fits && (m.status == Status::ready) == ready) found.push_back(&m);
+            const bool fits = (x.source.empty() || m.source == x.source) &&
+                              (x.tag.empty() || m.tag == x.tag) && (x.step < 0 || m.step == x.step);
+            if (fits && (m.status == Status::ready) == is_ready) found.push_back(&m);
         }
         return found;
     };
-    Found ready;
-    for (const ModelInfo& m : models) {
-        if (m.status == Status::ready) ready.push_back(&m);
-    }
+    const Found ready = fitting({}, true);
     if (w.source.empty()) {  // the first that has one, for a bare tag one of this tag
-        const Found among = w.any_source ? fitting(true) : ready;
+        const Found among = w.any_source ? fitting(w, true) : ready;
         if (w.any_source && w.step >= 0 && among.size() > 1)
             bad_usage(
                 cat("--model: ", w.tag, "_step", w.step, " is ", found_ids(among), ". Name one"));
@@ -1169,8 +1164,8 @@ const ModelInfo& choose(const std::vector<ModelInfo>& models, Wanted w,
             if (!there(w.source) && there(source)) w.source = source;
         }
     }
-    if (const Found found = fitting(true); !found.empty()) return *best_of(found);
-    const Found broken = fitting(false);
+    if (const Found found = fitting(w, true); !found.empty()) return *best_of(found);
+    const Found broken = fitting(w, false);
     if (!broken.empty() && (named || ready.empty()))
         throw Error(kind_of(broken[0]->status), broken[0]->id + ": " + broken[0]->reason);
     no_such(w, ready);
