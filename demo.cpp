@@ -1819,8 +1819,7 @@ private:
     }
     void load(const std::string& file) {
         if (file.empty()) bad_usage("/load: a file name is needed");
-        const std::vector<std::byte> bytes = detail::read_file(file, 16u << 20);
-        const Json json = parse_json(detail::as_text(bytes));
+        const Json json = parse_json(detail::as_text(detail::read_file(file, 16u << 20)));
         const Json* list = json.find("messages");
         if (list == nullptr) bad_usage("/load: " + detail::quote(file) + " has no \"messages\"");
         std::vector<Message> messages;
@@ -2238,8 +2237,8 @@ int run_logits(Options& o) {
     const ModelInfo info = pick_model(o, "sft", false);
     const int V = info.config.vocab_size;
     const auto ids_of_file = [&] {
-        const std::vector<std::byte> bytes = detail::read_file(o.ids_file, 16u << 20);
-        return parse_ids("--ids-file", parse_json(detail::as_text(bytes)), V);
+        const Json list = parse_json(detail::as_text(detail::read_file(o.ids_file, 16u << 20)));
+        return parse_ids("--ids-file", list, V);
     };
     const std::vector<Token> ids = o.ids.empty() ? ids_of_file() : typed_ids("--ids", o.ids, V);
     if (ids.empty()) bad_usage("logits: at least one token id is needed");
@@ -2368,11 +2367,9 @@ Verdict check_file(const fs::path& path, bool values) {
         } else if (extension == ".pkl") {
             v.what = "tokenizer, " + thousands(load_tokenizer(path).vocab_size()) + " tokens";
         } else if (extension == ".json") {
-            const std::vector<std::byte> bytes = detail::read_file(path, detail::kMaxMeta);
             bool has_pattern = false;
-            v.what = "metadata, " +
-                     architecture(detail::read_config(
-                         parse_json(detail::as_text(bytes), JsonDialect::python, 64), has_pattern));
+            const Config config = detail::read_config(detail::read_meta(path), has_pattern);
+            v.what = "metadata, " + architecture(config);
         } else {
             detail::unsupported({"not a file that nanogpt reads: .pt, .pkl and .json are"});
         }
