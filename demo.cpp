@@ -3827,18 +3827,15 @@ private:
 
 // ---- pictures
 
-// Beside rows and columns of tokens; none where they would be too many.
-std::vector<std::string> token_labels(const Walk& w) {
+// Of the tokens from a position on.
+std::vector<std::string> labels_from(const Walk& w, std::size_t first) {
     std::vector<std::string> labels;
-    for (std::size_t t = 0; t < w.T() && w.T() <= kMostLabelled; t++)
-        labels.push_back(label_of(w.pieces[t], 10));
+    for (std::size_t t = first; t < w.T(); t++) labels.push_back(label_of(w.pieces[t], 10));
     return labels;
 }
-std::vector<std::string> lens_labels(const Walk& w) {
-    std::vector<std::string> labels;
-    for (std::size_t t = w.lens_first(); t < w.T(); t++)
-        labels.push_back(label_of(w.pieces[t], 10));
-    return labels;
+// Beside rows and columns of tokens; none where they would be too many.
+std::vector<std::string> token_labels(const Walk& w) {
+    return labels_from(w, w.T() <= kMostLabelled ? 0 : w.T());
 }
 std::vector<std::string> layer_labels(const Walk& w) {
     std::vector<std::string> labels;
@@ -3911,7 +3908,7 @@ Chart attention_overview(const Walk& w) {
 
 // What the model would say after each layer, and how sure it would be.
 Chart lens_chart(const Walk& w) {
-    Labels labels{{}, lens_labels(w), 104, 26, true};
+    Labels labels{{}, labels_from(w, w.lens_first()), 104, 26, true};
     std::vector<float> values;
     for (const LensRow& row : w.lens) {
         labels.rows.push_back(row.after);
@@ -4276,7 +4273,7 @@ std::string time_table(const Walk& w) {
 // The last positions, as many as there is room for; of many layers some.
 std::string lens_table(const Walk& w) {
     const std::size_t n = w.lens.size(), shown = std::min<std::size_t>(n, 9);
-    const std::vector<std::string> titles = lens_labels(w);
+    const std::vector<std::string> titles = labels_from(w, w.lens_first());
     std::vector<Column> head = {{"AFTER", false, 0, 14}};
     int leave = static_cast<int>(titles.size());
     for (const std::string& title : titles) head.push_back({title, false, --leave, 10});
