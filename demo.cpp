@@ -798,18 +798,16 @@ std::string table(std::vector<Column> head, std::vector<std::vector<std::string>
         return sum;
     };
     while (total(&Column::least) > terminal.width) {
-        const auto leaves = [](const Column& a, const Column& b) { return a.leave < b.leave; };
-        const auto goes = std::max_element(head.begin(), head.end(), leaves);
+        const auto goes = std::ranges::max_element(head, {}, &Column::leave);
         if (goes->leave == 0) break;
         for (auto& row : rows) row.erase(row.begin() + (goes - head.begin()));
         head.erase(goes);
     }
     while (total(&Column::width) > terminal.width) {  // the one furthest above its wish gives way
-        const auto wider = [](const Column& a, const Column& b) {
-            return std::pair(std::max(a.width, a.least) - a.least, a.width) <
-                   std::pair(std::max(b.width, b.least) - b.least, b.width);
+        const auto excess = [](const Column& c) {
+            return std::pair(std::max(c.width, c.least) - c.least, c.width);
         };
-        const auto widest = std::max_element(head.begin(), head.end(), wider);
+        const auto widest = std::ranges::max_element(head, {}, excess);
         if (widest->width <= 4) break;
         widest->width--;
     }
@@ -1124,11 +1122,10 @@ ErrorKind kind_of(Status status) {
 
 // The default among several: the largest d-number, else the tag changed last; of it the last step.
 const ModelInfo* best_of(const std::vector<const ModelInfo*>& models) {
-    const auto less = [](const ModelInfo* a, const ModelInfo* b) {
-        return std::pair(detail::depth_of(a->tag), a->modified) <
-               std::pair(detail::depth_of(b->tag), b->modified);
+    const auto rank = [](const ModelInfo* m) {
+        return std::pair(detail::depth_of(m->tag), m->modified);
     };
-    const ModelInfo* best = *std::max_element(models.begin(), models.end(), less);
+    const ModelInfo* best = *std::ranges::max_element(models, {}, rank);
     for (const ModelInfo* m : models) {
         if (m->tag == best->tag && m->step > best->step) best = m;
     }
@@ -1156,8 +1153,7 @@ const ModelInfo& choose(const std::vector<ModelInfo>& models, Wanted w,
             bad_usage(
                 cat("--model: ", w.tag, "_step", w.step, " is ", found_ids(among), ". Name one"));
         const auto there = [&](std::string_view source) {
-            return std::any_of(among.begin(), among.end(),
-                               [&](auto* m) { return m->source == source; });
+            return std::ranges::find(among, source, &ModelInfo::source) != among.end();
         };
         if (there(preferred) || !w.any_source) w.source = preferred;
         for (const std::string_view source : kSourceOrder) {
@@ -2483,8 +2479,7 @@ public:
         examine("base dir", &Doctor::base);
         examine("tokenizer", &Doctor::tokenizer);
         examine("self-test", &Doctor::self_test);
-        const bool ok = std::none_of(checks_.begin(), checks_.end(),
-                                     [](const Check& c) { return c.status == kFail; });
+        const bool ok = std::ranges::find(checks_, kFail, &Check::status) == checks_.end();
         const auto entry = [](const Check& c) {
             return object({{"name", c.name}, {"status", c.status}, {"message", c.message}});
         };
@@ -2603,10 +2598,7 @@ private:
     // The smallest model: on the GPU its logits against those of the CPU, else whether they are numbers.
     void self_test() {
         if (models_.empty()) return add("self-test", kWarn, "skipped: there is no model");
-        const auto less = [](const ModelInfo& a, const ModelInfo& b) {
-            return a.memory_bytes < b.memory_bytes;
-        };
-        const ModelInfo& info = *std::min_element(models_.begin(), models_.end(), less);
+        const ModelInfo& info = *std::ranges::min_element(models_, {}, &ModelInfo::memory_bytes);
         const int tokens = std::min(info.config.sequence_len, 16);
         check_memory(info, place_.dtype, tokens);
         const std::shared_ptr<const Model> model = load(info, options_, place_.dtype);
