@@ -2126,17 +2126,12 @@ Tokenizer pick_tokenizer(Options& o) {
     if (any_model && fs::exists(beside_models, error)) return open_tokenizer(beside_models);
     return open_tokenizer(find_tokenizer(pick_model(o, "sft", false)));
 }
-std::vector<int> bytes_of(std::string_view piece) {
-    std::vector<int> bytes;
-    for (const char c : piece) bytes.push_back(static_cast<unsigned char>(c));
-    return bytes;
-}
+std::vector<unsigned char> bytes_of(std::string_view piece) { return {piece.begin(), piece.end()}; }
 std::string token_table(const Tokenizer& tokenizer, std::span<const Token> tokens) {
     std::vector<std::vector<std::string>> rows;
     for (const Token token : tokens) {
         const std::string piece(tokenizer.piece(token));
-        const auto digits = [](int byte) { return hex(static_cast<std::uint32_t>(byte), 2); };
-        const std::string bytes = join(bytes_of(piece), " ", digits);
+        const std::string bytes = join(bytes_of(piece), " ", [](auto b) { return hex(b, 2); });
         const bool special = tokenizer.is_special(token);
         rows.push_back({std::to_string(token), special ? piece : "\"" + piece + "\"",
                         special ? "special" : bytes});
@@ -2206,8 +2201,7 @@ struct LogitRows : Observer {
         return point == HookPoint::logits || (hooks && !map);
     }
     void on(const Activation& a) override {
-        const std::string_view bytes(reinterpret_cast<const char*>(a.values.data()),
-                                     a.values.size_bytes());
+        const std::string_view bytes = detail::as_text(std::as_bytes(a.values));
         if (hooks) {
             const Value head = object(
                 {{"name", name(a.point, a.layer)}, {"pos", a.pos}, {"shape", array(a.shape)}});
