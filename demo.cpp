@@ -146,7 +146,6 @@ inline std::unique_ptr<Backend> open_cuda(const std::shared_ptr<const Model>&, c
 #include <new>                 // bad_alloc
 #include <numeric>             // iota
 #include <optional>            // optional
-#include <ranges>              // iota
 #include <span>                // span
 #include <string>              // string
 #include <string_view>         // string_view
@@ -4160,6 +4159,8 @@ Value lens_json(const LensRow& row) {
                    {"cells", array(row.cells, cell)}});
 }
 Members walk_members(const Walk& w) {
+    std::vector<std::size_t> positions(w.T() - w.lens_first());
+    std::iota(positions.begin(), positions.end(), w.lens_first());
     return {
         {"model", w.info.id},
         {"device", w.device},
@@ -4184,7 +4185,7 @@ Members walk_members(const Walk& w) {
         {"attention", array(w.heads, [&](const Head& h) { return head_json(w, h); })},
         {"residual_rms", matrix_json(w.residual, w.T())},
         {"silent", matrix_json(w.silent, w.T())},
-        {"lens_positions", array(std::views::iota(w.lens_first(), w.T()))},
+        {"lens_positions", array(positions)},
         {"lens", array(w.lens, lens_json)},
         {"next", array(w.next, [](const Candidate& c) { return object(candidate_members(c)); })},
         {"choice", object(candidate_members(w.choice))}};
@@ -5168,8 +5169,8 @@ void HttpServer::check_time(Connection& c) {
         move_on(c);
     };
     if (c.out.empty() && !c.full) c.last_sent = Clock::now();
-    if (seconds_since(c.last_sent) >
-        Limits::kStuck) {  // what it does not read would keep a plain end away
+    // what it does not read would keep a plain end away
+    if (seconds_since(c.last_sent) > Limits::kStuck) {
         const linger reset = {1, 0};
         ::setsockopt(c.fd, SOL_SOCKET, SO_LINGER, &reset, sizeof reset);
         return close(c);
@@ -7503,7 +7504,7 @@ int run_serve(Options& o) {
     for (const int signal : {SIGINT, SIGTERM, SIGHUP}) ::sigaddset(&set, signal);
     ::pthread_sigmask(SIG_BLOCK, &set, nullptr);
     rlimit files{};
-    if (::getrlimit(RLIMIT_NOFILE, &files) == 0 && files.rlim_cur < files.rlim_max) {
+    if (::getrlimit(RLIMIT_NOFILE, &files) == 0 && files.rlim_cur < 4096) {
         files.rlim_cur = std::min<rlim_t>(files.rlim_max, 4096);
         ::setrlimit(RLIMIT_NOFILE, &files);
     }

@@ -81,6 +81,9 @@ for other in g++ clang++; do
         quietly $other -std=c++20 -O1 $warnings greedy.cpp other.cpp -o "greedy-$other"
         same "./greedy-$other"
         ok "$other: no warning, the same answer"
+        # shellcheck disable=SC2086
+        quietly $other -std=c++20 $warnings -fsyntax-only "$root/demo.cpp"
+        ok "$other: the program without a warning"
     fi
 done
 
