@@ -311,20 +311,12 @@ inline std::size_t valid_utf8_length(std::string_view bytes) {
     return i;
 }
 inline bool is_utf8(std::string_view s) { return valid_utf8_length(s) == s.size(); }
-inline void append_utf8(std::string& out, std::uint32_t c) {
-    const auto put = [&](std::uint32_t byte) {
-        out += static_cast<char>(static_cast<unsigned char>(byte));
-    };
-    if (c < 0x80) {
-        put(c);
-    } else if (c < 0x800) {
-        put(0xc0 | c >> 6), put(0x80 | (c & 63));
-    } else if (c < 0x10000) {
-        put(0xe0 | c >> 12), put(0x80 | (c >> 6 & 63)), put(0x80 | (c & 63));
-    } else {
-        put(0xf0 | c >> 18), put(0x80 | (c >> 12 & 63)), put(0x80 | (c >> 6 & 63)),
-            put(0x80 | (c & 63));
-    }
+// The way back: a first byte above 7F begins with as many ones as the character has bytes.
+inline void append_utf8(std::string& out, std::uint32_t code) {
+    if (code < 0x80) return out.push_back(static_cast<char>(code));
+    const int length = code < 0x800 ? 2 : code < 0x10000 ? 3 : 4;
+    out += static_cast<char>(0xFF00U >> length | code >> 6 * (length - 1));
+    for (int i = length - 1; i-- > 0;) out += static_cast<char>(0x80 | (code >> 6 * i & 0x3F));
 }
 
 }  // namespace detail
