@@ -3800,8 +3800,7 @@ struct Row {             // one token of a step
     Token id, previous;  // previous: -1 at position 0
     int pos;
 };
-struct Part {  // the rows of one slice: begin ... begin + T - 1
-    KVCache* cache;
+struct Part : Slice {  // the rows of one slice: begin ... begin + T - 1
     std::size_t begin, T;
     int pos;  // of the first
 };
@@ -3815,17 +3814,6 @@ inline void check_tokens(std::span<const Token> tokens, int length, int capacity
     for (const Token t : tokens) {
         if (t < 0 || t >= vocab_size)
             misuse({"token ", t, " is outside the vocabulary of ", vocab_size});
-    }
-}
-inline void check_slices(const Model& model, std::span<const Slice> batch) {
-    for (std::size_t i = 0; i < batch.size(); ++i) {
-        const Slice& s = batch[i];
-        if (s.cache == nullptr || &s.cache->model() != &model)
-            misuse("a sequence of another model was given to this one");
-        check_tokens(s.tokens, s.cache->length(), s.cache->capacity(), model.config().vocab_size);
-        for (std::size_t j = 0; j < i; ++j) {
-            if (batch[j].cache == s.cache) misuse("a sequence is twice in one step");
-        }
     }
 }
 
@@ -3849,13 +3837,18 @@ public:
           pool_(model.pool()),
           ws_(ws),
           observer_(observer) {
-        check_slices(model, batch);
         for (const Slice& s : batch) {
-            const auto past = s.cache->tokens();
-            parts_.push_back({s.cache, rows_.size(), s.tokens.size(), s.cache->length()});
-            Token previous = past.empty() ? -1 : past.back();
+            if (s.cache == nullptr || &s.cache->model() != &model)
+                misuse("a sequence of another model was given to this one");
+            const int pos = s.cache->length();
+            check_tokens(s.tokens, pos, s.cache->capacity(), c_.vocab_size);
+            for (const Part& part : parts_) {
+                if (part.cache == s.cache) misuse("a sequence is twice in one step");
+            }
+            parts_.push_back({s, rows_.size(), s.tokens.size(), pos});
+            Token previous = pos == 0 ? -1 : s.cache->tokens().back();
             for (std::size_t t = 0; t < s.tokens.size(); ++t) {
-                rows_.push_back({s.tokens[t], previous, s.cache->length() + static_cast<int>(t)});
+                rows_.push_back({s.tokens[t], previous, pos + static_cast<int>(t)});
                 previous = s.tokens[t];
             }
         }
@@ -4144,12 +4137,11 @@ inline void Pass::attend(int i) {
 // logits = softcap * tanh(lm_head x / softcap): of each slice's last row, of all rows if watched.
 inline std::span<const float> Pass::head() {
     const bool all = wanted(HookPoint::logits_raw, -1) || wanted(HookPoint::logits, -1);
-    std::vector<std::size_t> last;
-    for (const Part& part : parts_) last.push_back(part.begin + part.T - 1);
-    const std::size_t rows = all ? T : last.size();
+    const auto last = [&](std::size_t n) { return parts_[n].begin + parts_[n].T - 1; };
+    const std::size_t rows = all ? T : parts_.size();
     for (std::size_t n = 0; !all && n < rows; ++n)
-        std::copy_n(&ws_.x[last[n] * D], D, &ws_.h[n * D]);
-    ws_.logits.resize(std::max(rows, last.size()) * V);
+        std::copy_n(&ws_.x[last(n) * D], D, &ws_.h[n * D]);
+    ws_.logits.resize(rows * V);
     ops::linear(pool_, ws_.logits.data(), all ? ws_.x.data() : ws_.h.data(), w_.lm_head, rows, V);
     if (all) tap(HookPoint::logits_raw, -1, ws_.logits.data(), {V});
     constexpr std::size_t kPart = 4096;  // logits of one row
@@ -4160,15 +4152,12 @@ inline std::span<const float> Pass::head() {
     });
     if (all) {
         tap(HookPoint::logits, -1, ws_.logits.data(), {V});
-        for (std::size_t n = 0; n < last.size(); ++n)
-            std::copy_n(&ws_.logits[last[n] * V], V, &ws_.logits[n * V]);
+        for (std::size_t n = 0; n < parts_.size(); ++n)
+            std::copy_n(&ws_.logits[last(n) * V], V, &ws_.logits[n * V]);
     }
-    for (const Part& part : parts_) {  // only now: a pass that throws changes no sequence
-        std::vector<Token> ids;
-        for (std::size_t t = part.begin; t < part.begin + part.T; ++t) ids.push_back(rows_[t].id);
-        part.cache->append(ids);
-    }
-    return {ws_.logits.data(), last.size() * V};
+    // only now: a pass that throws changes no sequence
+    for (const Part& part : parts_) part.cache->append(part.tokens);
+    return {ws_.logits.data(), parts_.size() * V};
 }
 
 }  // namespace detail
