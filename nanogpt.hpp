@@ -3421,8 +3421,8 @@ inline void attention(float* z, std::size_t ldz, const float* q, std::size_t ldq
 // from top to bottom; it is nanochat's gpt.py for all generations, and what it calls is below it.
 // In order: Layer, Weights, LoadOptions, Model / loading: ModelLoader, load_model / watching:
 // HookPoint, Observer / what changes: Workspace, KVCache, Slice, check_tokens / Pass::forward, then
-// Pass::resize (angles), embed, smear, mix_residual (lambdas), project_qkv, add_value_embedding,
-// rotate_and_norm, remember (writes the cache), attend, head (logits, soft cap) / forward for all.
+// Pass::resize (angles), embed, smear, mix_residual (lambdas), add_value_embedding, rotate_and_norm,
+// remember (writes the cache), attend, head (logits, soft cap) / forward for all.
 
 struct Layer {
     Tensor c_q;              // (D, D)
@@ -3862,7 +3862,6 @@ private:
     void embed();
     void smear();
     void mix_residual(int i);
-    void project_qkv(int i);
     void add_value_embedding(int i);
     void rotate_and_norm(float* x, std::size_t heads);
     void remember(int i);
@@ -3931,7 +3930,11 @@ inline std::span<const float> Pass::forward() {
         // attention: queries, keys, values; the token's value embedding joins the values
         norm(ws_.h, ws_.x);
         tap(HookPoint::attn_in, i, ws_.h.data(), {D});
-        project_qkv(i);
+        linear(ws_.q, ws_.h, layer.c_q);
+        linear(ws_.k, ws_.h, layer.c_k);
+        linear(ws_.v, ws_.h, layer.c_v);
+        tap(HookPoint::q, i, ws_.q.data(), {H, hd});
+        tap(HookPoint::k, i, ws_.k.data(), {K, hd});
         if (c_.has_value_embed(i)) add_value_embedding(i);
         tap(HookPoint::v, i, ws_.v.data(), {K, hd});
         // positions enter by rotation; the norms bound the scores
@@ -4033,15 +4036,6 @@ inline void Pass::mix_residual(int i) {
         copy_row(bigram.data(), w_.bigram_embed, bigram_row(rows_[t], c_.vocab_size));
         for (std::size_t j = 0; j < D; ++j) ws_.x[t * D + j] += layer.bigram_lambda * bigram[j];
     }
-}
-
-inline void Pass::project_qkv(int i) {
-    const Layer& layer = w_.layers[static_cast<std::size_t>(i)];
-    linear(ws_.q, ws_.h, layer.c_q);
-    linear(ws_.k, ws_.h, layer.c_k);
-    linear(ws_.v, ws_.h, layer.c_v);
-    tap(HookPoint::q, i, ws_.q.data(), {H, hd});
-    tap(HookPoint::k, i, ws_.k.data(), {K, hd});
 }
 
 // v[head] += scale * sigmoid(Wg[head] h[0:channels]) * value_embed[id][head]: every other layer
