@@ -875,20 +875,16 @@ constexpr std::size_t kMaxPickleStack = 65536;
 constexpr std::size_t kMaxPickleMarks = 64;
 constexpr std::size_t kMaxPickleText = 65536;  // bytes of one string
 
-struct StorageClass {
-    std::string_view global;
-    DType dtype;
-};
 constexpr std::string_view kOrderedDict = "collections OrderedDict",
                            kRebuildTensor = "torch._utils _rebuild_tensor_v2",
                            kRebuildParameter = "torch._utils _rebuild_parameter",
                            kEncoding = "tiktoken.core Encoding";
-constexpr StorageClass kStorageClasses[] = {
-    {"torch FloatStorage", DType::f32}, {"torch BFloat16Storage", DType::bf16},
-    {"torch HalfStorage", DType::f16},  {"torch DoubleStorage", DType::f64},
-    {"torch LongStorage", DType::i64},  {"torch IntStorage", DType::i32},
-    {"torch ShortStorage", DType::i16}, {"torch CharStorage", DType::i8},
-    {"torch ByteStorage", DType::u8},   {"torch BoolStorage", DType::boolean}};
+// What a checkpoint may name: the classes of storages, in the order of DType, and the three above.
+constexpr std::string_view kCheckpointNames[] = {
+    "torch FloatStorage", "torch BFloat16Storage", "torch HalfStorage",  "torch DoubleStorage",
+    "torch LongStorage",  "torch IntStorage",      "torch ShortStorage", "torch CharStorage",
+    "torch ByteStorage",  "torch BoolStorage",     kOrderedDict,         kRebuildTensor,
+    kRebuildParameter};
 
 class PickleReader {
 public:
@@ -1007,18 +1003,14 @@ private:
     }
     void global(std::string_view module, std::string_view name) {
         const std::string full = cat({module, " ", name});
-        std::string_view allowed = !checkpoint_ && full == kEncoding ? kEncoding : "";
-        for (const std::string_view g : {kOrderedDict, kRebuildTensor, kRebuildParameter}) {
-            if (checkpoint_ && g == full) allowed = g;
-        }
-        for (const StorageClass& c : kStorageClasses) {
-            if (checkpoint_ && c.global == full) allowed = c.global;
-        }
-        if (allowed.empty()) {
+        using Names = std::span<const std::string_view>;
+        const Names allowed = checkpoint_ ? Names(kCheckpointNames) : Names(&kEncoding, 1);
+        const auto at = std::find(allowed.begin(), allowed.end(), full);
+        if (at == allowed.end()) {
             fail({"names ", quote(cat({module, ".", name})), ", which no ",
                   checkpoint_ ? "checkpoint" : "tokenizer", " needs. Nothing was executed"});
         }
-        node(push(Kind::global)).text = allowed;
+        node(push(Kind::global)).text = *at;
     }
     bool is(std::uint32_t i, Kind kind) const { return tree_.nodes[i].kind == kind; }
     bool are(const std::vector<std::uint32_t>& items, std::initializer_list<Kind> kinds) const {
@@ -1569,9 +1561,8 @@ inline StoredTensor stored_tensor(const PickleTree& tree, const PickleValue& val
                        offset = tree[value.items[1]].integer;
     StoredTensor t;
     t.info.name = std::move(name);
-    for (const StorageClass& c : kStorageClasses) {
-        if (c.global == global) t.info.dtype = c.dtype;
-    }
+    const auto* at = std::find(std::begin(kCheckpointNames), std::end(kCheckpointNames), global);
+    t.info.dtype = static_cast<DType>(at - kCheckpointNames);
     if (key.empty() || key.size() > 10 || key.find_first_not_of("0123456789") != key.npos)
         refuse({who, " has the storage key ", quote(key)});
     if (tree[storage.items[3]].text == "meta")
