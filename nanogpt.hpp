@@ -3220,7 +3220,6 @@ inline void exp16(float* x) {
 template <class Rows>
 void for_rows(ThreadPool& pool, std::size_t n, const Rows& rows) {
     constexpr std::size_t kPart = 8;
-    if (n <= kPart) return rows(std::size_t{0}, n);
     pool.run((n + kPart - 1) / kPart,
              [&](std::size_t i) { rows(i * kPart, std::min(n, i * kPart + kPart)); });
 }
@@ -3334,10 +3333,11 @@ inline void linear(ThreadPool& pool, float* y, const float* x, const Tensor& w, 
     const std::size_t K = w.cols();
     const bool stream = T <= 8;  // the memory sets the pace
     const std::size_t fit = std::max<std::size_t>(kPanelBytes / (K * 4), 1);  // rows
-    const std::size_t share =
-        (N + static_cast<std::size_t>(pool.size()) - 1) / static_cast<std::size_t>(pool.size());
+    // one task for some 3 us of work: waking a thread takes as long
+    const std::size_t threads = T * N * K < 40000 ? 1 : static_cast<std::size_t>(pool.size());
+    const std::size_t share = (N + threads - 1) / threads;
     const std::size_t panel = detail::round_up(std::min(fit, share), 12);  // whole tiles
-    const auto task = [&](std::size_t i) {
+    pool.run((N + panel - 1) / panel, [&](std::size_t i) {
         const std::size_t n = i * panel, rows = std::min(panel, N - n);
         if (w.dtype == DType::bf16 && T >= kWiden) {
             const auto wide = std::make_unique_for_overwrite<float[]>(rows * K);
@@ -3349,13 +3349,7 @@ inline void linear(ThreadPool& pool, float* y, const float* x, const Tensor& w, 
             detail::kernels().panel_f32(y + n, N, x, K, w.f32() + n * K, K, T, rows, K, stream);
         }
         for (std::size_t t = 0; squared && t < T; ++t) relu2(y + t * N + n, rows);
-    };
-    const std::size_t tasks = (N + panel - 1) / panel;
-    if (T * N * K < 40000) {  // some 3 us of work: waking a thread takes as long
-        for (std::size_t i = 0; i < tasks; ++i) task(i);
-    } else {
-        pool.run(tasks, task);
-    }
+    });
 }
 
 // Causal attention of one head over a sliding window (Vaswani et al. 2017, eq. 1).
@@ -4080,16 +4074,15 @@ inline void Pass::remember(int i) {
 
 // z = attention(q, cache) by slice and head; a task is a head's 64 queries, or all if watched.
 inline void Pass::attend(int i) {
-    constexpr std::size_t kQueries = 64;
     struct Task {
         const Part* part;
         std::size_t head, first, map;  // query head, first row, where its map begins
     };
     const bool watched = wanted(HookPoint::attn_scores, i) || wanted(HookPoint::pattern, i);
     std::vector<Task> tasks;
-    std::size_t room = 0;  // floats of all maps
+    const std::size_t step = watched ? T : 64;  // queries
+    std::size_t room = 0;                       // floats of all maps
     for (const Part& part : parts_) {
-        const std::size_t step = watched ? part.T : kQueries;
         for (std::size_t head = 0; head < H; ++head) {
             for (std::size_t t = 0; t < part.T; t += step) tasks.push_back({&part, head, t, room});
             room += part.T * (static_cast<std::size_t>(part.pos) + part.T);
@@ -4099,11 +4092,10 @@ inline void Pass::attend(int i) {
     pool_.run(tasks.size(), [&](std::size_t n) {
         const auto [part, head, first, map] = tasks[n];
         const std::size_t at = (part->begin + first) * D + head * hd, kv = head / (H / K);
-        const std::size_t T_task = watched ? part->T : std::min(kQueries, part->T - first);
         ops::attention(&ws_.z[at], D, &ws_.q[at], D, part->cache->k(i, kv), part->cache->v(i, kv),
-                       T_task, static_cast<std::size_t>(part->pos) + first, hd,
-                       static_cast<std::size_t>(c_.window(i)), watched ? &ws_.scores[map] : nullptr,
-                       watched ? &ws_.pattern[map] : nullptr);
+                       std::min(step, part->T - first), static_cast<std::size_t>(part->pos) + first,
+                       hd, static_cast<std::size_t>(c_.window(i)),
+                       watched ? &ws_.scores[map] : nullptr, watched ? &ws_.pattern[map] : nullptr);
     });
     std::size_t map = 0;
     for (const Part& part : parts_) {
