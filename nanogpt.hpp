@@ -3169,15 +3169,10 @@ NANOGPT_KERNELS(base, 4, 2, 3, )  // SSE2, or NEON: a part of every x86-64 and e
 #undef NANOGPT_KERNELS
 
 struct Kernels {  // the instance that suits this processor
-    template <class Weight>
-    using Panel = void (*)(float* y, std::size_t ldy, const float* x, std::size_t ldx,
-                           const Weight* w, std::size_t ldw, std::size_t T, std::size_t N,
-                           std::size_t K, bool stream);
     const char* name;
-    Panel<float> panel_f32;
-    Panel<std::uint16_t> panel_bf16;
-    void (*mix)(float* z, std::size_t ldz, const float* p, std::size_t ldp, const float* v,
-                std::size_t ldv, std::size_t T, std::size_t n, std::size_t cols);
+    decltype(&base::panel<float>) panel_f32;
+    decltype(&base::panel<std::uint16_t>) panel_bf16;
+    decltype(&base::mix) mix;
 };
 inline const Kernels& kernels() {
     static const Kernels chosen = [] {
