@@ -2960,24 +2960,21 @@ private:
         round_.fetch_add(1, std::memory_order_release);
         round_.notify_all();
         work();
-        for (int left = spin_until_idle(busy_); left != 0;
-             left = busy_.load(std::memory_order_acquire)) {
+        spin([&] { return busy_.load(std::memory_order_acquire) != 0; });
+        while (const int left = busy_.load(std::memory_order_acquire))
             busy_.wait(left, std::memory_order_acquire);
-        }
         if (error_) std::rethrow_exception(error_);
     }
-    // some 20 us: the next operation of a token comes sooner than that
-    static constexpr int kSpins = 4000;
-    static void relax() {
+    // Waits for some 20 us at most: the next operation of a token comes sooner than that.
+    template <class Waiting>
+    static void spin(const Waiting& waiting) {
+        for (int i = 0; i < 4000 && waiting(); ++i) {
 #if defined(__x86_64__)
-        __builtin_ia32_pause();
+            __builtin_ia32_pause();
 #elif defined(__aarch64__)
-        asm volatile("yield");
+            asm volatile("yield");
 #endif
-    }
-    static int spin_until_idle(const std::atomic<int>& busy) {
-        for (int i = 0; i < kSpins && busy.load(std::memory_order_acquire) != 0; ++i) relax();
-        return busy.load(std::memory_order_acquire);
+        }
     }
     void stop() {
         for (std::jthread& w : workers_) w.request_stop();
@@ -2997,8 +2994,7 @@ private:
     }
     void serve(const std::stop_token& stop) {
         for (int seen = 0;;) {
-            for (int i = 0; i < kSpins && round_.load(std::memory_order_acquire) == seen; ++i)
-                relax();
+            spin([&] { return round_.load(std::memory_order_acquire) == seen; });
             round_.wait(seen, std::memory_order_acquire);
             seen = round_.load(std::memory_order_acquire);
             if (stop.stop_requested()) return;
