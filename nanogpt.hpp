@@ -1848,11 +1848,11 @@ inline void read_losses(const Json& meta, ModelInfo& info) {
     }
 }
 
-inline std::string format(float value) {  // 100000, 1.15
+// The shortest digits that read back as the same value, as in 100000 and 1.15.
+template <class Real>
+std::string format(Real value, std::chars_format form = std::chars_format::fixed) {
     char buffer[64];
-    const auto end =
-        std::to_chars(buffer, buffer + sizeof buffer, value, std::chars_format::fixed).ptr;
-    return {buffer, end};
+    return {buffer, std::to_chars(buffer, buffer + sizeof buffer, value, form).ptr};
 }
 
 // ---- names of files
@@ -4503,18 +4503,13 @@ inline std::string int_text(Int128 x) {
 // As Python's repr(): the shortest digits that read back as the same value; plain if
 // 1e-4 <= |x| < 1e16, then always with a point; else d.ddde+XX, as to_chars writes it too.
 inline std::string float_text(double x) {
-    std::array<char, 32> buffer;
-    const auto write = [&](std::chars_format format) {
-        char* const begin = buffer.data();
-        return std::string(begin, std::to_chars(begin, begin + buffer.size(), x, format).ptr);
-    };
-    const std::string text = write(std::chars_format::scientific);
+    const std::string text = format(x, std::chars_format::scientific);
     const std::size_t e = text.find('e');
     if (e == std::string::npos) return text.ends_with("nan") ? "nan" : text;  // Python has no -nan
     int exponent = 0;
     std::from_chars(text.data() + e + 2, text.data() + text.size(), exponent);
     if (text[e + 1] == '-' ? exponent > 4 : exponent >= 16) return text;
-    const std::string plain = write(std::chars_format::fixed);
+    const std::string plain = format(x);
     return plain.find('.') == std::string::npos ? cat({plain, ".0"}) : plain;
 }
 
