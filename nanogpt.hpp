@@ -539,8 +539,7 @@ inline std::string_view as_text(std::span<const std::byte> bytes) {
 template <int Bytes>
 std::uint64_t little_endian(std::span<const std::byte> bytes, std::size_t at) {
     std::uint64_t value = 0;
-    for (int i = Bytes; i-- > 0;)
-        value = value << 8 | static_cast<std::uint64_t>(bytes[at + std::size_t(i)]);
+    std::memcpy(&value, bytes.data() + at, Bytes);  // as on this machine
     return value;
 }
 
@@ -1156,10 +1155,9 @@ private:
     void long1(std::uint64_t n) {  // n bytes of two's complement, low byte first
         if (n > 8) fail("an integer of more than 64 bits");
         const std::string_view s = take(n);
-        std::uint64_t value = n > 0 && (s.back() & '\x80') != 0 ? ~std::uint64_t{0} : 0;
-        for (std::size_t i = s.size(); i-- > 0;)
-            value = value << 8 | static_cast<unsigned char>(s[i]);
-        integer(static_cast<std::int64_t>(value));
+        std::int64_t value = n > 0 && (s.back() & '\x80') != 0 ? -1 : 0;
+        std::memcpy(&value, s.data(), n);
+        integer(value);
     }
     static std::string opcode_name(unsigned op) {
         // clang-format off
