@@ -298,6 +298,8 @@ inline std::size_t skip_ascii(std::string_view bytes, std::size_t begin) {
     while (i < bytes.size() && static_cast<unsigned char>(bytes[i]) < 0x80) ++i;
     return i;
 }
+inline char ascii_lower(char c) { return c >= 'A' && c <= 'Z' ? static_cast<char>(c + 32) : c; }
+inline char ascii_upper(char c) { return c >= 'a' && c <= 'z' ? static_cast<char>(c - 32) : c; }
 
 // Length in bytes of the longest well-formed start of `bytes`; bytes.size() if all is well formed.
 // U+FFFD may stand in the bytes itself, as EF BF BD; every other way to decode to it is an error.
@@ -2487,9 +2489,7 @@ private:
     // folds to s. GPT-2 knows small letters only.
     std::size_t contraction(std::size_t i) const {
         if (byte(i) != '\'') return 0;
-        const auto lower = [&](char c) {
-            return !rule_.gpt2 && c >= 'A' && c <= 'Z' ? static_cast<char>(c | 0x20) : c;
-        };
+        const auto lower = [&](char c) { return rule_.gpt2 ? c : ascii_lower(c); };
         const char a = lower(byte(i + 1)), b = lower(byte(i + 2));
         if (a == 's' || a == 'd' || a == 'm' || a == 't') return 2;
         if ((a == 'l' && b == 'l') || ((a == 'v' || a == 'r') && b == 'e')) return 3;
@@ -4487,8 +4487,6 @@ __extension__ typedef __int128 Int128;  // not ISO C++, but the compilers have i
 __extension__ typedef unsigned __int128 UInt128;
 inline constexpr UInt128 kMaxInt = ~UInt128{0} >> 1;  // 2^127 - 1
 
-inline char ascii_lower(char c) { return c >= 'A' && c <= 'Z' ? static_cast<char>(c + 32) : c; }
-inline char ascii_upper(char c) { return c >= 'a' && c <= 'z' ? static_cast<char>(c - 32) : c; }
 inline UInt128 magnitude(Int128 x) { return static_cast<UInt128>(x < 0 ? -x : x); }
 
 inline std::string int_text(Int128 x) {
