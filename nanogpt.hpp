@@ -79,39 +79,38 @@
 #include <sys/stat.h>  // fstat
 #include <unistd.h>    // pread, close, sysconf
 
-#include <algorithm>           // sort, min, max, clamp
-#include <array>               // array
-#include <atomic>              // atomic
-#include <bit>                 // bit_cast, endian
-#include <cerrno>              // errno
-#include <charconv>            // from_chars, to_chars
-#include <chrono>              // steady_clock
-#include <climits>             // INT_MAX
-#include <cmath>               // sqrt, exp, tanh
-#include <concepts>            // integral
-#include <condition_variable>  // condition_variable
-#include <cstddef>             // byte, size_t
-#include <cstdint>             // int32_t
-#include <cstdlib>             // getenv, aligned_alloc
-#include <cstring>             // memcpy, strerror
-#include <exception>           // exception_ptr
-#include <filesystem>          // path
-#include <functional>          // function
-#include <initializer_list>    // initializer_list
-#include <limits>              // numeric_limits
-#include <memory>              // shared_ptr
-#include <mutex>               // mutex
-#include <new>                 // bad_alloc
-#include <optional>            // optional
-#include <span>                // span
-#include <stdexcept>           // runtime_error
-#include <stop_token>          // stop_token
-#include <string>              // string
-#include <string_view>         // string_view
-#include <system_error>        // error_code
-#include <thread>              // jthread
-#include <utility>             // move, exchange, pair
-#include <vector>              // vector
+#include <algorithm>         // sort, min, max, clamp
+#include <array>             // array
+#include <atomic>            // atomic
+#include <bit>               // bit_cast, endian
+#include <cerrno>            // errno
+#include <charconv>          // from_chars, to_chars
+#include <chrono>            // steady_clock
+#include <climits>           // INT_MAX
+#include <cmath>             // sqrt, exp, tanh
+#include <concepts>          // integral
+#include <cstddef>           // byte, size_t
+#include <cstdint>           // int32_t
+#include <cstdlib>           // getenv, aligned_alloc
+#include <cstring>           // memcpy, strerror
+#include <exception>         // exception_ptr
+#include <filesystem>        // path
+#include <functional>        // function
+#include <initializer_list>  // initializer_list
+#include <limits>            // numeric_limits
+#include <memory>            // shared_ptr
+#include <mutex>             // mutex
+#include <new>               // bad_alloc
+#include <optional>          // optional
+#include <span>              // span
+#include <stdexcept>         // runtime_error
+#include <stop_token>        // stop_token
+#include <string>            // string
+#include <string_view>       // string_view
+#include <system_error>      // error_code
+#include <thread>            // jthread
+#include <utility>           // move, exchange, pair
+#include <vector>            // vector
 
 #ifndef __cpp_exceptions
 #error "nanogpt.hpp reports errors by exceptions: compile without -fno-exceptions"
@@ -461,7 +460,6 @@ public:
           fd_(std::exchange(other.fd_, -1)),
           size_(other.size_),
           modified_(other.modified_) {}
-    File& operator=(File&&) = delete;
     ~File() {
         if (fd_ >= 0) ::close(fd_);
     }
@@ -2922,8 +2920,6 @@ public:
         }
     }
     ~ThreadPool() { stop(); }
-    ThreadPool(const ThreadPool&) = delete;
-    ThreadPool& operator=(const ThreadPool&) = delete;
 
     int size() const { return static_cast<int>(workers_.size()) + 1; }
 
