@@ -5500,7 +5500,7 @@ private:
     std::vector<std::shared_ptr<Loaded>> models_;  // last used last
     std::shared_ptr<Loaded> loading_;
     std::vector<Client> clients_;  // who has jobs waiting; whose turn it is first
-    Snapshot totals_;              // without slots and models
+    Snapshot totals_;              // without what is counted when it is shown
     std::vector<Event> posted_;
     Clock::time_point last_second_ = {}, last_publish_ = {};
     Peak peak_;  // once measured is true
@@ -5716,7 +5716,7 @@ void Scheduler::begin_loading(std::shared_ptr<const Offer> offer) {
                                  human_bytes(reserve_), " of it stay reserved")};
         return poke([&] { load_done_ = true; });
     }
-    background_.post([this, m = loading_] {
+    background_.post([this, m = loading_]() mutable {
         try {
             m->device = open(m->offer->info);
             if (m->device.cuda) m->pace.least = m->pace.tokens = 64;
@@ -5728,6 +5728,7 @@ void Scheduler::begin_loading(std::shared_ptr<const Offer> offer) {
             m->failure = {503, "out_of_memory",
                           cat("not enough memory to load ", m->offer->info.id)};
         }
+        m.reset();  // the scheduler alone holds it, and lets it go
         poke([&] { load_done_ = true; });
     });
 }

@@ -19,7 +19,7 @@
 // CONTENTS; a section uses only those above it, and names its parts below its title, in order
 //
 //    1. config      version, includes
-//    2. error       the one exception, checked arithmetic, the reading of UTF-8
+//    2. error       the one exception, checked arithmetic, UTF-8
 //    3. dtype       float32, bfloat16, float16 and their bits
 //    4. tensor      a shape and a place
 //    5. file        reading without surprises
@@ -878,12 +878,13 @@ constexpr std::string_view kOrderedDict = "collections OrderedDict",
                            kRebuildTensor = "torch._utils _rebuild_tensor_v2",
                            kRebuildParameter = "torch._utils _rebuild_parameter",
                            kEncoding = "tiktoken.core Encoding";
-// What a checkpoint may name: the classes of storages, in the order of DType, and the three above.
+// What a checkpoint may name: storages, in the order of DType, and what puts tensors together.
 constexpr std::string_view kCheckpointNames[] = {
     "torch FloatStorage", "torch BFloat16Storage", "torch HalfStorage",  "torch DoubleStorage",
     "torch LongStorage",  "torch IntStorage",      "torch ShortStorage", "torch CharStorage",
     "torch ByteStorage",  "torch BoolStorage",     kOrderedDict,         kRebuildTensor,
     kRebuildParameter};
+static_assert(std::size(kCheckpointNames) == static_cast<std::size_t>(DType::boolean) + 4);
 
 class PickleReader {
 public:
@@ -1849,7 +1850,7 @@ inline void read_losses(const Json& meta, ModelInfo& info) {
 // The shortest digits that read back as the same value, as in 100000 and 1.15.
 template <class Real>
 std::string format(Real value, std::chars_format form = std::chars_format::fixed) {
-    char buffer[64];
+    char buffer[400];  // a double near 0 takes 343
     return {buffer, std::to_chars(buffer, buffer + sizeof buffer, value, form).ptr};
 }
 
@@ -3740,7 +3741,7 @@ public:
     float* k(int layer, std::size_t head) { return k_ + offset(layer, head); }
     float* v(int layer, std::size_t head) { return v_ + offset(layer, head); }
     void append(std::span<const Token> tokens) {
-        tokens_.insert(tokens_.end(), tokens.begin(), tokens.end());
+        for (const Token t : tokens) tokens_.push_back(t);  // they may be some of its own
     }
 
 private:
@@ -4065,11 +4066,11 @@ inline void Pass::attend(int i) {
     };
     const bool watched = wanted(HookPoint::attn_scores, i) || wanted(HookPoint::pattern, i);
     std::vector<Task> tasks;
-    const std::size_t step = watched ? T : 64;  // queries
+    const std::size_t rows = watched ? T : 64;  // of a task
     std::size_t room = 0;                       // floats of all maps
     for (const Part& part : parts_) {
         for (std::size_t head = 0; head < H; ++head) {
-            for (std::size_t t = 0; t < part.T; t += step) tasks.push_back({&part, head, t, room});
+            for (std::size_t t = 0; t < part.T; t += rows) tasks.push_back({&part, head, t, room});
             room += part.T * (static_cast<std::size_t>(part.pos) + part.T);
         }
     }
@@ -4078,7 +4079,7 @@ inline void Pass::attend(int i) {
         const auto [part, head, first, map] = tasks[n];
         const std::size_t at = (part->begin + first) * D + head * hd, kv = head / (H / K);
         ops::attention(&ws_.z[at], D, &ws_.q[at], D, part->cache->k(i, kv), part->cache->v(i, kv),
-                       std::min(step, part->T - first), static_cast<std::size_t>(part->pos) + first,
+                       std::min(rows, part->T - first), static_cast<std::size_t>(part->pos) + first,
                        hd, static_cast<std::size_t>(c_.window(i)),
                        watched ? &ws_.scores[map] : nullptr, watched ? &ws_.pattern[map] : nullptr);
     });

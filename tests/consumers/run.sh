@@ -1,6 +1,7 @@
 #!/bin/sh
 # Programs of other people that use nanogpt.hpp, built the way they would build them: the README's
-# example, as it stands there, by every way the README names and every compiler that is here.
+# example, as it stands there, by every way the README names and every compiler that is here. The other
+# compiler reads the program too.
 #
 #   CXX=g++ CMAKE=cmake CUDACXX=nvcc tests/consumers/run.sh <work folder> <build folder of nanogpt>
 #
