@@ -574,6 +574,17 @@ TEST_CASE("model: rewinding and replaying is exact") {
     }
 }
 
+TEST_CASE("model: a sequence may be given tokens of its own") {
+    const auto model = load(Gen::g4, kTiny);
+    std::vector<Token> ids = ids_of(kTiny, 10);
+    KVCache cache(*model, 20);
+    nanogpt::forward(*model, cache, ids);
+    const auto logits = nanogpt::forward(*model, cache, cache.tokens().subspan(2, 3));
+    ids.insert(ids.end(), {ids[2], ids[3], ids[4]});
+    CHECK(same_bits(logits, read_in_pieces(*model, ids, {13})));
+    CHECK(std::ranges::equal(cache.tokens(), ids));
+}
+
 TEST_CASE("model: a call that makes no sense is refused and leaves the cache as it was") {
     const auto model = load(Gen::g4, kTiny);
     const std::vector<Token> ids = ids_of(kTiny, 10);
