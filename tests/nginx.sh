@@ -162,10 +162,12 @@ after=($(both "$completion"))
 check "six at once are three and three" [ "$((after[0] - before[0])) $((after[1] - before[1]))" = "3 3" ]
 
 # ---- a client that goes away -----------------------------------------------------------------------
-seed=30 ask "$chat" 900 -o /dev/null --max-time 0.05 || true  # of 255 tokens
-check "an answer ends with its client" is_idle
-seen=$(($(hits "$one" "$chat" 499) + $(hits "$two" "$chat" 499)))
-check "whose end the server has seen" [ $seen -eq 1 ]
+for path in "$chat" "$openai"; do  # as a stream, and whole
+    seed=30 ask "$path" 900 -o /dev/null --max-time 0.1 || true  # of 255 tokens
+    check "an answer ends with its client" is_idle
+    seen=$(($(hits "$one" "$path" 499) + $(hits "$two" "$path" 499)))
+    check "whose end the server has seen" [ $seen -eq 1 ]
+done
 
 # ---- a server that is gone, and comes back ---------------------------------------------------------
 answered() { # answered <requests>: whether all were answered by somebody
