@@ -163,7 +163,7 @@ check "six at once are three and three" [ "$((after[0] - before[0])) $((after[1]
 
 # ---- a client that goes away -----------------------------------------------------------------------
 for path in "$chat" "$openai"; do  # as a stream, and whole
-    seed=30 ask "$path" 900 -o /dev/null --max-time 0.1 || true  # of 255 tokens
+    seed=30 ask "$path" 900 -o /dev/null --max-time 0.05 || true  # of 255 tokens
     check "an answer ends with its client" is_idle
     seen=$(($(hits "$one" "$path" 499) + $(hits "$two" "$path" 499)))
     check "whose end the server has seen" [ $seen -eq 1 ]
