@@ -1262,10 +1262,10 @@ ModelInfo pick_model(Options& o, const std::string& preferred, bool or_bundled) 
 
 // ---- on which device, and whether it fits
 
-// Bytes of keys and values for one token: K heads of hd, both, in all layers.
-std::uint64_t cache_bytes(const Config& c, DType dtype) {
+// Bytes of keys and values for one token: K heads of hd, both, in all layers; bfloat16 on a GPU.
+std::uint64_t cache_bytes(const Config& c, bool cuda) {
     const std::int64_t numbers = std::int64_t{2} * c.n_layer * c.n_kv_head * c.head_dim();
-    return static_cast<std::uint64_t>(numbers) * size_of(dtype);
+    return static_cast<std::uint64_t>(numbers) * size_of(cuda ? DType::bf16 : DType::f32);
 }
 std::uint64_t weight_bytes(const ModelInfo& info, DType dtype) {
     return dtype == DType::f32 ? info.memory_bytes
@@ -1339,9 +1339,8 @@ std::shared_ptr<const Model> load(const ModelInfo& info, const Options& o, DType
 // Refuses before anything is allocated: weights of this type, if they are still to come, and the keys
 // and values of some tokens.
 void check_memory(const ModelInfo& info, std::optional<DType> weights, std::int64_t tokens) {
-    const std::uint64_t need =
-        (weights ? weight_bytes(info, *weights) : 0) +
-        cache_bytes(info.config, DType::f32) * static_cast<std::uint64_t>(tokens);
+    const std::uint64_t need = (weights ? weight_bytes(info, *weights) : 0) +
+                               cache_bytes(info.config, false) * static_cast<std::uint64_t>(tokens);
     if (const std::uint64_t have = nanogpt::detail::available_memory(); have > 0 && need > have) {
         throw Error(ErrorKind::out_of_memory,
                     cat(info.id, ": needs ", human_bytes(need), " of memory, ", human_bytes(have),
@@ -1914,7 +1913,7 @@ Value architecture_json(const ModelInfo& info) {
                    {"rope_base", c.rope_base}, {"qk_scale", c.qk_scale}, {"softcap", c.softcap}});
 }
 // What programs read of a checkpoint.
-Members model_members(const ModelInfo& info, const fs::path& base) {
+Members model_members(const ModelInfo& info, const fs::path& base, const Place& place) {
     const bool known = !info.tensors.empty(), ready = info.status == Status::ready, has_loss = std::isfinite(info.loss);
     Members metrics;
     for (const auto& [key, value] : info.metrics) metrics.emplace_back(key, value);
@@ -1923,7 +1922,7 @@ Members model_members(const ModelInfo& info, const fs::path& base) {
             {"source", info.source}, {"tag", info.tag}, {"step", info.step}, {"val_loss", metric(info, "val_loss")},
             {"val_bpb", metric(info, "val_bpb")}, {"loss", has_loss ? loss : nullptr}, {"metrics", object(metrics)},
             {"architecture", architecture_json(info)}, {"parameters", known ? Value(info.parameters) : nullptr},
-            {"size_bytes", info.file_bytes}, {"memory_bytes", known ? Value(info.memory_bytes) : nullptr},
+            {"size_bytes", info.file_bytes}, {"memory_bytes", known ? Value(weight_bytes(info, place.dtype)) : nullptr},
             {"file", file_of(info, base)}, {"modified", iso_date(info.modified)}, {"status", name_of(info.status)},
             {"reason", or_null(info.reason)}, {"can_chat", ready && info.source != "base"}};
 }
@@ -2019,8 +2018,7 @@ std::string list_models(const Options& o) {
     return text + " * = default for \"nanogpt chat\"\n";
 }
 
-Value device_json(const Options& o) {
-    const Place place = place_for(o);
+Value device_json(const Place& place) {
     const std::optional<GpuInfo> gpu = gpu_in_use(place.cuda);
     return object({{"type", gpu ? "cuda" : "cpu"},
                    {"name", gpu ? gpu->name : cat("CPU (", cpu_features(), ")")},
@@ -2036,8 +2034,9 @@ Value among_others(const ModelInfo& m, const Catalog& c, bool loaded) {
 }
 Value models_json(const Options& o, const Catalog& c, const std::vector<const ModelInfo*>& shown,
                   const std::function<bool(const std::string&)>& loaded) {
+    const Place place = place_for(o);
     const auto entry = [&](const ModelInfo* m) {
-        return merged(object(model_members(*m, c.base)), among_others(*m, c, loaded(m->id)));
+        return merged(object(model_members(*m, c.base, place)), among_others(*m, c, loaded(m->id)));
     };
     const bool usable = c.tokens.reason.empty();
     return object(
@@ -2047,7 +2046,7 @@ Value models_json(const Options& o, const Catalog& c, const std::vector<const Mo
          {"tokenizer", object({{"status", usable ? "ready" : "refused"},
                                {"vocab_size", usable ? Value(c.tokens.vocab_size) : nullptr},
                                {"reason", or_null(c.tokens.reason)}})},
-         {"device", device_json(o)},
+         {"device", device_json(place)},
          {"scanned_at", iso_date(c.unix_time)}});
 }
 int run_models(Options& o) {
@@ -2062,9 +2061,9 @@ Value openai_model_json(const ModelInfo& m) {
 }
 
 // One checkpoint in full.
-Members detail_members(const ModelInfo& info, const fs::path& base) {
-    Members members = model_members(info, base);
-    members.emplace_back("cache_bytes_per_token", cache_bytes(info.config, DType::f32));
+Members detail_members(const ModelInfo& info, const fs::path& base, const Place& place) {
+    Members members = model_members(info, base, place);
+    members.emplace_back("cache_bytes_per_token", cache_bytes(info.config, place.cuda));
     members.emplace_back(
         "settings", array(info.settings, [](const Setting& s) {
             return object({{"name", s.name}, {"value", s.value}, {"origin", name_of(s.origin)}});
@@ -2085,9 +2084,10 @@ int run_show(Options& o) {
     }
     const ModelInfo info = pick_model(o, "sft", false);
     const fs::path base = base_dir(o.base_dir);
-    const std::uint64_t cache = cache_bytes(info.config, DType::f32);
+    const Place place = place_for(o);
+    const std::uint64_t cache = cache_bytes(info.config, place.cuda);
     const std::uint64_t context = cache * static_cast<std::uint64_t>(info.config.sequence_len);
-    if (o.json) return write_json(object(detail_members(info, base))), 0;
+    if (o.json) return write_json(object(detail_members(info, base, place))), 0;
     const std::string metrics = join(
         info.metrics, ", ", [](const auto& m) { return cat(m.first, " ", Value(m.second).text); });
     std::string text = paint(terminal.out, kBold, safe(info.id)) + "\n";
@@ -2101,7 +2101,7 @@ int run_show(Options& o) {
     line("shape", architecture(info.config) + ", vocabulary " + thousands(info.config.vocab_size));
     line("parameters", thousands(info.parameters));
     line("memory",
-         cat(human_bytes(info.memory_bytes), " of weights, ", human_bytes(cache),
+         cat(human_bytes(weight_bytes(info, place.dtype)), " of weights, ", human_bytes(cache),
              " of keys and values per token, ", human_bytes(context), " for a full context"));
     for (const std::string& warning : info.warnings) line("warning", warning);
     std::vector<std::vector<std::string>> rows;
@@ -2687,7 +2687,7 @@ BenchCost bench_cost(const ModelInfo& info, const BenchPlan& plan, bool cuda, DT
         return cat(thousands(static_cast<std::int64_t>(c.second)), " ", c.first);
     });
     const Config& c = info.config;
-    cost.kv_stored = cache_bytes(c, cuda ? DType::bf16 : DType::f32);
+    cost.kv_stored = cache_bytes(c, cuda);
     cost.prefill_flops = cost.flops * plan.prompt;
     for (int layer = 0; layer < c.n_layer; layer++) {
         const int context = std::min(plan.prompt + plan.decode / 2, c.window(layer));
@@ -5431,9 +5431,7 @@ private:
         Snapshot::Written* written = nullptr;
 
         Backend& backend() const { return *device.backend; }
-        std::uint64_t token_bytes() const {
-            return cache_bytes(offer->info.config, device.cuda ? DType::bf16 : DType::f32);
-        }
+        std::uint64_t token_bytes() const { return cache_bytes(offer->info.config, device.cuda); }
     };
     struct Client {
         std::string name, owner;
@@ -5703,8 +5701,8 @@ void Scheduler::begin_loading(std::shared_ptr<const Offer> offer) {
     const Place place = place_for(options_);
     const ModelInfo& info = offer->info;
     const std::uint64_t need =
-        weight_bytes(info, place.dtype) + cache_bytes(info.config, place.dtype) *
-                                              static_cast<std::uint64_t>(info.config.sequence_len);
+        weight_bytes(info, place.dtype) +
+        cache_bytes(info.config, place.cuda) * static_cast<std::uint64_t>(info.config.sequence_len);
     while (std::ssize(models_) >= options_.max_models) {
         const auto oldest = std::find_if(models_.begin(), models_.end(),
                                          [&](const auto& m) { return removable(*m); });
@@ -6783,7 +6781,7 @@ void Server::answer_models(Connection& c) {
 }
 void Server::one_model(Connection& c) {
     const ModelInfo& m = find_model(c.request().path.substr(25));
-    send_json(c, merged(object(detail_members(m, catalog_->base)),
+    send_json(c, merged(object(detail_members(m, catalog_->base, place_for(options_))),
                         among_others(m, *catalog_, scheduler_->snapshot().has(m.id))));
 }
 

@@ -937,6 +937,12 @@ TEST_CASE("cli: models --json is the list of the HTTP interface") {
     CHECK(text_of(*first.find("loss"), "unit") == "bits/byte");
     CHECK(number_of(*first.find("architecture"), "head_dim") == 16);
     CHECK(first.find("default")->boolean);
+    for (const auto& [dtype, bytes] : {std::pair("float32", 4), std::pair("bfloat16", 2)}) {
+        const Json typed =
+            parse_json(run(words(std::string("models --json -d ") + dtype) + zoo().base()).out);
+        const Json& same = typed.find("models")->array[0];
+        CHECK(number_of(same, "memory_bytes") == bytes * number_of(same, "parameters"));
+    }
     const Json& broken = json.find("models")->array.back();
     CHECK(broken.find("status")->string == "ready");  // base/d2; base/d20 stands before it
     CHECK(text_of(json.find("models")->array[7], "status") == "incomplete");
