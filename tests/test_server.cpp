@@ -2840,6 +2840,22 @@ TEST_CASE("server: a proxy on this machine may say whom it asks for, if it was t
     int good = 0;
     for (Connection& c : open) good += c.receive().status == 200;
     CHECK(good == 80);
+    open.clear();
+    const std::string slow = endless(4'000, R"(,"stream":true)", kSlow);
+    for (int i = 0; i < 52; i++) {  // of one of them 48 run or wait, 4 are too many
+        open.emplace_back(s->port(), 1);
+        open.back().send(with_line(slow, "X-Forwarded-For: 192.0.2.200"));
+    }
+    for (int other = 0; other < 2; other++) {
+        Connection c(s->port(), 1);
+        c.send(with_line(slow, "X-Forwarded-For: 192.0.2." + std::to_string(200 + other)));
+        CHECK(c.receive(10'000, false, 1).status == (other == 0 ? 429 : 200));
+    }
+    int many = 0;
+    for (Connection& c : open) many += c.receive(0).status == 429;
+    CHECK(many == 4);
+    open.clear();
+    CHECK(idle(s->port(), 20'000));
 }
 
 TEST_CASE("server: one line per request is logged, without its words and without controls") {
@@ -2860,6 +2876,169 @@ TEST_CASE("server: one line per request is logged, without its words and without
     CHECK(!contains(log, "xyzzy"));
     CHECK(!contains(log, "llo"));
     for (const char* raw : {"\x1b", "\u202e", "\x9b"}) CHECK(!contains(log, raw));
+}
+
+TEST_CASE("server: --log-content logs words, --json a line of JSON for each request") {
+    if (no_binary()) return;
+    const std::string asked =
+        R"({"messages":[{"role":"user","content":"xyzzy \u001b[2J"}],"temperature":0})";
+    const auto words = start(zoo(), {"--log-content"}), lines = start(zoo(), {"--json"});
+    for (const auto* s : {&words, &lines})
+        CHECK(ask((*s)->port(), post("/v1/chat/completions", asked)).status == 200);
+    http::sleep_ms(100);
+    const std::string log = words->output();
+    INFO(log);
+    CHECK(contains(log, "xyzzy"));
+    CHECK(contains(log, "llo"));
+    CHECK(!contains(log, "\x1b"));
+    int found = 0;
+    std::istringstream all(lines->output());
+    for (std::string line; std::getline(all, line);) {
+        if (!contains(line, "/v1/chat/completions")) continue;
+        const Json json = json_of(line);
+        CHECK(text_at(json, "method") == "POST");
+        CHECK(text_at(json, "client") == "127.0.0.1");
+        CHECK(number_at(json, "code") == 200);
+        CHECK(number_at(json, "new_tokens") == kAnswerTokens);
+        CHECK(text_at(json, "finish") == "stop");
+        CHECK(number_at(json, "ms") > 0);
+        CHECK(!contains(line, "xyzzy"));
+        found++;
+    }
+    CHECK(found == 1);
+}
+
+namespace {
+
+int times(std::string_view text, std::string_view part) {
+    int n = 0;
+    for (std::size_t at = 0; (at = text.find(part, at)) != text.npos; at += part.size()) n++;
+    return n;
+}
+bool in_memory(const Server& s, const std::string& model) {
+    const Json one = json_of(ask(s.port(), get("/api/v1/inference/models/" + model)).body);
+    return at(one, "loaded")->boolean;
+}
+std::string asking(const std::string& model) { return R"(,"model":")" + model + "\""; }
+
+}  // namespace
+
+TEST_CASE(
+    "server: several models: the one that was used longest ago makes room, each is read once") {
+    if (no_binary()) return;
+    const auto s = start(zoo(), {"--max-models", "2"});
+    const auto answers = [&](const std::string& model) {
+        const Json r =
+            json_of(ask(s->port(), post("/v1/completions",
+                                        R"({"prompt":"X","temperature":0)" + asking(model) + "}"))
+                        .body);
+        return text_at(r, "choices.0.text") == "YZ";
+    };
+    CHECK(in_memory(*s, kChain));  // the default is loaded at once
+    std::vector<Connection> both;  // two ask for one that is not in memory
+    for (int i = 0; i < 2; i++) {
+        both.emplace_back(s->port(), 5 + i);
+        both.back().send(chat(asking(kSlow)));
+    }
+    for (Connection& c : both) CHECK(c.receive(60'000).status == 200);
+    CHECK(answers(kChain));  // the slow one is now the one used longest ago
+    CHECK(answers("base/d9/100"));
+    http::sleep_ms(100);  // monitors see what was 50 ms ago
+    CHECK(in_memory(*s, kChain));
+    CHECK(in_memory(*s, "base/d9/100"));
+    CHECK(!in_memory(*s, kSlow));
+    CHECK(times(s->output(), "loaded " + kSlow) == 1);
+    CHECK(answers(kSlow));
+    http::sleep_ms(100);
+    CHECK(!in_memory(*s, kChain));
+    CHECK(times(s->output(), "loaded " + kSlow) == 2);
+}
+
+TEST_CASE("server: a checkpoint that was written anew is read anew, one that broke is told") {
+    if (no_binary()) return;
+    const test::TempDir base;
+    test::make_checkpoint(base.path(), chain_model("chatsft_checkpoints", "d9", 1, 64));
+    test::make_checkpoint(base.path(), chain_model("chatsft_checkpoints", "d2", 1, 64));
+    const auto s = start(base.path());
+    const auto answer = [&] {
+        return text_at(json_of(ask(s->port(), chat(asking(kChain))).body),
+                       "choices.0.message.content");
+    };
+    const auto look = [&] { ask(s->port(), get("/api/v1/inference/models?refresh=1")); };
+    CHECK(answer() == kAnswerText);
+    test::CheckpointSpec other = chain_model("chatsft_checkpoints", "d9", 1, 64);
+    other.fill = [](std::string_view name, std::span<float> values) {  // says "s" and no more
+        const auto row = [&](const char* piece) {
+            return 64 * static_cast<std::size_t>(id_of(piece));
+        };
+        if (name == "transformer.wte.weight")
+            values[row("<|assistant_start|>")] = values[row("s") + 1] = 1;
+        if (name == "lm_head.weight") values[row("s")] = values[row("<|assistant_end|>") + 1] = 4;
+    };
+    test::make_checkpoint(base.path(), other);
+    const fs::path file = base / "chatsft_checkpoints" / "d9" / "model_000100.pt";
+    fs::last_write_time(file, fs::last_write_time(file) + std::chrono::seconds(2));
+    look();
+    CHECK(answer() == "s");
+    test::write_file(file, "PK");
+    look();
+    const Response broken = ask(s->port(), chat(asking(kChain)));
+    CHECK(broken.status == 409);
+    CHECK(code_of(broken) == "model_not_ready");
+    CHECK(ask(s->port(), chat(asking("sft/d2/100"))).status == 200);
+}
+
+TEST_CASE(
+    "server: a conversation that is too long loses its oldest exchanges, and the answer says so") {
+    if (no_binary()) return;
+    const auto conversation = [](int from) {  // of 60 exchanges, of about 25 tokens each
+        std::string body = R"({"temperature":0,"max_tokens":16,"messages":[)";
+        for (int i = from; i < 60; i++)
+            body += R"({"role":"user","content":"Question number )" + std::to_string(i) +
+                    R"(?"},{"role":"assistant","content":"This is the answer to it, )" +
+                    std::to_string(i) + R"( as you see."},)";
+        return body + R"({"role":"user","content":"Hi"}]})";
+    };
+    const auto told = [&](int from) {
+        return read_stream(ask(sample_port(), post("/chat/completions", conversation(from))).body);
+    };
+    const Stream all = told(0);
+    REQUIRE(all.done);
+    const auto dropped = static_cast<int>(number_at(json_of(all.data.back()), "dropped_messages"));
+    CHECK(dropped > 0);
+    CHECK(dropped % 2 == 0);
+    const Stream rest = told(dropped / 2), more = told(dropped / 2 - 1);
+    CHECK(at(json_of(rest.data.back()), "dropped_messages") == nullptr);   // all of it fits
+    CHECK(number_at(json_of(more.data.back()), "dropped_messages") == 2);  // and no more would
+    CHECK(rest.text == all.text);
+    CHECK(number_at(json_of(rest.data.back()), "usage.prompt_tokens") ==
+          number_at(json_of(all.data.back()), "usage.prompt_tokens"));
+}
+
+TEST_CASE("server: 1,024 connections, and the next one is told that there are no more") {
+    if (no_binary()) return;
+    rlimit files{};
+    ::getrlimit(RLIMIT_NOFILE, &files);
+    const rlimit more = {std::min<rlim_t>(files.rlim_max, 2'048), files.rlim_max};
+    if (more.rlim_cur < 1'200 || ::setrlimit(RLIMIT_NOFILE, &more) != 0) {
+        MESSAGE("skipped: no process may have so many descriptors here");
+        return;
+    }
+    const auto s = start(zoo());
+    std::vector<Connection> open;
+    for (int i = 0; i < 1'024; i++) open.emplace_back(s->port(), 100 + i / 64);
+    Connection last(s->port(), 120);
+    CHECK(last.receive(10'000).status == 503);
+    CHECK(last.ends());
+    for (const std::size_t i : {std::size_t{0}, open.size() - 1}) {
+        open[i].send(get("/health"));
+        CHECK(open[i].receive().status == 200);
+    }
+    open.erase(open.begin() + 1'000, open.end());
+    http::sleep_ms(50);
+    CHECK(ask(s->port(), get("/health"), 120).status == 200);
+    open.clear();
+    ::setrlimit(RLIMIT_NOFILE, &files);
 }
 
 TEST_CASE("server: wrong usage and ports that cannot be had") {
