@@ -4429,12 +4429,15 @@ WalkPlan plan_walk(const Tokenizer& tokenizer, const Config& c, std::string_view
     WalkPlan plan;
     plan.text = to_utf8(text);
     plan.prompt = {tokenizer.special("<|bos|>")};
-    const std::vector<Token> ids = tokenizer.encode(plan.text);
-    plan.prompt.insert(plan.prompt.end(), ids.begin(), ids.end());
     most = std::min(most, static_cast<std::size_t>(c.sequence_len - 1));
+    // more bytes than these are more tokens, so the rest of a long text need not be read
+    const std::string_view start =
+        std::string_view(plan.text).substr(0, most * detail::kMaxTokenLength);
+    const std::vector<Token> ids = tokenizer.encode(start);
+    plan.prompt.insert(plan.prompt.end(), ids.begin(), ids.end());
     if (plan.prompt.size() > most)
-        bad_usage(
-            cat("walk: the text has ", plan.prompt.size(), " tokens, ", most, " are the most"));
+        bad_usage(cat("walk: the text has ", start.size() < plan.text.size() ? "at least " : "",
+                      plan.prompt.size(), " tokens, ", most, " are the most"));
     return plan;
 }
 
@@ -5230,6 +5233,7 @@ private:
 struct Offer {  // a checkpoint that answers can be asked of
     ModelInfo info;
     std::shared_ptr<const Tokenizer> tokenizer;
+    std::size_t longest_token = 1;  // bytes
 };
 struct Failure {  // why there is no answer
     int status;
@@ -6234,12 +6238,15 @@ std::size_t read_call(std::string_view text, std::string_view& expression, std::
     const auto between = [&](std::string_view open, std::string_view middle,
                              std::string_view close) -> std::size_t {
         if (!text.starts_with(open)) return 0;
-        const std::size_t at = text.find(middle, open.size());
-        const std::size_t begin = at + middle.size(), end = text.find(close, begin);
-        if (at == text.npos || end == text.npos) return 0;
-        expression = text.substr(open.size(), at - open.size());
-        result = text.substr(begin, end - begin);
-        return calculate(expression) == result ? end + close.size() : 0;
+        // No expression has one of these in it: a text full of them is read once, not from each again.
+        expression = text.substr(open.size());
+        expression = expression.substr(0, expression.find_first_of("=<["));
+        if (middle.starts_with(' ') && expression.ends_with(' ')) expression.remove_suffix(1);
+        const std::string_view rest = text.substr(open.size() + expression.size());
+        const auto value = rest.starts_with(middle) ? calculate(expression) : std::nullopt;
+        if (!value || !rest.substr(middle.size()).starts_with(cat(*value, close))) return 0;
+        result = *value;
+        return open.size() + expression.size() + middle.size() + result.size() + close.size();
     };
     const std::size_t literal =
         between("<|python_start|>", "<|python_end|><|output_start|>", "<|output_end|>");
@@ -6377,6 +6384,36 @@ int drop_oldest(const Tokenizer& tokenizer, std::vector<Message>& messages, std:
         ids = render(tokenizer, messages);
     }
     return dropped;
+}
+
+std::size_t longest_token(const Tokenizer& tokenizer) {
+    std::size_t longest = 1;
+    for (Token id = 0; id < tokenizer.vocab_size(); id++) {
+        try {
+            longest = std::max(longest, tokenizer.piece(id).size());
+        } catch (const Error&) {  // a rank that training left out
+        }
+    }
+    return longest;
+}
+// A prompt has to leave room for an answer.
+void need_room(const Offer& offer, std::string_view param, std::size_t tokens,
+               std::string_view least = "") {
+    const auto S = static_cast<std::size_t>(offer.info.config.sequence_len);
+    if (tokens < S) return;
+    throw HttpError(400, "context_length_exceeded",
+                    cat("the prompt has ", least, tokens, " tokens, the context of ", S,
+                        " has to hold an answer too"),
+                    std::string(param));
+}
+// Before it is encoded, which would hold up all connections: its bytes alone may be too many.
+void need_room_for_bytes(const Offer& offer, std::string_view param, std::size_t bytes) {
+    need_room(offer, param, bytes / offer.longest_token, "at least ");
+}
+void need_room_for(const Offer& offer, std::span<const Message> messages) {
+    std::size_t bytes = 0;
+    for (const Message& m : messages) bytes += m.content.size();
+    need_room_for_bytes(offer, "messages", bytes);
 }
 
 // ---- the server
@@ -6826,7 +6863,7 @@ std::shared_ptr<const Offer> Server::offer_of(const std::string& id) {
     const auto tokenizer = tokenizer_of(info);
     if (tokenizer->vocab_size() != info.config.vocab_size)
         throw HttpError(409, "model_not_ready", cat(info.id, ": its tokenizer does not fit"));
-    return offer = std::make_shared<const Offer>(Offer{info, tokenizer});
+    return offer = std::make_shared<const Offer>(Offer{info, tokenizer, longest_token(*tokenizer)});
 }
 
 // ---- requests for answers
@@ -6912,11 +6949,7 @@ std::vector<Token> read_ids(const Form& form, std::string_view name, int vocab_s
 
 void Server::submit(Connection& c, std::shared_ptr<Exchange> x, std::int64_t max_tokens) {
     const auto S = static_cast<std::size_t>(x->offer->info.config.sequence_len);
-    if (x->prompt.size() >= S)
-        throw HttpError(400, "context_length_exceeded",
-                        cat("the prompt has ", x->prompt.size(), " tokens, the context of ", S,
-                            " has to hold an answer too"),
-                        "messages");
+    need_room(*x->offer, x->style == Style::completion ? "prompt" : "messages", x->prompt.size());
     const auto room = static_cast<std::int64_t>(S - x->prompt.size());
     x->params.max_tokens = static_cast<int>(std::min(max_tokens, room));
     x->clipped = room < max_tokens;
@@ -6956,6 +6989,7 @@ void Server::chat_completion(Connection& c) {
     refuse_unsupported(form);
     const std::vector<Message> messages = read_messages(form, false);
     auto x = new_exchange(c, form, Style::chat);
+    need_room_for(*x->offer, messages);
     x->prompt = render(*x->offer->tokenizer, messages);
     submit(c, std::move(x), read_max_tokens(form, options_.max_tokens, false));
 }
@@ -6965,6 +6999,8 @@ void Server::completion(Connection& c) {
     const Json& prompt = form.need("prompt");
     auto x = new_exchange(c, form, Style::completion);
     const Tokenizer& tokenizer = *x->offer->tokenizer;
+    need_room_for_bytes(*x->offer, "prompt", prompt.string.size());
+    need_room(*x->offer, "prompt", prompt.array.size());
     const std::vector<Token> ids = prompt.kind == Json::Kind::string
                                        ? tokenizer.encode(prompt.string)
                                        : read_ids(form, "prompt", tokenizer.vocab_size());
@@ -6981,12 +7017,15 @@ void Server::why(Connection& c) {
         Form::out_of_range("messages", "the last message must be the assistant's");
     auto x = new_exchange(c, form, Style::why);
     const Tokenizer& tokenizer = *x->offer->tokenizer;
+    need_room_for(*x->offer, std::span(messages).last(1));
     x->answer_tokens = encode_answer(tokenizer, messages.back().content);
-    x->prompt = render(tokenizer, messages);
+    need_room(*x->offer, "messages", x->answer_tokens.size());
     x->answer_tokens.push_back(tokenizer.special("<|assistant_end|>"));
     const std::int64_t n = std::ssize(x->answer_tokens);
     x->position = static_cast<int>(form.whole("position", 0, n - 1, -1));
     if (x->position < 0) return tell_end(c, *x);
+    need_room_for(*x->offer, messages);
+    x->prompt = render(tokenizer, messages);
     x->prompt.resize(x->prompt.size() - static_cast<std::size_t>(n - 1 - x->position));
     x->chosen.token = x->answer_tokens[static_cast<std::size_t>(x->position)];
     x->candidates_only = true;

@@ -1429,6 +1429,105 @@ TEST_CASE("server: requests: what an error shows of a request is short and harml
     }
 }
 
+namespace {
+
+// What /health takes behind this request, sent before it on another connection; the answer in `r`.
+double health_behind(const std::string& request, Response& r, int where = port()) {
+    Connection big(where, 5);
+    big.send(request);
+    const auto begin = Clock::now();
+    CHECK(ask(where, get("/health")).status == 200);
+    const double ms = http::ms_since(begin);
+    r = big.receive();
+    return ms;
+}
+std::string answered(const std::string& text) {  // a conversation that ends with this answer
+    return R"({"messages":[)" + user("x") + "," + message("\"assistant\"", json_string(text)) +
+           "]}";
+}
+
+}  // namespace
+
+TEST_CASE("server: requests: what cannot fit the context is refused at once, and holds up nobody") {
+    if (no_binary()) return;
+    const char *chat = "/v1/chat/completions", *why = "/api/v1/inference/why";
+    struct Big {
+        const char *route, *param;
+        std::string body;
+        bool encoded = false;  // its bytes alone would fit
+    };
+    std::vector<Big> t;
+    for (const char* route : {chat, why}) {
+        for (const char* mark : {"[", "[ ", "<|python_start|>", "[1 = 1", "[ = ]"}) {
+            const int size = static_cast<int>(std::strlen(mark));
+            t.push_back({route, "messages", answered(repeated(mark, 1'000'000 / size))});
+            t.push_back({route, "messages", answered(repeated(mark, 70'000 / size)), true});
+        }
+    }
+    t.push_back({chat, "messages", R"({"messages":[)" + user(std::string(1'000'000, 'a')) + "]}"});
+    t.push_back(
+        {chat, "messages",
+         R"({"messages":)" + many(3).insert(1, user(std::string(90'000, 'a')) + ",") + "}"});
+    t.push_back(
+        {"/v1/completions", "prompt", R"({"prompt":")" + std::string(1'000'000, 'a') + "\"}"});
+    t.push_back(
+        {"/v1/completions", "prompt", R"({"prompt":")" + repeated("xy ", 5'000) + "\"}", true});
+    t.push_back(
+        {"/v1/completions", "prompt", R"({"prompt":[5)" + repeated(",5", 90'000) + "]}", true});
+    for (const Big& b : t) {
+        INFO(b.route << " " << b.body.size() << " " << shown(b.body));
+        Response r;
+        CHECK(health_behind(post(b.route, b.body), r) < 1'000);
+        CHECK(r.status == 400);
+        CHECK(code_of(r) == "context_length_exceeded");
+        CHECK(text_at(json_of(r.body), "error.param") == b.param);
+        CHECK(contains(r.body, "at least") != b.encoded);
+        CHECK(fault_of_error(r) == "");
+    }
+    const Response walk =
+        ask(sample_port(),
+            post("/api/v1/inference/walk", R"({"prompt":")" + std::string(1'000'000, 'a') + "\"}"));
+    CHECK(contains(text_at(json_of(walk.body), "detail"),
+                   "has at least 16385 tokens, 64 are the most"));
+}
+
+TEST_CASE("server: requests: a calculator's call in an answer is read back, and nothing else is") {
+    if (no_binary()) return;
+    const auto marks = [](const std::string& text) {  // special tokens within the answer
+        const Response r = ask(port(), post("/api/v1/inference/why", answered(text)));
+        const Json json = json_of(r.body);
+        std::string out, all;
+        REQUIRE(at(json, "tokens") != nullptr);
+        for (const Json& token : at(json, "tokens")->array) {
+            const std::string piece = text_at(token, "text");
+            all += piece;
+            if (piece.size() > 4 && piece.starts_with("<|")) out += piece;
+        }
+        CAPTURE(all);
+        CHECK(out.ends_with("<|assistant_end|>"));
+        return out.substr(0, out.size() - 17);
+    };
+    const std::string one = "<|python_start|><|python_end|><|output_start|><|output_end|>";
+    for (const std::string& text : std::vector<std::string>{
+             "[12*7 = 84]", "so [12*7 = 84] it is", "[12*7 = 84] ", "[[12*7 = 84]]",
+             "[ 12*7  = 84]", "[1,000*2 = 2000]", "['abc'.count('b') = 1]", "< [12*7 = 84] >",
+             "[12*7 = 84", "[ = [12*7 = 84]"}) {
+        CAPTURE(text);
+        CHECK(marks(text) == (text == "[12*7 = 84" ? "" : one));
+    }
+    CHECK(marks("[12*7 = 84][1+1 = 2]") == one + one);
+    CHECK(marks("<|python_start|>12*7<|python_end|><|output_start|>84<|output_end|>") == one);
+    CHECK(marks("[1+" + std::string(1'022, ' ') + "1 = 2]") == "");  // over 1024 bytes
+    CHECK(marks("[1+" + std::string(1'021, ' ') + "1 = 2]") == one);
+    for (const char* text :
+         {"[]", "[ = ]", "[12*7 = 85]", "[12*7=84]", "[12*7 = 84 ]", "[a = b]", "[1 = 1 = 1]",
+          "[=1 = 1]", "[ = 1]", "<|python_start|>12*7",
+          "<|python_start|>12*7<|python_end|>84<|output_end|>", "<|python_start|>12*7 = 84]"}) {
+        CAPTURE(std::string(text));
+        CHECK(marks(text) == "");
+    }
+}
+
 // ---- streams ------------------------------------------------------------------------------------
 
 namespace {
