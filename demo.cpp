@@ -4493,6 +4493,7 @@ struct Limits {
     static constexpr std::size_t kLine = 8192, kFields = 16384, kFieldCount = 64;  // of a head
     static constexpr std::size_t kBody = 1 << 20, kTrailers = 4096, kExtension = 256;
     static constexpr std::size_t kBuffered = 256 << 10;  // bytes that wait for a slow reader
+    static constexpr std::size_t kTokenized = 16 << 10;  // bytes of a text, or ids, to look at
     static constexpr std::size_t kConnections = 1024, kPerClient = 64;
     static constexpr int kRequests = 1000;  // of one connection
     // seconds
@@ -6282,6 +6283,11 @@ std::vector<Token> encode_answer(const Tokenizer& tokenizer, std::string_view te
     return ids;
 }
 
+std::vector<Token> encode(const Tokenizer& tokenizer, const Message& m) {
+    return m.role == Role::assistant ? encode_answer(tokenizer, m.content)
+                                     : tokenizer.encode(m.content);
+}
+
 // As render_chat, but calculator calls in answers are read back, roles need not alternate (nanochat's
 // page repeats a message whose answer failed), and an answer at the end is gone on with.
 std::vector<Token> render(const Tokenizer& tokenizer, std::span<const Message> messages) {
@@ -6300,8 +6306,7 @@ std::vector<Token> render(const Tokenizer& tokenizer, std::span<const Message> m
             add("<|user_start|>", tokenizer.encode(std::exchange(system, "") + m.content),
                 "<|user_end|>");
         } else {
-            add("<|assistant_start|>", encode_answer(tokenizer, m.content),
-                last ? "" : "<|assistant_end|>");
+            add("<|assistant_start|>", encode(tokenizer, m), last ? "" : "<|assistant_end|>");
         }
     }
     if (messages.back().role != Role::assistant)
@@ -6372,13 +6377,22 @@ std::vector<Message> read_messages(const Form& form, bool nanochat) {
 // would remain for the answer, as Chat does. Returns how many messages went.
 int drop_oldest(const Tokenizer& tokenizer, std::vector<Message>& messages, std::vector<Token>& ids,
                 std::size_t S, std::size_t max_tokens) {
+    const std::size_t most = S - std::min(max_tokens, S / 4);
+    constexpr std::size_t kDoubt = 8;  // a message alone may have some tokens more or fewer
     int dropped = 0;
-    while (ids.size() + std::min(max_tokens, S / 4) > S) {
+    while (ids.size() > most) {
         const auto first = std::find_if(messages.begin(), messages.end(),
                                         [](const Message& m) { return m.role != Role::system; });
-        const auto next = std::find_if(first + (first != messages.end()), messages.end(),
-                                       [](const Message& m) { return m.role == Role::user; });
-        if (next == messages.end()) break;
+        auto next = first;
+        // Rendered again only when enough has gone: after each of hundreds it took hundreds of times.
+        for (std::size_t left = ids.size(); left > most + kDoubt || next == first;) {
+            const auto user = std::find_if(next + (next != messages.end()), messages.end(),
+                                           [](const Message& m) { return m.role == Role::user; });
+            if (user == messages.end()) break;
+            for (; next != user; ++next)
+                left -= std::min(left, 2 + encode(tokenizer, *next).size());
+        }
+        if (next == first) break;
         dropped += static_cast<int>(next - first);
         messages.erase(first, next);
         ids = render(tokenizer, messages);
@@ -7371,6 +7385,8 @@ void Server::props(Connection& c) {
                                             {"request_seconds", options_.request_timeout},
                                             {"max_models", options_.max_models},
                                             {"body_bytes", Limits::kBody},
+                                            {"tokenize_bytes", Limits::kTokenized},
+                                            {"detokenize_ids", Limits::kTokenized},
                                             {"running_per_client", Scheduler::kRunningPerClient},
                                             {"waiting_per_client", Scheduler::kWaitingPerClient}})},
                          {"features",
@@ -7395,12 +7411,21 @@ void Server::tokenize(Connection& c) {
     const Form form = read_body(c);
     form.need("text");
     const auto offer = offer_of(form.text("model"));
-    send_json(c, tokens_json(*offer->tokenizer, offer->tokenizer->encode(form.text("text"))));
+    const std::string text = form.text("text");
+    // A byte may be a token, and a token is 40 bytes of the answer, which waits for a slow reader.
+    if (text.size() > Limits::kTokenized)
+        Form::out_of_range("text", cat("text must have at most ", Limits::kTokenized,
+                                       " bytes (got ", text.size(), ")"));
+    send_json(c, tokens_json(*offer->tokenizer, offer->tokenizer->encode(text)));
 }
 void Server::detokenize(Connection& c) {
     const Form form = read_body(c);
     const auto offer = offer_of(form.text("model"));
     const char* name = form.find("tokens") != nullptr ? "tokens" : "ids";
+    const std::size_t count = form.need(name).array.size();
+    if (count > Limits::kTokenized)
+        Form::out_of_range(
+            name, cat(name, " must be at most ", Limits::kTokenized, " ids (got ", count, ")"));
     const std::vector<Token> ids = read_ids(form, name, offer->tokenizer->vocab_size());
     send_json(c, object({{"text", to_utf8(offer->tokenizer->decode(ids))}, {"count", ids.size()}}));
 }

@@ -1431,15 +1431,11 @@ TEST_CASE("server: requests: what an error shows of a request is short and harml
 
 namespace {
 
-// What /health takes behind this request, sent before it on another connection; the answer in `r`.
-double health_behind(const std::string& request, Response& r, int where = port()) {
-    Connection big(where, 5);
-    big.send(request);
+// How long the sockets' thread, and so everybody, is held up by a request that gets no tokens.
+double took(const std::string& request, Response& r, int where = port()) {
     const auto begin = Clock::now();
-    CHECK(ask(where, get("/health")).status == 200);
-    const double ms = http::ms_since(begin);
-    r = big.receive();
-    return ms;
+    r = ask(where, request);
+    return http::ms_since(begin);
 }
 std::string answered(const std::string& text) {  // a conversation that ends with this answer
     return R"({"messages":[)" + user("x") + "," + message("\"assistant\"", json_string(text)) +
@@ -1477,7 +1473,7 @@ TEST_CASE("server: requests: what cannot fit the context is refused at once, and
     for (const Big& b : t) {
         INFO(b.route << " " << b.body.size() << " " << shown(b.body));
         Response r;
-        CHECK(health_behind(post(b.route, b.body), r) < 1'000);
+        CHECK(took(post(b.route, b.body), r) < 1'000);
         CHECK(r.status == 400);
         CHECK(code_of(r) == "context_length_exceeded");
         CHECK(text_at(json_of(r.body), "error.param") == b.param);
@@ -1489,6 +1485,61 @@ TEST_CASE("server: requests: what cannot fit the context is refused at once, and
             post("/api/v1/inference/walk", R"({"prompt":")" + std::string(1'000'000, 'a') + "\"}"));
     CHECK(contains(text_at(json_of(walk.body), "detail"),
                    "has at least 16385 tokens, 64 are the most"));
+}
+
+TEST_CASE("server: requests: of hundreds of messages those that fit are found at once") {
+    if (no_binary()) return;
+    const auto body = [](const std::string& more) {
+        const std::string four = "\u6f22\u5b57\u5047\u540d";
+        std::string list = message("\"system\"", json_string(repeated(four, 500)));
+        for (int i = 0; i < 499; i++)
+            list += "," +
+                    message(i % 2 ? "\"assistant\"" : "\"user\"", json_string(repeated(four, 14)));
+        return post("/chat/completions", R"({"messages":[)" + list + "]" + more + "}");
+    };
+    double kept = 1e9, unread = 1e9;  // the fastest of five
+    for (int i = 0; i < 5; i++) {
+        Response r;
+        kept = std::min(kept, took(body(""), r, sample_port()));
+        CHECK(code_of(r) == "context_length_exceeded");  // the system's message alone is too long
+        unread = std::min(unread, took(body(R"(,"top_k":-1)"), r, sample_port()));
+        CHECK(code_of(r) == kRange);
+    }
+    INFO(kept << " ms, and " << unread << " without looking at the tokens");
+    CHECK(kept < 10 * unread + 20);
+
+    // What is left out is the least that has to be, whole exchanges and no more.
+    const auto tokens = [](const std::string& list, const char* route) {
+        const std::string asks = R"({"messages":[)" + list + R"(],"max_tokens":1,"temperature":0})";
+        return ask(sample_port(), post(route, asks)).body;
+    };
+    const std::string call = "<|python_start|>1+1<|python_end|><|output_start|>2<|output_end|>";
+    for (const char* system : {"", "You are kind. "}) {
+        Words turns;
+        for (int i = 0; i < 61; i++)
+            turns.push_back(i % 2 ? message("\"assistant\"", json_string("so " + call + " it is"))
+                                  : user(call + " is [12*7 = 84]" +
+                                         std::string(1, static_cast<char>('a' + i % 26))));
+        const auto from = [&](std::size_t first) {
+            std::string list =
+                *system == '\0' ? "" : message("\"system\"", json_string(system)) + ",";
+            for (std::size_t i = first; i < turns.size(); i++)
+                list += turns[i] + (i + 1 < turns.size() ? "," : "");
+            return list;
+        };
+        const Stream all = read_stream(tokens(from(0), "/chat/completions"));
+        REQUIRE(!all.data.empty());
+        const auto gone =
+            static_cast<std::size_t>(number_at(json_of(all.data.back()), "dropped_messages"));
+        REQUIRE(gone > 0);
+        CHECK(gone % 2 == 0);
+        const Json same = json_of(tokens(from(gone), "/v1/chat/completions"));
+        CHECK(number_at(same, "usage.prompt_tokens") ==
+              number_at(json_of(all.data.back()), "usage.prompt_tokens"));
+        CHECK(code_of(ask(sample_port(), post("/v1/chat/completions",
+                                              R"({"messages":[)" + from(gone - 2) + "]}"))) ==
+              "context_length_exceeded");
+    }
 }
 
 TEST_CASE("server: requests: a calculator's call in an answer is read back, and nothing else is") {
@@ -1966,6 +2017,32 @@ TEST_CASE("server: tokenize and detokenize") {
     for (const char* body : {"{}", R"({"tokens":7})", R"({"tokens":[512]})", R"({"tokens":[-1]})",
                              R"({"tokens":[1.5]})"})
         CHECK(ask(port(), post("/api/v1/inference/detokenize", body)).status == 400);
+    // Up to a limit that is told: an answer has 40 bytes for each of the text, and more may be asked.
+    const Json limits = json_of(ask(port(), get("/props")).body);
+    CHECK(number_at(limits, "limits.tokenize_bytes") == 16'384);
+    CHECK(number_at(limits, "limits.detokenize_ids") == 16'384);
+    const auto sized = [](const char* what, int n) {
+        const bool text = std::string(what) == "text";
+        return post(
+            std::string("/api/v1/inference/") + (text ? "tokenize" : "detokenize"),
+            std::string("{\"") + what + "\":" +
+                (text ? json_string(repeated("~", n)) : "[7" + repeated(",7", n - 1) + "]") + "}");
+    };
+    for (const char* what : {"text", "tokens", "ids"}) {
+        CAPTURE(std::string(what));
+        const Response most = ask(port(), sized(what, 16'384));
+        CHECK(most.status == 200);
+        CHECK(number_at(json_of(most.body), "count") == 16'384);
+        CHECK(most.body.size() < (1 << 20));
+        for (const int n : {16'385, 49'000}) {
+            const Response r = ask(port(), sized(what, n));
+            CHECK(r.status == 400);
+            CHECK(code_of(r) == kRange);
+            CHECK(text_at(json_of(r.body), "error.param") == what);
+            CHECK(contains(text_at(json_of(r.body), "detail"), "at most 16384"));
+            CHECK(contains(text_at(json_of(r.body), "detail"), "(got " + std::to_string(n) + ")"));
+        }
+    }
 }
 
 // ---- the same answer on every way ---------------------------------------------------------------
