@@ -2137,24 +2137,25 @@ std::string token_table(const Tokenizer& tokenizer, std::span<const Token> token
     }
     return table({{"ID", true}, {"PIECE"}, {"BYTES"}}, rows);
 }
-std::vector<Token> parse_ids(std::string_view what, const std::vector<std::string>& texts,
-                             int vocab_size) {
-    const std::string wanted = cat("a token id from 0 to ", vocab_size - 1);
+std::vector<Token> parse_ids(std::string_view what, const std::vector<std::string>& texts, int end,
+                             std::string_view one = "a token id") {
+    const std::string wanted = cat(one, " from 0 to ", end - 1);
     std::vector<Token> ids;
     for (const std::string& text : texts)
-        ids.push_back(number<Token>({what, text}, 0, vocab_size - 1, wanted));
+        ids.push_back(number<Token>({what, text}, 0, end - 1, wanted));
     return ids;
 }
 // "1,2,3", "1 2 3" and "[1, 2, 3]", as people type them.
 std::vector<Token> typed_ids(std::string_view what, std::string_view list, int vocab_size) {
     return parse_ids(what, split(list, ", \t\r\n[]"), vocab_size);
 }
-std::vector<Token> parse_ids(std::string_view what, const Json& list, int vocab_size) {
+std::vector<Token> parse_ids(std::string_view what, const Json& list, int end,
+                             std::string_view one = "a token id") {
     if (list.kind != Json::Kind::array) bad_usage(cat(what, ": an array of token ids is needed"));
     std::vector<std::string> texts;
     for (const Json& id : list.array)
         texts.push_back(id.kind == Json::Kind::number ? id.string : "what stands there");
-    return parse_ids(what, texts, vocab_size);
+    return parse_ids(what, texts, end, one);
 }
 
 Value token_json(const Tokenizer& tokenizer, Token id) {
@@ -6140,19 +6141,26 @@ class Form {
 public:
     explicit Form(Json json, int wrong_form = 400, std::string_view name = "the body")
         : json_(std::move(json)), wrong_form_(wrong_form) {
-        if (json_.kind != Json::Kind::object) wrong(name, "a JSON object");
+        if (json_.kind != Json::Kind::object) wrong(name, "a JSON object", json_);
     }
-    const Json* find(std::string_view name) const {
-        const Json* value = json_.find(name);
-        return value == nullptr || value->kind == Json::Kind::null ? nullptr : value;
+    const Json* find(std::string_view name) const { return find(json_, name); }
+    const Json& need(std::string_view name) const { return need(json_, name, name); }
+    // A member of an object within the body; `param` is what errors call it.
+    const Json& need(const Json& object, std::string_view name, std::string_view param) const {
+        if (const Json* value = find(object, name)) return *value;
+        throw HttpError(wrong_form_, "missing_field", cat(param, " is required"),
+                        std::string(param));
     }
-    const Json& need(std::string_view name) const {
-        if (const Json* value = find(name)) return *value;
-        throw HttpError(wrong_form_, "missing_field", cat(name, " is required"), std::string(name));
-    }
-    [[noreturn]] void wrong(std::string_view name, std::string_view wanted) const {
-        throw HttpError(wrong_form_, "wrong_type", cat(name, " must be ", wanted),
-                        std::string(name));
+    [[noreturn]] void wrong(std::string_view name, std::string_view wanted, const Json& got) const {
+        using Kind = Json::Kind;
+        const std::string shown = got.kind == Kind::string    ? detail::quote(got.string)
+                                  : got.kind == Kind::number  ? got.string
+                                  : got.kind == Kind::boolean ? got.boolean ? "true" : "false"
+                                  : got.kind == Kind::null    ? "null"
+                                  : got.kind == Kind::array   ? "an array"
+                                                              : "an object";
+        throw HttpError(wrong_form_, "wrong_type",
+                        cat(name, " must be ", wanted, " (got ", shown, ")"), std::string(name));
     }
     [[noreturn]] static void out_of_range(std::string_view name, const std::string& message) {
         throw HttpError(400, "out_of_range", message, std::string(name));
@@ -6162,7 +6170,7 @@ public:
                   const char* sentence = nullptr) const {
         const Json* value = find(name);
         if (value == nullptr) return otherwise;
-        if (value->kind != Json::Kind::number) wrong(name, "a number");
+        if (value->kind != Json::Kind::number) wrong(name, "a number", *value);
         if (value->number >= least && value->number <= most) return value->number;
         out_of_range(name, sentence != nullptr
                                ? std::string(sentence)
@@ -6175,7 +6183,7 @@ public:
         if (value == nullptr) return otherwise;
         if (value->kind != Json::Kind::number ||
             value->string.find_first_of(".eE") != std::string::npos)
-            wrong(name, "a whole number");
+            wrong(name, "a whole number", *value);
         const std::string& text = value->string;
         std::int64_t n = 0;
         const auto result = std::from_chars(text.data(), text.data() + text.size(), n);
@@ -6186,17 +6194,22 @@ public:
     }
     bool flag(std::string_view name) const {
         const Json* value = find(name);
-        if (value != nullptr && value->kind != Json::Kind::boolean) wrong(name, "true or false");
+        if (value != nullptr && value->kind != Json::Kind::boolean)
+            wrong(name, "true or false", *value);
         return value != nullptr && value->boolean;
     }
     std::string text(std::string_view name) const {
         const Json* value = find(name);
-        if (value != nullptr && value->kind != Json::Kind::string) wrong(name, "a string");
+        if (value != nullptr && value->kind != Json::Kind::string) wrong(name, "a string", *value);
         return value == nullptr ? "" : value->string;
     }
     int wrong_form() const { return wrong_form_; }
 
 private:
+    static const Json* find(const Json& object, std::string_view name) {
+        const Json* value = object.find(name);
+        return value == nullptr || value->kind == Json::Kind::null ? nullptr : value;
+    }
     Json json_;
     int wrong_form_;
 };
@@ -6315,29 +6328,32 @@ std::vector<Token> render(const Tokenizer& tokenizer, std::span<const Message> m
 }
 
 Role read_role(const Form& form, const Json& message, std::size_t i) {
-    const Json* role = message.find("role");
-    const std::string name = role == nullptr ? "" : role->string;
+    const std::string param = cat("messages[", i, "].role");
+    const Json& role = form.need(message, "role", param);
+    if (role.kind != Json::Kind::string) form.wrong(param, "a string", role);
+    const std::string& name = role.string;
     if (name == "user") return Role::user;
     if (name == "assistant") return Role::assistant;
     if (name == "system" || name == "developer") return Role::system;
-    const std::string param = cat("messages[", i, "].role");
-    if (role == nullptr || role->kind != Json::Kind::string) form.wrong(param, "a string");
     throw HttpError(
         400, "out_of_range",
         cat("Message ", i, " has invalid role. Must be 'user', 'assistant', or 'system'"), param);
 }
 std::string read_content(const Form& form, const Json& message, std::size_t i) {
-    const Json* content = message.find("content");
     const std::string param = cat("messages[", i, "].content");
-    if (content != nullptr && content->kind == Json::Kind::string) return content->string;
-    if (content == nullptr || content->kind != Json::Kind::array || form.wrong_form() == 422)
-        form.wrong(param, "a string");
+    const Json& content = form.need(message, "content", param);
+    if (content.kind == Json::Kind::string) return content.string;
+    const bool nanochat = form.wrong_form() == 422;  // which knows no parts
+    if (content.kind != Json::Kind::array || nanochat)
+        form.wrong(param, nanochat ? "a string" : "a string or an array of text parts", content);
     std::string text;
-    for (const Json& part : content->array) {
-        const Json *type = part.find("type"), *words = part.find("text");
+    for (const Json& part : content.array) {
+        const Json* type = part.find("type");
         if (type == nullptr || type->string != "text") not_supported(param);
-        if (words == nullptr || words->kind != Json::Kind::string) form.wrong(param, "text parts");
-        text += words->string;
+        const std::string of_part = param + ".text";
+        const Json& words = form.need(part, "text", of_part);
+        if (words.kind != Json::Kind::string) form.wrong(of_part, "a string", words);
+        text += words.string;
     }
     return text;
 }
@@ -6349,15 +6365,18 @@ std::size_t characters(std::string_view text) {
 // The texts of the errors are nanochat's (chat_web.py, validate_chat_request).
 std::vector<Message> read_messages(const Form& form, bool nanochat) {
     const Json& list = form.need("messages");
-    if (list.kind != Json::Kind::array) form.wrong("messages", "an array");
+    if (list.kind != Json::Kind::array) form.wrong("messages", "an array", list);
     const auto bad = [](const std::string& message) { Form::out_of_range("messages", message); };
     if (list.array.empty()) bad("At least one message is required");
     if (list.array.size() > 500) bad("Too many messages. Maximum 500 messages allowed per request");
     std::vector<Message> messages;
     std::size_t total = 0;
     for (std::size_t i = 0; i < list.array.size(); i++) {
-        const Role role = read_role(form, list.array[i], i);
-        messages.push_back({role, read_content(form, list.array[i], i)});
+        const Json& message = list.array[i];
+        if (message.kind != Json::Kind::object)
+            form.wrong(cat("messages[", i, "]"), "a JSON object", message);
+        const Role role = read_role(form, message, i);
+        messages.push_back({role, read_content(form, message, i)});
         if (!nanochat) continue;
         const std::size_t n = characters(messages.back().content);
         if (n == 0) bad(cat("Message ", i, " has empty content"));
@@ -6890,7 +6909,7 @@ std::vector<std::string> read_stop(const Form& form) {
     if (list.size() > 4) Form::out_of_range("stop", "at most 4 stop texts");
     std::vector<std::string> texts;
     for (const Json& text : list) {
-        if (text.kind != Json::Kind::string) form.wrong("stop", "a string or strings");
+        if (text.kind != Json::Kind::string) form.wrong("stop", "a string or strings", text);
         if (text.string.empty() || text.string.size() > 64)
             Form::out_of_range("stop", "a stop text must have 1 to 64 bytes");
         texts.push_back(text.string);
@@ -6948,14 +6967,16 @@ Form read_body(const Connection& c, int wrong_form = 400) {
     }
 }
 
-std::vector<Token> read_ids(const Form& form, std::string_view name, int vocab_size) {
+std::vector<Token> read_ids(const Form& form, std::string_view name, int end,
+                            std::string_view one = "a token id") {
     const Json& list = form.need(name);
-    const auto is_number = [](const Json& id) { return id.kind == Json::Kind::number; };
-    if (list.kind != Json::Kind::array ||
-        !std::all_of(list.array.begin(), list.array.end(), is_number))
-        form.wrong(name, name == "prompt" ? "a string or an array of ids" : "an array of ids");
+    const std::string wanted = cat(name == "prompt" ? "a string or " : "", "an array of numbers");
+    if (list.kind != Json::Kind::array) form.wrong(name, wanted, list);
+    for (const Json& id : list.array) {
+        if (id.kind != Json::Kind::number) form.wrong(name, wanted, id);
+    }
     try {
-        return parse_ids(name, list, vocab_size);
+        return parse_ids(name, list, end, one);
     } catch (const Error& e) {
         Form::out_of_range(name, e.what());
     }
@@ -7049,7 +7070,7 @@ void Server::why(Connection& c) {
 // The layers of which every head is shown: some, for every map goes out in numbers too.
 std::vector<int> read_layers(const Form& form, const Config& c, std::size_t T) {
     if (form.find("layers") == nullptr) return {c.n_layer / 2};
-    std::vector<int> layers = read_ids(form, "layers", c.n_layer);
+    std::vector<int> layers = read_ids(form, "layers", c.n_layer, "a layer");
     std::sort(layers.begin(), layers.end());
     layers.erase(std::unique(layers.begin(), layers.end()), layers.end());
     constexpr std::size_t kMost = 1'000'000;

@@ -1197,8 +1197,9 @@ std::vector<FieldCase> openai_fields() {
          {"[7]", R"([{"type":"image_url","image_url":{"url":"x"}}])", R"([{"type":"input_audio"}])",
           R"([{"type":"text"}])", R"([{"text":"x"}])"})
         t.push_back({"messages", "[" + message("\"user\"", content) + "]", 400, ""});
-    for (const char* part : {R"([{"content":"x"}])", R"([{"role":"user"}])", "[{}]"})
-        t.push_back({"messages", part, 400, ""});
+    bad("messages", kMissing,
+        {R"([{"content":"x"}])", R"([{"role":"user"}])", "[{}]", R"([{"role":null,"content":"x"}])",
+         R"([{"role":"user","content":[{"type":"text"}]}])"});
     t.push_back(
         {"messages", "[" + user(repeated("xy ", 5'000)) + "]", 400, "context_length_exceeded"});
     for (const char* name : {"max_tokens", "max_completion_tokens"}) {
@@ -1341,6 +1342,9 @@ std::string fault_of(const FieldCase& c, const Response& r) {
     if (r.status == 200) return r.complete ? "" : "incomplete";
     if (const std::string fault = fault_of_error(r); !fault.empty()) return fault;
     if (c.code[0] != '\0' && code_of(r) != c.code) return "code " + r.body;
+    if (code_of(r) == kType && !contains(r.body, " must be "))
+        return "what was expected: " + r.body;
+    if (code_of(r) == kType && !contains(r.body, " (got ")) return "what was got: " + r.body;
     const std::string param = text_at(json_of(r.body), "error.param");
     if (c.none) return param == "(null)" ? "" : "param " + r.body;
     return param.rfind(c.field, 0) == 0 || c.field.empty() ? "" : "param " + r.body;
@@ -1411,6 +1415,54 @@ TEST_CASE("server: requests: nanochat's limits have nanochat's words") {
         CHECK(text_at(json_of(r.body), "detail") == words);
         CHECK(fault_of_error(r) == "");
     }
+}
+
+TEST_CASE("server: requests: an error says what was expected and what was got") {
+    if (no_binary()) return;
+    const std::string a = "/v1/chat/completions", b = "/chat/completions", c = "/v1/completions",
+                      walk = "/api/v1/inference/walk";
+    struct Says {
+        std::string route, body, param, sentence;
+    };
+    const std::vector<Says> t = {
+        {a, chat_body(R"(,"top_p":"x")"), "top_p", R"(top_p must be a number (got "x"))"},
+        {a, chat_body(R"(,"top_k":1.5)"), "top_k", "top_k must be a whole number (got 1.5)"},
+        {a, chat_body(R"(,"stream":[1])"), "stream", "stream must be true or false (got an array)"},
+        {a, chat_body(R"(,"stop":{})"), "stop", "stop must be a string or strings (got an object)"},
+        {a, chat_body(R"(,"model":true)"), "model", "model must be a string (got true)"},
+        {a, "[]", "the body", "the body must be a JSON object (got an array)"},
+        {a, R"({"messages":[null]})", "messages[0]",
+         "messages[0] must be a JSON object (got null)"},
+        {a, R"({"messages":[{"content":"x"}]})", "messages[0].role",
+         "messages[0].role is required"},
+        {a, R"({"messages":[{"role":"user"}]})", "messages[0].content",
+         "messages[0].content is required"},
+        {a, R"({"messages":[{"role":"user","content":7}]})", "messages[0].content",
+         "messages[0].content must be a string or an array of text parts (got 7)"},
+        {b, R"({"messages":[{"role":"user","content":[]}]})", "messages[0].content",
+         "messages[0].content must be a string (got an array)"},
+        {b, R"({"messages":[{"role":"user"}]})", "messages[0].content",
+         "messages[0].content is required"},
+        {c, R"({"prompt":false})", "prompt",
+         "prompt must be a string or an array of numbers (got false)"},
+        {c, R"({"prompt":[1,"x"]})", "prompt",
+         R"(prompt must be a string or an array of numbers (got "x"))"},
+        {c, R"({"prompt":[-1]})", "prompt", R"(prompt: "-1" is not a token id from 0 to 511)"},
+        {walk, R"({"prompt":"x","layers":[-1]})", "layers",
+         R"(layers: "-1" is not a layer from 0 to 0)"},
+        {walk, R"({"prompt":"x","layers":7})", "layers",
+         "layers must be an array of numbers (got 7)"}};
+    for (const Says& says : t) {
+        INFO(says.route << " " << says.body);
+        const Response r = ask(port(), post(says.route, says.body));
+        CHECK(r.status == (says.route == b ? 422 : 400));
+        CHECK(text_at(json_of(r.body), "detail") == says.sentence);
+        CHECK(text_at(json_of(r.body), "error.param") == says.param);
+        CHECK(fault_of_error(r) == "");
+    }
+    const Response far =
+        ask(port(), post(a, chat_body(R"(,"top_p":")" + std::string(9'999, 'x') + "\"")));
+    CHECK(text_at(json_of(far.body), "detail").size() < 200);
 }
 
 TEST_CASE("server: requests: what an error shows of a request is short and harmless") {
