@@ -6237,11 +6237,19 @@ void refuse_unsupported(const Form& form) {
         const Json* type = format->find("type");
         if (type == nullptr || type->string != "text") not_supported("response_format");
     }
-    if (const Json* modalities = form.find("modalities")) {
-        const auto text = [](const Json& v) { return v.string == "text"; };
-        if (!std::all_of(modalities->array.begin(), modalities->array.end(), text))
-            not_supported("modalities");
-    }
+    // In these words they ask for nothing.
+    const auto only = [&](const char* name, std::initializer_list<std::string_view> harmless) {
+        const Json* value = form.find(name);
+        if (value == nullptr) return;
+        const bool list = value->kind == Json::Kind::array;
+        for (const Json& one : list ? std::span<const Json>(value->array) : std::span(value, 1)) {
+            if (!has(harmless, one.string)) not_supported(name);
+        }
+    };
+    only("modalities", {"text"});
+    only("tool_choice", {"none", "auto"});
+    only("function_call", {"none", "auto"});
+    only("reasoning_effort", {"none"});
 }
 
 // ---- conversations

@@ -1249,7 +1249,15 @@ std::vector<FieldCase> openai_fields() {
     bad("response_format", kUnsupported,
         {R"({"type":"json_object"})", R"({"type":"json_schema"})"});
     fine("response_format", {"null", R"({"type":"text"})"});
-    bad("modalities", kUnsupported, {R"(["audio"])", R"(["text","audio"])"});
+    bad("modalities", kUnsupported,
+        {R"(["audio"])", R"(["text","audio"])", "\"audio\"", "{}", "[7]"});
+    fine("modalities", {"null", "[]", R"(["text"])"});
+    for (const char* name : {"tool_choice", "function_call"}) {
+        bad(name, kUnsupported, {"\"required\"", "\"f\"", R"({"name":"f"})", "7"});
+        fine(name, {"null", "\"none\"", "\"auto\""});
+    }
+    bad("reasoning_effort", kUnsupported, {"\"low\"", "\"high\""});
+    fine("reasoning_effort", {"null", "\"none\""});
     bad("audio", kUnsupported, {R"({"voice":"x"})"});
     fine("audio", {"null"});
     for (const char* name : {"user", "metadata", "store", "unknown", "x_y", "parallel_tool_calls"})
