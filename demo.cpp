@@ -7349,8 +7349,12 @@ void Server::answered(Connection& c) {
 
 void Server::health(Connection& c) {
     const Snapshot s = scheduler_->snapshot();
+    const auto& models = catalog_->models;
+    const bool any = std::any_of(models.begin(), models.end(),
+                                 [](const ModelInfo& m) { return m.status == Status::ready; });
+    if (!any) refresh(2);  // who asks nothing else until it is well has to learn of one that comes
     const char* status = draining_                       ? "draining"
-                         : !s.broken.empty()             ? "degraded"
+                         : !s.broken.empty() || !any     ? "degraded"
                          : s.models.empty() && s.loading ? "loading"
                                                          : "ok";
     const bool ready = std::string_view(status) == "ok";

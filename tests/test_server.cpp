@@ -3347,6 +3347,19 @@ TEST_CASE("server: with no checkpoint it still serves, and says what is missing"
     CHECK(r.status == 404);
     CHECK(code_of(r) == "model_not_found");
     CHECK(fault_of_error(r) == "");
+    const auto says = [&](int status, const char* word) {
+        const Response health = ask(s->port(), get("/health"));
+        const Json json = json_of(health.body);
+        return health.status == status && text_at(json, "status") == word &&
+               at(json, "ready")->boolean == (status == 200);
+    };
+    CHECK(says(503, "degraded"));
+    test::make_checkpoint(empty.path(), chain_model("chatsft_checkpoints", "d9", 1, 64));
+    // one that comes is seen by who asks nothing else
+    for (const auto begin = Clock::now(); http::ms_since(begin) < 20'000 && !says(200, "ok");)
+        http::sleep_ms(50);
+    CHECK(says(200, "ok"));
+    CHECK(ask(s->port(), chat()).status == 200);
 }
 
 // ---- damaged models, memory ---------------------------------------------------------------------
