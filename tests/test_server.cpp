@@ -7,6 +7,7 @@
 #include <sys/resource.h>  // prlimit
 
 #include <functional>
+#include <map>
 #include <memory>
 #include <set>
 #include <sstream>  // istringstream
@@ -209,6 +210,17 @@ bool busy(int where) {
     for (const auto start = Clock::now(); http::ms_since(start) < 60'000; http::sleep_ms(5))
         if (number_at(json_of(ask(where, get("/health")).body), "active") > 0) return true;
     return false;
+}
+
+// By name and labels.
+std::map<std::string, double> metrics_of(int where) {
+    std::map<std::string, double> out;
+    std::istringstream lines(ask(where, get("/metrics")).body);
+    for (std::string line; std::getline(lines, line);) {
+        const std::size_t space = line.rfind(' ');
+        if (line[0] != '#') out[line.substr(0, space)] = std::atof(line.c_str() + space + 1);
+    }
+    return out;
 }
 
 // ---- HTTP by hand -------------------------------------------------------------------------------
@@ -2018,19 +2030,68 @@ TEST_CASE("server: health, stats, slots, props and metrics say what is going on"
     const Json busy = json_of(ask(port(), get("/health")).body);
     CHECK(number_at(busy, "active") == 1);
     CHECK(number_at(busy, "available_workers") == 7);
+    std::map<std::string, double> now = metrics_of(port());
+    CHECK(now["nanogpt_active_sequences"] == 1);
+    CHECK(now["nanogpt_kv_blocks_used"] >= 1);
+    CHECK(now["nanogpt_kv_blocks_used"] <= 64);
+    CHECK(now["nanogpt_kv_blocks_total"] >= 8 * 64);  // of each model 8 contexts of 4096 tokens
     running.close();
     CHECK(idle(port()));
     CHECK(ask(port(), get("/props")).status == 200);
     const Response metrics = ask(port(), get("/metrics"));
     CHECK(metrics.field("content-type").rfind("text/plain", 0) == 0);
-    for (const char* name :
-         {"requests_total{", "active_sequences", "queued", "prompt_tokens_total",
-          "generated_tokens_total{", "cancelled_total{", "rejected_total", "kv_blocks_used",
-          "kv_blocks_total", "memory_available_bytes", "connections",
-          "time_to_first_token_seconds_bucket{", "inter_token_seconds_bucket{"}) {
-        CAPTURE(std::string(name));
-        CHECK(contains(metrics.body, std::string("nanogpt_") + name));
+    // Known requests, and by how much each number has grown.
+    const std::string none = post("/v1/chat/completions", R"({"model":"no",)" + kHi + "}");
+    now = metrics_of(port());
+    std::map<std::string, double> before = now;
+    const double prompt = number_at(json_of(ask(port(), chat()).body), "usage.prompt_tokens");
+    for (int i = 0; i < 2; i++) CHECK(ask(port(), chat()).status == 200);
+    CHECK(ask(port(), none).status == 404);
+    CHECK(ask(port(), get("/nothing")).status == 404);
+    Connection leaves(port(), 4);
+    leaves.send(endless(4'000, R"(,"stream":true)", kSlow));
+    CHECK(leaves.receive(60'000, false, 600).status == 200);
+    leaves.close();
+    const auto grown = [&](const std::string& name) {
+        return now.count("nanogpt_" + name) == 0
+                   ? -1
+                   : now["nanogpt_" + name] - before["nanogpt_" + name];
+    };
+    for (int i = 0; i < 200 && grown("cancelled_total{why=\"client\"}") != 1; i++) {
+        http::sleep_ms(20);  // monitors see what was 50 ms ago
+        now = metrics_of(port());
     }
+    const std::string route = "requests_total{route=\"/v1/chat/completions\",code=\"";
+    CHECK(grown(route + "200\"}") == 3);
+    CHECK(grown(route + "404\"}") == 1);
+    CHECK(grown(route + "499\"}") == 1);
+    CHECK(grown("requests_total{route=\"other\",code=\"404\"}") == 1);
+    CHECK(grown("cancelled_total{why=\"client\"}") == 1);
+    CHECK(grown("generated_tokens_total{model=\"" + kChain + "\"}") == 3 * kAnswerTokens);
+    const double slow = grown("generated_tokens_total{model=\"" + kSlow + "\"}");
+    CHECK(slow >= 1);
+    CHECK(grown("prompt_tokens_total") == 4 * prompt + 1);  // endless() has one token more
+    CHECK(grown("active_sequences") == 0);
+    CHECK(now["nanogpt_active_sequences"] == 0);
+    CHECK(now["nanogpt_queued"] == 0);
+    CHECK(grown("queued") == 0);
+    CHECK(now["nanogpt_connections"] >= 1);
+    CHECK(now["nanogpt_memory_available_bytes"] > 1e6);
+    CHECK(now["nanogpt_kv_blocks_used"] == 0);
+    for (const std::string name : {"time_to_first_token_seconds", "inter_token_seconds"}) {
+        CAPTURE(name);
+        const bool first = name[0] == 't';
+        CHECK(grown(name + "_count") == (first ? 4 : 3 * (kAnswerTokens - 1) + slow - 1));
+        CHECK(grown(name + "_bucket{le=\"+Inf\"}") == grown(name + "_count"));
+        CHECK(grown(name + "_sum") > 0);
+        CHECK(grown(name + "_sum") < 60);
+        CHECK(grown(name + "_bucket{le=\"10\"}") <= grown(name + "_count"));
+        CHECK(grown(name + "_bucket{le=\"10\"}") >= grown(name + "_bucket{le=\"0.001\"}"));
+        CHECK(contains(metrics.body, "# TYPE nanogpt_" + name + " histogram\n"));
+    }
+    for (const char* type : {"requests_total counter", "prompt_tokens_total counter",
+                             "rejected_total counter", "queued gauge", "kv_blocks_used gauge"})
+        CHECK(contains(metrics.body, "# TYPE nanogpt_" + std::string(type) + "\n"));
 }
 
 TEST_CASE("server: the page comes with its rules, and again only if it has changed") {
@@ -2146,9 +2207,24 @@ std::string streamed(const Draw& d) {
     return post("/v1/chat/completions", body_of(d, R"(,"stream":true)"));
 }
 
+// What nanochat's route shows by name of a calculator's call, as the others show it.
+std::string with_brackets(std::string text) {
+    const std::pair<std::string, std::string> marks[] = {{"<|python_end|><|output_start|>", " = "},
+                                                         {"<|output_end|>", "] "},
+                                                         {"<|python_end|>", "]"},
+                                                         {"<|python_start|>", "["},
+                                                         {"<|output_start|>", "["}};
+    for (const auto& [mark, shown] : marks)
+        for (std::size_t at; (at = text.find(mark)) != std::string::npos;)
+            text.replace(at, mark.size(), shown);
+    const std::size_t open = text.rfind('[');  // of a call that the end cut
+    const bool cut = open != std::string::npos && text.find(']', open) == std::string::npos;
+    return text + (cut ? "]" : "");
+}
+
 std::vector<Draw> draws() {
-    const char* prompts[] = {"Hello", "What is the capital of France?", "Tell me a story.", "12*7?",
-                             "Why is the sky blue?"};
+    const char* prompts[] = {"Hello", "What is the capital of France?", "Tell me a story.",
+                             "What is 12*7?", "Why is the sky blue?"};
     const char* temperatures[] = {"0", "0.7", "1.5"};
     std::vector<Draw> out;
     for (int i = 0; i < (test::quick() ? 5 : 15); i++)
@@ -2173,7 +2249,7 @@ TEST_CASE(
     "company") {
     if (no_binary()) return;
     const int where = sample_port();
-    std::size_t passed = 0, total = 0;
+    std::size_t passed = 0, total = 0, calls = 0;
     const auto count = [&](bool good) { passed += good, total++; };
     std::vector<std::string> solo;
     const std::vector<Draw> all = draws();
@@ -2189,11 +2265,12 @@ TEST_CASE(
         CHECK(a.text == solo.back());
         CHECK(number_at(json, "seed") == d.seed);
         CHECK(number_at(json_of(b.data.back()), "seed") == d.seed);
-        // nanochat's route shows a calculator's tokens by name, so only plain answers are equal
-        if (!contains(b.text, "<|")) CHECK(b.text == solo.back());
+        CHECK(with_brackets(b.text) == solo.back());
+        calls += contains(b.text, "<|python_start|>");
         count(cli == solo.back() + "\n"), count(a.text == solo.back());
-        count(b.text == solo.back() || contains(b.text, "<|"));
+        count(with_brackets(b.text) == solo.back());
     }
+    CHECK(calls > 0);
     for (const std::size_t company : {2u, 3u, 8u, 31u}) {
         CAPTURE(company);
         std::vector<std::string> requests;
@@ -2355,6 +2432,7 @@ TEST_CASE(
     CHECK(good + full == 20);
     CHECK(other == 0);
     CHECK(idle(small->port()));
+    CHECK(metrics_of(small->port())["nanogpt_rejected_total{why=\"queue_full\"}"] == full);
     const auto wide = start(zoo(), {"--slots", "1"});
     open.clear();
     for (int i = 0; i < 60; i++) {  // one client: 16 may run and 32 wait, the others are too many
@@ -2374,6 +2452,7 @@ TEST_CASE(
     CHECK(many >= 12);
     CHECK(good + many == 60);
     CHECK(idle(wide->port()));
+    CHECK(metrics_of(wide->port())["nanogpt_rejected_total{why=\"too_many_requests\"}"] == many);
 }
 
 namespace {
