@@ -8427,15 +8427,16 @@ function storedChats() {
 const titleOf = (one) => one.turns[0]?.question.trim().replace(/\s+/g, ' ').slice(0, 60) || 'Chat';
 const forget = (one) => delete local['nanogpt.chat.' + one.id];
 
-// Keeps a conversation, and as many of the others as there may be.
+// Keeps a conversation, and as many of the others as there may be. False if there is no space.
 function keep(one) {
-  if (!one.turns.length) return;
+  if (!one.turns.length) return false;
   one.updated = Date.now();
   const kept = write('chat.' + one.id, one);
   storedChats().slice(kMaxChats).forEach(forget);
   $('list-note').textContent = kept ? 'Kept in this browser only. Nobody else sees them here.'
     : 'The browser keeps nothing more: this chat ends with the page. Save it to keep it.';
   drawList();
+  return kept;
 }
 
 // ---- the server
@@ -9390,7 +9391,7 @@ function fromFile(text) {
   const taken = Array.isArray(chats) ? chats.map(upgraded).filter(({turns}) =>
     Array.isArray(turns) && turns.length && turns.every(good)) : [];
   if (!taken.length) throw new Error('there is no conversation in it');
-  return taken.slice(0, kMaxChats).map(({turns}) => ({id: fresh(), turns: turns.map(checked)}));
+  return taken.map(({turns}) => ({id: fresh(), turns: turns.map(checked)}));
 }
 
 // What a file says of a turn, where it is of the right kind.
@@ -9408,9 +9409,10 @@ function openKeeping() {
   $('load-json').onclick = () => $('file').click();
   $('file').onchange = async () => {
     try {
-      const taken = fromFile(await $('file').files[0].text());
-      taken.forEach(keep);
-      toast(`${plural(taken.length, 'chat')} loaded.`);
+      const found = fromFile(await $('file').files[0].text());
+      const room = Math.max(kMaxChats - storedChats().length, 0);  // none goes for those that come
+      const {length} = found.slice(0, room).filter(keep), left = found.length - length;
+      toast(`${plural(length, 'chat')} loaded${left ? `; there is no room for ${left} more` : ''}.`);
     } catch (error) {
       toast(`This file cannot be loaded: ${error.message}`);
     }

@@ -480,6 +480,17 @@ def keeping(page, folder):
     page.click("#toast-undo")
     check("keep: all deleted, and brought back",
           gone == 0 and page.js("storedChats().length") == 2 * count)
+    many = os.path.join(folder, "many.json")
+    with open(many, "w", encoding="utf-8") as file:
+        json.dump({"chats": [{"turns": [{"question": f"many {i}", "answer": "x", "about": {
+            "model": "sft/d4"}}]} for i in range(60)]}, file)
+    own = page.js("window.own = storedChats().map((one) => one.id)")
+    page.call("DOM.setFileInputFiles", {"nodeId": field, "files": [many]})
+    check("keep: a file takes the room there is, and says how many it left out", page.wait(
+        f"$('toast-text').textContent === '{50 - len(own)} chats loaded; there is no room for "
+        f"{10 + len(own)} more.'"), page.js("$('toast-text').textContent"))
+    check("keep: and nothing goes for it", page.js(
+        "own.every((id) => storedChats().some((one) => one.id === id))"))
     page.js("$('delete-all').click()")
     page.js("for (let i = 0; i < 55; ++i) keep({id: 'x' + i, turns: [{question: "
             "'n' + i}]})")
