@@ -8413,15 +8413,29 @@ function write(name, value) {
   }
 }
 
-// A chat as it is now; it was a list of messages once.
-function upgraded({messages, ...one}) {
-  return !messages ? one : {...one, turns: messages.flatMap(({role, content, text, about}, i) =>
-    role === 'user' ? [] : {question: messages[i - 1].content, answer: content, text, about})};
+// A chat out of what is stored or in a file, which may be anything; undefined if it is none.
+function chatOf(found, id) {
+  const {messages, updated} = found ?? {};  // it was a list of messages once
+  const turns = !Array.isArray(messages) ? found?.turns : messages.flatMap((message, i) =>
+    message?.role === 'user' ? [] : {...message, question: messages[i - 1]?.content,
+      answer: message?.content});
+  const good = (turn) => typeof turn?.question === 'string' && typeof turn.answer === 'string' &&
+    typeof turn.about?.model === 'string';
+  if (!Array.isArray(turns) || !turns.length || !turns.every(good)) return undefined;
+  return {id, updated: Number(updated) || 0, turns: turns.map(checked)};
+}
+
+// What is said of a turn, where it is of the right kind.
+function checked({question, answer, text, about}) {
+  const numbers = ['seed', 'speed', 'first', 'tokens', 'dropped', 'prompt_tokens', 'total_tokens'];
+  const right = (facts) => Object.fromEntries(Object.entries(facts ?? {}).filter(
+    ([name, value]) => typeof value === (numbers.includes(name) ? 'number' : 'string')));
+  return {question, answer, text: text === true, about: {...right(about), usage: right(about.usage)}};
 }
 
 function storedChats() {
   return Object.keys(local).filter((name) => name.startsWith('nanogpt.chat.'))
-    .map((name) => upgraded(read(name.slice(8)) ?? {})).filter((one) => one.turns?.length)
+    .map((name) => chatOf(read(name.slice(8)), name.slice(13))).filter(Boolean)
     .sort((a, b) => b.updated - a.updated);
 }
 const titleOf = (one) => one.turns[0]?.question.trim().replace(/\s+/g, ' ').slice(0, 60) || 'Chat';
@@ -8688,7 +8702,7 @@ const settings = {};
 // Within its limits, if it is a number; nothing is the usual value, and for the seed no value.
 function set(name, value, from) {
   const {usual, min, max} = kSettings[name], number = Number(value);
-  settings[name] = name === 'system' ? value
+  settings[name] = name === 'system' ? (typeof value === 'string' ? value : usual)
     : value === '' || value == null || !Number.isFinite(number) ? usual
     : Number(Math.min(Math.max(number, min), max).toFixed(name === 'temperature' ? 2 : 0));
   write('settings', settings);
@@ -8959,7 +8973,7 @@ function drawEmpty() {
 // Tokens of the context in use: as the last answer's count says, and those coming in now.
 function drawMeter() {
   const size = model?.architecture?.sequence_len;
-  const last = chat.turns.findLast((turn) => turn.about.usage);
+  const last = chat.turns.findLast((turn) => turn.about.usage?.total_tokens);
   const used = (last?.about.usage.total_tokens || 0) + (run?.tokens || 0);
   $('meter').hidden = !size || !used;
   $('meter').value = size ? Math.min(used / size, 1) : 0;
@@ -9385,21 +9399,10 @@ function asMarkdown(one) {
 }
 
 function fromFile(text) {
-  const good = (turn) => typeof turn?.question === 'string' && typeof turn.answer === 'string' &&
-    typeof turn.about?.model === 'string';
-  const {chats} = JSON.parse(text);
-  const taken = Array.isArray(chats) ? chats.map(upgraded).filter(({turns}) =>
-    Array.isArray(turns) && turns.length && turns.every(good)) : [];
+  const chats = JSON.parse(text)?.chats;
+  const taken = Array.isArray(chats) ? chats.map((one) => chatOf(one, fresh())).filter(Boolean) : [];
   if (!taken.length) throw new Error('there is no conversation in it');
-  return taken.map(({turns}) => ({id: fresh(), turns: turns.map(checked)}));
-}
-
-// What a file says of a turn, where it is of the right kind.
-function checked({question, answer, text, about}) {
-  const numbers = ['seed', 'speed', 'first', 'tokens', 'dropped', 'prompt_tokens', 'total_tokens'];
-  const right = (facts) => Object.fromEntries(Object.entries(facts ?? {}).filter(
-    ([name, value]) => typeof value === (numbers.includes(name) ? 'number' : 'string')));
-  return {question, answer, text: text === true, about: {...right(about), usage: right(about.usage)}};
+  return taken;
 }
 
 function openKeeping() {
@@ -9606,7 +9609,7 @@ function setTheme(name) {
 function start() {
   for (const node of document.querySelectorAll('[data-icon]')) node.prepend(icon(node.dataset.icon));
   for (const id of ['cli', 'curl']) $(id).after(copyButton('Copy', () => $(id).textContent));
-  setTheme(read('theme') || 'automatic');
+  setTheme(kThemes.find((name) => name === read('theme')) || 'automatic');
   openSettings();
   openKeeping();
   openSides();

@@ -373,7 +373,15 @@ def settings(page):
     check("settings: and goes on where it stopped", page.wait(
         f"!run && {TEXT}.startsWith({json.dumps(before)}) && "
         f"{TEXT}.length > {len(before)} && chat.turns.length === 1"), page.js(TEXT))
+    page.js("for (const [name, text] of [['chat.a', '{\"turns\":[{\"answer\":1}]}'], ['chat.b', '5'], "
+            "['chat.c', '{\"messages\":[null]}'], ['chat.d', '{\"turns\":{\"length\":1}}'], ['chat.e', "
+            "'{'], ['model', '{}'], ['theme', '7']]) localStorage.setItem('nanogpt.' + name, text); "
+            "write('settings', {...settings, system: 5, seed: {}})")
     page.open(page.js("location.href"))
+    check("reload: what is stored in a wrong form counts as not stored", page.wait(
+        "settings.system === '' && settings.seed === null && root.dataset.theme === 'automatic' && "
+        "$('list').children.length === 2"), page.faults)
+    page.js("set('system', 'You are a pirate.')")
     check("reload: settings, model and conversations are still there", page.wait(
         "settings.temperature === 1.25 && $('list').children.length === 2 && !!model"))
     page.click("#tab-settings")
@@ -493,10 +501,10 @@ def keeping(page, folder):
         "own.every((id) => storedChats().some((one) => one.id === id))"))
     page.js("$('delete-all').click()")
     page.js("for (let i = 0; i < 55; ++i) keep({id: 'x' + i, turns: [{question: "
-            "'n' + i}]})")
+            "'n' + i, answer: 'x', about: {model: 'y'}}]})")
     check("keep: the last 50 stay", page.js("storedChats().length") == 50)
     page.js("Storage.prototype.setItem = () => { throw new Error('full'); }; "
-            "keep({id: 'full', turns: [{question: 'x'}]})")
+            "keep({id: 'full', turns: [{question: 'x', answer: 'x', about: {model: 'y'}}]})")
     check("keep: a full storage is told, and the page goes on", page.js(
         "$('list-note').textContent.includes('Save it to keep it')"))
 
