@@ -8462,9 +8462,12 @@ function useKey(value) {
   history.replaceState(null, '', location.pathname + location.search);
   try { sessionStorage.setItem('nanogpt.key', key); } catch { /* the page alone knows it */ }
 }
-if (location.hash.startsWith('#key=')) {
-  try { useKey(decodeURIComponent(location.hash.slice(5))); } catch { /* not a key */ }
+function takeKey() {
+  const found = location.hash.startsWith('#key=');
+  try { if (found) useKey(decodeURIComponent(location.hash.slice(5))); } catch { /* not a key */ }
+  return found;
 }
+takeKey();
 
 const tab = fresh();  // tabs take turns
 
@@ -9643,6 +9646,7 @@ function start() {
   });
   document.addEventListener('keydown', onKey);
   document.addEventListener('visibilitychange', () => { if (!document.hidden) poll(); });
+  addEventListener('hashchange', () => { if (takeKey()) poll(); });
   addEventListener('storage', drawList);
   addEventListener('pagehide', stop);
   drawList();

@@ -983,6 +983,12 @@ def odd_places(browser, program, base, stub):
     check("key: given by hand", page.wait("!!model && !$('banner').checkVisibility()"),
           page.js("$('banner').textContent"))
     done(page)
+    page = Page(browser, server.url)
+    page.wait("$('key').checkVisibility()")
+    page.open(server.url + "#key=sesame%2F1%2B")
+    check("key: a link with it, followed where the page is open already", page.wait(
+        "!!model && !$('banner').checkVisibility() && location.hash === ''", 5))
+    done(page)
     page = Page(browser, server.url + "#key=sesame%2F1%2B")
     check("key: given in the address, and gone from there", page.wait(
         "!!model && location.hash === ''"))
