@@ -9509,7 +9509,9 @@ const tune = (name) => (text) => {
 const kCommands = {
   temperature: tune('temperature'),
   topk: tune('top_k'),
+  top_k: tune('top_k'),
   max: tune('max_tokens'),
+  max_tokens: tune('max_tokens'),
   seed: tune('seed'),
   clear: newChat,
   help: openHelp,
@@ -9527,14 +9529,16 @@ const kCommands = {
   },
 };
 
-// What is in the box is a message, or a command. What is wrong stays in it.
+// What is in the box is a message, or a command: a slash and a word. A path is a message. What is
+// wrong stays in the box.
 async function submit() {
   const text = $('text').value;
-  const [, name, rest = ''] = /^\/([a-z]+)(?: +(.*))?$/.exec(text.trim()) || [];
+  const [, word, rest = ''] = /^\/\s*(\p{L}[^\s\/]*)(?:\s+(.*))?$/su.exec(text.trim()) || [];
+  const name = word?.toLowerCase();
   try {
     if (!name) send(text);
     else if (Object.hasOwn(kCommands, name)) await kCommands[name](rest.trim());
-    else throw new Error(`There is no command /${name}. /help shows them.`);
+    else throw new Error(`There is no command /${word}. /help shows them.`);
     if ($('text').value === text) $('text').value = '';  // nothing else was typed meanwhile
     grow();
   } catch (error) {

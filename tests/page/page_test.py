@@ -398,15 +398,22 @@ def commands(page):
                        ("/seed 9", "settings.seed === 9"), ("/seed", "settings.seed === null"),
                        ("/model base/d4/5000", "model.id === 'base/d4/5000'"),
                        ("/stats", "/places are busy/.test($('toast-text').textContent)"),
+                       ("/Temperature 0.5", "settings.temperature === 0.5"),
+                       ("/top_k 5", "settings.top_k === 5"),
+                       ("/max_tokens 34", "settings.max_tokens === 34"),
+                       ("/ Stats", "$('toast').matches(':popover-open')"),
                        ("/clear", "chat.turns.length === 0")):
         say(page, text)
         check(f"command: {text}", page.wait(f"{good} && $('text').value === ''"),
               page.js("$('toast-text').textContent"))
-    for text in ("/temperature 3", "/nonsense 1"):
+    for text in ("/temperature 3", "/nonsense 1", "/Nonsense", "/top-k 5", "/temperature=1"):
         say(page, text)
         check(f"command: {text} is refused and stays in the box", page.js(
             f"$('text').value === {json.dumps(text)} && $('toast').matches(':popover-open') && !run"))
         page.js("$('text').value = ''; grow()")
+    say(page, "/usr/bin/env is what?")
+    check("command: a path is none", page.wait(
+        "!run && chat.turns.at(-1)?.question === '/usr/bin/env is what?'"))
 
 
 def completion(page):
