@@ -8318,6 +8318,13 @@ function make(tag, attributes, ...children) {
   return node;
 }
 
+// Other children, unless they look like those there: so the focus and an open list stay.
+function fill(node, ...children) {
+  const other = node.cloneNode(false);
+  other.append(...children);
+  if (!other.isEqualNode(node)) node.replaceChildren(...other.childNodes);
+}
+
 const kIcons = {
   logo: 'M4 5.5h16M4 10h11M4 14.5h7M4 19h3.5',
   side: 'M4 5h16v14H4zM9.5 5v14',
@@ -8564,7 +8571,7 @@ function takeModels(list) {
     : [nameOf(m), `cannot be used: ${m.reason || m.status}`]));
   const groups = kTypes.map(([type, what]) => make('optgroup', {label: `${type} · ${what}`},
     ...models.filter((m) => m.type === type).map(option)));
-  $('model').replaceChildren(...groups.filter((group) => group.children.length));
+  fill($('model'), ...groups.filter((group) => group.children.length));
   const wanted = (id) => models.find((m) => m.id === id && usable(m));
   choose(wanted(model?.id) || wanted(read('model')) || wanted(list.default) ||
     models.find(usable) || null);
@@ -8968,7 +8975,7 @@ function drawEmpty() {
     ? 'This model continues text; it was not trained to chat. Give it a beginning, not a question.'
     : `A small language model, trained with nanochat. It writes what sounds likely, which is often
       wrong. Ask twice, and look at why it chose its words.`;
-  $('examples').replaceChildren(...kExamples[continues(m) ? 'text' : 'chat'].map(([text, why]) =>
+  fill($('examples'), ...kExamples[continues(m) ? 'text' : 'chat'].map(([text, why]) =>
     make('button', {class: 'card', onclick: () => send(text)}, text,
       make('small', {class: 'note'}, why))));
 }

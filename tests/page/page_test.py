@@ -228,6 +228,12 @@ def models(page, put):
     page.js("$('dialog').querySelector('td button').click()")
     check("models: chosen from the table", page.js("$('model').value === 'sft/d4/2600' && "
                                                    "!$('dialog').open"))
+    page.js("window.rows = [$('model').options[3], $('examples').firstChild]; rows[1].focus(); "
+            "takeModels({models: models.map((m) => ({...m, loaded: !m.loaded})), device, "
+            "default: model.id})")
+    check("models: where only a flag changes, list and examples stay, with the focus", page.js(
+        "rows.every((row) => row.isConnected) && document.activeElement === rows[1] && "
+        "/loaded/.test($('about').textContent) === !!model.loaded"))
     put("chatsft", 3000, {"val_bpb": 1.1})
     check("models: a new checkpoint appears by itself, and is the best now", page.wait(
         "[...$('model').options].some((o) => /3,000.*★/.test(o.textContent)) && "
