@@ -8607,11 +8607,12 @@ function deviceName() {
   return listed([device.name || 'CPU', device.type === 'cuda' && chip, device.dtype]);
 }
 
+const gpuSentence = () => `The graphics card is not used: ${device.fallback_reason}`;
+
 function openDevice() {
   const what = device.type === 'cuda' ? 'graphics card' : 'processor';
   openDialog('What computes here', make('p', {}, `The models run on the ${what}: ${deviceName()}.`),
-    make('p', {class: 'note'}, device.fallback_reason
-      ? `The graphics card is not used: ${device.fallback_reason}`
+    make('p', {class: 'note'}, device.fallback_reason ? gpuSentence()
       : 'Answers come from the computer this page comes from, and from no other.'));
 }
 
@@ -8661,8 +8662,10 @@ function drawAbout() {
       ['File size', bytes(m.size_bytes)],
       ['In memory', m.memory_bytes && bytes(m.memory_bytes)],
       ['Status', m.status + (m.loaded ? ', loaded' : '')],
+      ['Runs on', deviceName()],
       ['File', m.file.replaceAll('/', '/\u200b')],  // a line may end after a slash
-    ]));
+    ]),
+    device.fallback_reason ? make('p', {class: 'note'}, gpuSentence()) : '');
   const flags = `-i ${m.source} -g ${m.tag} -s ${m.step}`;
   const [command, path, example] = continues(m)
     ? [`sample ${flags} -p "Once upon a time"`, 'completions', {prompt: 'Once upon a time'}]

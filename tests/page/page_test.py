@@ -1032,6 +1032,13 @@ def odd_places(browser, program, base, stub):
         "$('dialog').open && $('device').textContent.includes('why?') && "
         "$('dialog').textContent.includes('<b>no driver</b>')"))
     done(page)
+    page = Page(browser, stub.url, 390, 844, touch=True)
+    page.wait("!!model")
+    page.click("#panel-open")
+    check("device: a phone reads it in the model's information", page.wait(
+        "[...$('about').children].some((node) => node.checkVisibility() && "
+        "/not used: <b>no driver/.test(node.textContent))"), page.js("$('about').textContent"))
+    done(page)
     stub.models = was
 
     page = Page(browser)
