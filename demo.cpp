@@ -8917,13 +8917,16 @@ function draw(turn) {
   view.wait.hidden = !live || run.tokens > 0;
   view.acts.hidden = live;
   view.acts.replaceChildren(...(live ? [] : answerButtons(turn)));
+  const full = !live && fills(turn);
   const note = live ? '' : about.error || (about.finish === 'stopped' ? 'Stopped.'
+    : full ? `The context is full: ${count(full)} tokens are the most this model can look at.`
     : about.finish === 'length' ? `Cut off after ${plural(about.tokens || 0, 'token')}.`
     : answer ? '' : 'The model had nothing to say.');
   view.trouble.hidden = !note;
   view.trouble.className = about.error ? 'trouble' : 'trouble calm';
   view.trouble.replaceChildren(note,
-    answer ? make('button', {onclick: () => proceed(turn)}, 'Continue') : '',
+    full ? make('button', {onclick: newChat}, 'New chat')
+    : answer ? make('button', {onclick: () => proceed(turn)}, 'Continue') : '',
     about.error || !answer ? make('button', {onclick: () => regenerate(turn)}, 'Try again') : '');
 }
 
@@ -9021,6 +9024,14 @@ function stay() {
 // What the model is to see with this turn: no continued texts, no question without an answer.
 const seenBy = (turn) => chat.turns.slice(0, chat.turns.indexOf(turn) + 1)
   .filter((one) => one === turn || (!one.text && one.answer));
+
+// The context's size if an answer ends there, and nothing before its question could be left out.
+function fills(turn) {
+  const {model: id, finish, usage, dropped} = turn.about;
+  const size = models.find((m) => m.id === id)?.architecture?.sequence_len;
+  return finish === 'length' && usage?.total_tokens >= size &&
+    (turn.text || seenBy(turn).length - Math.ceil((dropped || 0) / 2) < 2) && size;
+}
 
 function wordsOf(turns, system) {
   const words = turns.flatMap(({question, answer}) => [{role: 'user', content: question},

@@ -716,6 +716,15 @@ def trouble(page, stub):
         say(page, text)
     check("context: what the model no longer sees is told", page.wait(
         "document.querySelector('.notice + .turn.user .bubble')?.textContent === 'two'"))
+    say(page, "full")
+    check("context: full, but older messages can go, so it goes on", page.wait(
+        f"{TROUBLE}?.startsWith('Cut off after 1,017 tokens.Continue')"), page.js(TROUBLE))
+    page.js("newChat()")
+    say(page, "full")
+    check("context: full of this question and answer, a new chat is offered", page.wait(
+        f"/^The context is full: 1,024 tokens .*New chat$/.test({TROUBLE})"), page.js(TROUBLE))
+    act(page, "New chat")
+    check("context: and begun", page.js("chat.turns.length") == 0)
     page.js("newChat()")
     for i in range(6):
         page.js(f"send('{i}' + 'long '.repeat(1500))")

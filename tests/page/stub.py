@@ -166,6 +166,9 @@ class Stub:
         elif question == "long ago":
             token("Too long.")
             return done(dropped_messages=2)
+        elif question == "full":
+            token("To the brim.")
+            return done(1017, finish_reason="length")
         elif question == "line ends":
             token("```py\r\ncode\r\n```\r\nbehind\u2028it")
         elif question == "markdown":
