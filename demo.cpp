@@ -8858,7 +8858,7 @@ function answerButtons(turn) {
     onclick: () => toggleWhy(turn, whyButton)}, icon('why'), 'Why', make('span', {}, 'these words?'));
   return [
     copyButton('Copy', () => (text ? turn.question : '') + readable(answer), ''),
-    iconButton('again', 'Regenerate', () => regenerate(turn), ''),
+    iconButton('again', 'Regenerate', () => again(turn), ''),
     text && iconButton('edit', 'Edit the beginning', () => edit(turn), ''),
     !text && answer && whyButton,
     about.tokens && make('details', {class: 'stats'},
@@ -9218,6 +9218,15 @@ function regenerate(turn, question = turn.question) {
   chat.turns.pop();
   drawChat();
   ask(question);
+}
+
+// The same question once more. Where that cannot give another answer, it is said.
+function again(turn) {
+  const last = turn === chat.turns.at(-1), {temperature, seed} = settings;
+  regenerate(turn);
+  const [why, remedy] = temperature === 0 ? ['At temperature 0', 'Raise it']
+    : seed !== null ? [`With the seed ${seed}`, 'Empty it'] : [];
+  if (why && last) toast(`${why} the answer stays the same. ${remedy} in the settings for another.`);
 }
 
 function proceed(turn) {

@@ -273,6 +273,17 @@ def chatting(page):
     act(page, "Regenerate")
     check("chat: regenerate with the same seed gives the same answer", page.wait(
         f"!run && {TEXT} === {json.dumps(first)}"))
+    check("chat: and says that it will", "At temperature 0 the answer stays the same" in page.js(
+        "$('toast').textContent"), page.js("$('toast').textContent"))
+    page.js("set('temperature', 0.5)")
+    act(page, "Regenerate")
+    check("chat: with a seed too", page.wait("!run") and "With the seed 5 the answer stays" in page.js(
+        "$('toast').textContent"), page.js("$('toast').textContent"))
+    page.js("set('seed', ''); $('toast').hidePopover()")
+    act(page, "Regenerate")
+    check("chat: without one nothing is said", page.wait("!run") and not page.js(
+        "$('toast').matches(':popover-open')"))
+    page.js("set('temperature', 0); set('seed', 5)")
     act(page, "Copy")
     check("chat: an answer can be copied", page.wait(
         f"navigator.clipboard.readText().then((text) => text.length > 3 && !text.includes('<|'))"))
