@@ -5290,10 +5290,10 @@ struct Job {
     std::optional<Failure> failure;
 };
 struct Event {
-    enum class Kind { queued, loading, text, done } kind;
+    enum class Kind { queued, loading, reading, text, done } kind;
     std::shared_ptr<Job> job;
     std::string text;
-    int number = 0;  // jobs before it; percent
+    int number = 0;  // jobs before it; percent; percent
 };
 
 struct Histogram {  // of seconds
@@ -5538,6 +5538,7 @@ bool Scheduler::round() {
     expire();
     admit();
     look_after();
+    if (!posted_.empty()) publish(false);  // before a step, which may be long
     bool worked = false;
     for (const auto& m : models_) {
         worked |= step(*m);
@@ -5646,6 +5647,8 @@ bool Scheduler::start(const std::shared_ptr<Job>& job) {
                 std::make_unique<Walker>(m->device, *r.sequence, lens_pool_, job->offer->info,
                                          *job->offer->tokenizer, job->walk->plan);
         }
+        constexpr std::size_t kLong = 64;  // tokens: fewer are read before anybody wonders
+        if (job->prompt.size() - r.read() > kLong) event(Event::Kind::reading, job);
         m->used = true;
         const auto here = std::find_if(models_.begin(), models_.end(),
                                        [&](const auto& other) { return other.get() == m; });
@@ -5942,7 +5945,9 @@ void Scheduler::read_alone(Loaded& m, Running& r, std::size_t size) {
         const auto piece = std::span(r.job->prompt).subspan(r.read(), size);
         const Chunk chunk = {r.sequence.get(), piece, true};
         const std::span<const float> logits = m.backend().step({&chunk, 1});
-        if (r.read() < r.job->prompt.size()) return;
+        const std::size_t read = r.read(), all = r.job->prompt.size();
+        if (read < all)
+            return event(Event::Kind::reading, r.job, "", static_cast<int>(100 * read / all));
         Sampler::argmax(logits);  // throws if they are no numbers
         const std::vector<double> p = probabilities(logits);
         r.job->candidates = likeliest(p, 10);
@@ -6465,7 +6470,8 @@ struct Exchange : Job {  // a job with how its answer is told
     bool streams = false, head_sent = false, include_usage = false;
     std::string answer_id, text;
     std::vector<Token> answer_tokens;  // why
-    int position = 0, dropped_messages = 0, last_number = -1;
+    std::string last_comment;
+    int position = 0, dropped_messages = 0;
     std::int64_t created_unix = std::time(nullptr);
     Clock::time_point last_event = Clock::now();
 };
@@ -7130,6 +7136,10 @@ Value with_probability(const Tokenizer& tokenizer, const Candidate& candidate) {
                   object({{"probability", candidate.probability}}));
 }
 
+std::string comment(const Event& e) {  // for who waits
+    const bool queued = e.kind == Event::Kind::queued, loading = e.kind == Event::Kind::loading;
+    return cat(queued ? ": queued " : loading ? ": loading " : ": reading ", e.number, "\n\n");
+}
 void Server::woken() {
     take_catalog();
     std::vector<std::uint64_t> touched;
@@ -7146,11 +7156,9 @@ void Server::woken() {
             tell_text(*c, x, event.text);
         } else if (event.kind == Event::Kind::done) {
             x.failure ? tell_failure(*c, x, *x.failure) : tell_end(*c, x);
-        } else if (x.streams && x.last_number != event.number) {
+        } else if (std::string line = comment(event); x.streams && x.last_comment != line) {
             begin_events(*c, x);
-            x.last_number = event.number;
-            stream(*c, cat(event.kind == Event::Kind::queued ? ": queued " : ": loading ",
-                           event.number, "\n\n"));
+            stream(*c, x.last_comment = std::move(line));
         }
         if (!has(touched, c->id)) touched.push_back(c->id);
     }
@@ -9073,7 +9081,7 @@ function onComment(text) {
   const [word, n] = text.split(' ');
   if (word === 'queued') waitLine(Number(n) > 0 ? `waiting, ${n} before you` : 'next in the queue');
   else if (word === 'loading') waitLine(`loading the model… ${n}%`, n);
-  else if (word !== 'ping' && !run.tokens) waitLine('reading your prompt');
+  else if (word === 'reading') waitLine(`reading your prompt… ${n}%`, n);
 }
 
 // Draws at most sixty times a second, and in long answers less often than drawing takes.
@@ -9094,7 +9102,6 @@ async function stream(job) {
   let ended = false;
   const response = await api(...requestFor(turn), job.controller.signal);
   job.begun = true;
-  onComment('reading');
   await readEvents(response, (data) => {
     if (run !== job) throw new Error('stopped');
     const event = data === '[DONE]' ? {done: true} : JSON.parse(data);

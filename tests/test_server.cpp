@@ -2605,6 +2605,31 @@ TEST_CASE("server: fairness: 64 requests of one client do not double what 31 oth
     tally("C4", passed, 2 * beside.size() + 1);
 }
 
+TEST_CASE("server: who asks with a long prompt is told when it is read, and how far") {
+    if (no_binary()) return;
+    std::string words = "Hi";
+    for (int i = 0; i < 700; i++) words += " " + std::to_string(i % 10);
+    const auto comments = [&](const std::string& text) {
+        const std::string body = R"({"messages":[{"role":"user","content":")" + text +
+                                 R"("}],"max_tokens":2,"stream":true})";
+        const Stream s = read_stream(ask(port(), post("/v1/chat/completions", body)).body);
+        CHECK(s.done);
+        return s.comments;
+    };
+    CHECK(comments("Hi").empty());
+    const Words told = comments(words);
+    REQUIRE(told.size() >= 3);
+    CHECK(told[0] == "reading 0");
+    int last = 0;
+    for (std::size_t i = 1; i < told.size(); i++) {
+        REQUIRE(told[i].starts_with("reading "));
+        const int now = std::stoi(told[i].substr(8));
+        CHECK(last < now);
+        CHECK(now < 100);
+        last = now;
+    }
+}
+
 TEST_CASE(
     "server: addresses take turns, in each its clients, and all are told how many are before") {
     if (no_binary()) return;

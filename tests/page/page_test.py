@@ -625,6 +625,8 @@ def waiting(page, stub):
           page.js("$('text').value") == "my next question" and stub.asked[-1]["messages"][-1]
           ["content"] == "wait")
     stub.gate.release()
+    check("wait: reading in percent", page.wait(f"{wait} === 'reading your prompt… 40%'"))
+    stub.gate.release()
     stub.gate.release()
     check("wait: then it answers", page.wait(f"!run && {TEXT} === 'There.'"))
     page.js("$('text').value = ''; grow()")

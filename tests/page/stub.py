@@ -110,7 +110,7 @@ class Stub:
                           "total_tokens": 7 + tokens}, **more}).encode() + b"\n\n")
 
         if question == "wait":
-            for comment in (": queued 3", ": loading 62", ": ping"):
+            for comment in (": queued 3", ": loading 62", ": reading 40", ": ping"):
                 write(comment.encode() + b"\n\n")
                 self.gate.acquire(timeout=20)
             token("There.")
