@@ -7285,10 +7285,15 @@ void Server::send_whole(Connection& c, Exchange& x) {
     }
     if (x.style == Style::why) {
         const bool asked = x.position >= 0;
+        CalculatorTool calculator(tokenizer);  // which writes what it wrote then
+        const auto of_answer = [&](Token id) {
+            const bool forced = calculator.next_forced() == id;
+            calculator.on_token(id);
+            return merged(token_json(tokenizer, id), object({{"forced", forced}}));
+        };
         return send_json(
             c, object({{"model", x.offer->info.id},
-                       {"tokens", array(x.answer_tokens,
-                                        [&](Token id) { return token_json(tokenizer, id); })},
+                       {"tokens", array(x.answer_tokens, of_answer)},
                        {"position", asked ? Value(x.position) : Value(nullptr)},
                        {"chosen", asked ? with_probability(tokenizer, x.chosen) : Value(nullptr)},
                        {"candidates", array(x.candidates, [&](const Candidate& other) {
@@ -9296,7 +9301,7 @@ async function toggleWhy(turn, button) {
       if (turn.about.finish !== 'stop') tokens.pop();  // it was cut off: nobody chose the end
       const card = make('div', {class: 'note'},
         'Each box is a token. Choose one to see the ten likeliest there.');
-      why.replaceChildren(tokenStrip(tokens, (i) => showToken(turn, i, tokens.length, card)), card);
+      why.replaceChildren(tokenStrip(tokens, (i) => showToken(turn, i, tokens, card)), card);
       say('Choose a token to see what else was likely');
     } catch (error) {
       toast(error.message);
@@ -9325,16 +9330,18 @@ function tokenStrip(tokens, onchoose) {
     }}, ...buttons);
 }
 
-async function showToken(turn, position, size, card) {
+async function showToken(turn, position, {length, [position]: token}, card) {
   card.wanted = position;
   try {
-    const {chosen, candidates} = await askWhy(turn, position);
+    const {chosen, candidates} = token.forced ? {chosen: token} : await askWhy(turn, position);
     if (card.wanted !== position) return;  // something else was chosen
     card.className = 'why card';
     card.replaceChildren(
-      make('h3', {}, `Token ${position + 1} of ${size}: `, make('code', {}, visible(chosen))),
-      candidateTable(chosen, candidates));
-    say(`${visible(chosen)} had ${percent(chosen.probability)}`);
+      make('h3', {}, `Token ${position + 1} of ${length}: `, make('code', {}, visible(chosen))),
+      candidates ? candidateTable(chosen, candidates)
+        : make('p', {class: 'note'}, 'Written by the calculator: the model did not choose it.'));
+    say(`${visible(chosen)} ` + (candidates ? `had ${percent(chosen.probability)}`
+      : 'was written by the calculator'));
   } catch (error) {
     toast(error.message);
   }

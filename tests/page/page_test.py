@@ -318,6 +318,17 @@ def why(page):
           bool(rows) and len(rows) in (10, 11) and all("%" in row for row in rows), rows)
     check("why: the chosen one is marked, not by colour alone",
           bool(rows) and sum("chosen" in row for row in rows) == 1, rows)
+    shown = page.js("""(async () => { const shown = [];
+        for (const button of document.querySelectorAll('.tokens button')) {
+          button.click();
+          while (!document.querySelector('.why h3')?.textContent.startsWith(
+            `Token ${shown.length + 1} of`)) await new Promise((done) => setTimeout(done, 5));
+          shown.push([button.textContent, /by the calculator/.test(
+            document.querySelector('.why.card').textContent)]);
+        } return shown; })()""")
+    words = "".join(text for text, forced in shown if forced)
+    check("why: what the calculator wrote was not chosen, all else was",
+          words == "<|output_start|>1517<|output_end|>", shown)
     page.js("document.querySelectorAll('.tokens button')[1].focus()")
     page.key("ArrowRight")
     page.key("Enter")
