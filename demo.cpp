@@ -7417,10 +7417,19 @@ void Server::slots(Connection& c) {
 }
 void Server::props(Connection& c) {
     const SamplingParams& d = options_.sampling;
+    // For a command that finds the same checkpoints. No absolute path leaves this machine.
+    const bool usual = options_.base_dir.empty() && environment("NANOCHAT_BASE_DIR").empty() &&
+                       !is_path(options_.model);
+    const bool here = (c.peer.starts_with("127.") || c.peer == "::1") &&
+                      c.request().find("x-forwarded-for") == nullptr;
+    std::error_code error;
+    const std::string base = here ? fs::absolute(catalog_->base, error).string() : "DIR";
     send_json(c, object({{"version", version()},
                          {"cpu", cpu_features()},
                          {"cuda", or_null(cuda_versions())},
                          {"default_model", or_null(catalog_->default_id)},
+                         {"base_dir", usual ? Value(nullptr) : Value(base)},
+                         {"sample", usual && catalog_->base == bundled_sample()},
                          {"defaults", object({{"temperature", d.temperature},
                                               {"top_k", d.top_k},
                                               {"top_p", d.top_p},
@@ -8544,9 +8553,12 @@ async function poll() {
     banner('');
     pause = 0;
     away = false;
-    const text = JSON.stringify([list.models, list.device]), before = seen;
-    seen = text;
-    if (text !== before) takeModels(list);
+    const text = JSON.stringify([list.models, list.device]);
+    if (text !== seen) {
+      props = await askFor('props');
+      seen = text;
+      takeModels(list);
+    }
   } catch (error) {
     away = error.status === undefined;
     if (away) {
@@ -8562,13 +8574,14 @@ async function poll() {
 // ---- models
 const kTypes = [['SFT', 'chats'], ['RL', 'chats, trained on with rewards'],
   ['MID', 'between base and chat'], ['BASE', 'continues text']];
-let models = [], model = null, device = null;
+let models = [], model = null, device = null, props = {};
 const usable = (m) => m.status === 'ready';
 const continues = (m) => !!m && (m.type === 'BASE' || m.can_chat === false);
 const nameOf = (m) => `${m.tag} · step ${count(m.step)}`;
 const lossOf = (m) => m.loss ? `${m.loss.value.toFixed(3)} ${m.loss.unit}` : 'loss not known';
 const shapeOf = (m) => m.architecture
   ? `${m.architecture.n_layer} layers × ${count(m.architecture.n_embd)}` : '';
+const inShell = (word) => /[^\w\/.~+:@-]/.test(word) ? `'${word.replaceAll("'", `'\\''`)}'` : word;
 const listed = (parts) => parts.filter(Boolean).join(' · ');
 const badge = (m) => make('span', {class: 'badge'}, m.type);
 const best = (m, text = '★ best') => m.best ? make('span', {class: 'best'}, ' ' + text) : null;
@@ -8679,10 +8692,13 @@ function drawAbout() {
       ['File', m.file.replaceAll('/', '/\u200b')],  // a line may end after a slash
     ]),
     device.fallback_reason ? make('p', {class: 'note'}, gpuSentence()) : '');
-  const flags = `-i ${m.source} -g ${m.tag} -s ${m.step}`;
+  // Without a checkpoint of one's own the terminal too has the sample, which is named by nothing.
+  const {base_dir: base, sample} = props;
+  const flags = sample ? '' : base && !m.file.includes('/') ? ` --model ${inShell(`${base}/${m.file}`)}`
+    : ` -i ${m.source} -g ${m.tag} -s ${m.step}${base ? ` --base-dir ${inShell(base)}` : ''}`;
   const [command, path, example] = continues(m)
-    ? [`sample ${flags} -p "Once upon a time"`, 'completions', {prompt: 'Once upon a time'}]
-    : [`chat ${flags}`, 'chat/completions',
+    ? [`sample${flags} -p "Once upon a time"`, 'completions', {prompt: 'Once upon a time'}]
+    : [`chat${flags}`, 'chat/completions',
       {messages: [{role: 'user', content: 'Why is the sky blue?'}]}];
   $('cli').textContent = `nanogpt ${command}`;
   $('curl').textContent = `curl ${location.origin}/v1/${path} ` +

@@ -111,7 +111,8 @@ def make_base(folder, sample):
 
 class Program:
     def __init__(self, program, base, *more):
-        self.process = subprocess.Popen([program, "serve", "--port", "0", "--base-dir", base, *more],
+        where = ["--base-dir", base] if base else []
+        self.process = subprocess.Popen([program, "serve", "--port", "0", *where, *more],
                                         stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
         self.url = None
         for line in self.process.stdout:
@@ -211,8 +212,9 @@ def models(page, put):
     check("models: the information tells loss, unit, meaning, architecture, parameters, file",
           all(word in about for word in ("2.346 nats/token", "equally likely", "4 × 256", "1,024",
                                          "7.3 million", "model_000600.pt", "ready")), about)
-    check("models: the command for the terminal names this checkpoint",
-          page.js("$('cli').textContent") == "nanogpt chat -i sft -g d4 -s 600")
+    check("models: the command for the terminal names this checkpoint, and where it is", re.fullmatch(
+        r"nanogpt chat -i sft -g d4 -s 600 --base-dir /\S+/base", page.js("$('cli').textContent")),
+        page.js("$('cli').textContent"))
     page.browser.call("Browser.grantPermissions", {
         "permissions": ["clipboardReadWrite", "clipboardSanitizedWrite"],
         "browserContextId": page.context})
@@ -1074,6 +1076,8 @@ def odd_places(browser, program, base, stub):
     done(page)
     stub.models = was
 
+    pasted(browser, program, base)
+
     page = Page(browser)
     page.call("Emulation.setScriptExecutionDisabled", {"value": True})
     page.call("Page.navigate", {"url": stub.url})
@@ -1083,6 +1087,36 @@ def odd_places(browser, program, base, stub):
     page.call("Emulation.setScriptExecutionDisabled", {"value": False})
     page.open(stub.url)
     done(page)
+
+
+def pasted(browser, program, base):
+    """The command for the terminal, run as it stands: for the sample, a folder with an odd name, a file."""
+    odd = os.path.join(os.path.dirname(base), "it's a folder")
+    os.rename(base, odd)
+    kept = dict(os.environ)
+    os.environ.pop("NANOCHAT_BASE_DIR", None)
+    os.environ["HOME"] = os.path.dirname(base)
+    file = os.path.join(odd, "chatsft_checkpoints", "d4", "model_001300.pt")
+    for what, args in (("the sample", ()), ("a folder", ("--base-dir", odd)),
+                       ("a file", ("--model", file))):
+        server = Program(program, None, *args)
+        page = Page(browser, server.url)
+        page.wait("!!model")
+        command = page.js("$('cli').textContent")
+        ran = subprocess.run(["bash", "-c", 'nanogpt() { "$PROGRAM" "$@"; }; ' + command],
+                             env={**os.environ, "PROGRAM": os.path.abspath(program)}, text=True,
+                             input="Hello\n", capture_output=True, timeout=60, check=False)
+        check(f"terminal: the command for {what} works", ran.returncode == 0 and ran.stdout.strip(),
+              (command, ran))
+        request = urllib.request.Request(server.url + "props", headers={"X-Forwarded-For": "192.0.2.1"})
+        with urllib.request.urlopen(request, timeout=20) as reply:
+            text = reply.read().decode()
+        check(f"terminal: no path goes to another machine ({what})", "folder" not in text, text)
+        done(page)
+        server.close()
+    os.environ.clear()
+    os.environ.update(kept)
+    os.rename(odd, base)
 
 
 def done(page):

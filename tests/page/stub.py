@@ -69,6 +69,8 @@ class Stub:
             self.send(handler, 200, self.page, **self.headers)
         elif handler.path.startswith("/api/v1/inference/models"):
             self.send(handler, 200, self.models)
+        elif handler.path == "/props":
+            self.send(handler, 200, {"base_dir": None, "sample": False})
         else:
             self.send(handler, 404, {"detail": "no such route"})
 
