@@ -5293,7 +5293,7 @@ struct Event {
     enum class Kind { queued, loading, reading, text, done } kind;
     std::shared_ptr<Job> job;
     std::string text;
-    int number = 0;  // jobs before it; percent; percent
+    int number = 0;  // jobs before it; else percent
 };
 
 struct Histogram {  // of seconds
