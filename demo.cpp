@@ -8633,12 +8633,11 @@ function deviceName() {
   return listed([device.name || 'CPU', device.type === 'cuda' && chip, device.dtype]);
 }
 
-const gpuSentence = () => `The graphics card is not used: ${device.fallback_reason}`;
-
 function openDevice() {
   const what = device.type === 'cuda' ? 'graphics card' : 'processor';
   openDialog('What computes here', make('p', {}, `The models run on the ${what}: ${deviceName()}.`),
-    make('p', {class: 'note'}, device.fallback_reason ? gpuSentence()
+    make('p', {class: 'note'}, device.fallback_reason
+      ? `The graphics card is not used: ${device.fallback_reason}`
       : 'Answers come from the computer this page comes from, and from no other.'));
 }
 
@@ -8688,10 +8687,10 @@ function drawAbout() {
       ['File size', bytes(m.size_bytes)],
       ['In memory', m.memory_bytes && bytes(m.memory_bytes)],
       ['Status', m.status + (m.loaded ? ', loaded' : '')],
-      ['Runs on', deviceName()],
       ['File', m.file.replaceAll('/', '/\u200b')],  // a line may end after a slash
-    ]),
-    device.fallback_reason ? make('p', {class: 'note'}, gpuSentence()) : '');
+      ['Runs on', deviceName()],
+      ['GPU not used', device.fallback_reason],
+    ]));
   // Without a checkpoint of one's own the terminal too has the sample, which is named by nothing.
   const {base_dir: base, sample} = props;
   const flags = sample ? '' : base && !m.file.includes('/') ? ` --model ${inShell(`${base}/${m.file}`)}`
@@ -8948,7 +8947,7 @@ function draw(turn) {
   view.acts.replaceChildren(...(live ? [] : answerButtons(turn)));
   const full = !live && fills(turn);
   const note = live ? '' : about.error || (about.finish === 'stopped' ? 'Stopped.'
-    : full ? `The context is full: ${count(full)} tokens are the most this model can look at.`
+    : full ? `The context is full: it holds ${plural(full, 'token')}.`
     : about.finish === 'length' ? `Cut off after ${plural(about.tokens || 0, 'token')}.`
     : answer ? '' : 'The model had nothing to say.');
   view.trouble.hidden = !note;

@@ -748,7 +748,7 @@ def trouble(page, stub):
     page.js("newChat()")
     say(page, "full")
     check("context: full of this question and answer, a new chat is offered", page.wait(
-        f"/^The context is full: 1,024 tokens .*New chat$/.test({TROUBLE})"), page.js(TROUBLE))
+        f"/^The context is full: it holds 1,024 tokens.New chat$/.test({TROUBLE})"), page.js(TROUBLE))
     act(page, "New chat")
     check("context: and begun", page.js("chat.turns.length") == 0)
     page.js("newChat()")
@@ -1072,7 +1072,7 @@ def odd_places(browser, program, base, stub):
     page.click("#panel-open")
     check("device: a phone reads it in the model's information", page.wait(
         "[...$('about').children].some((node) => node.checkVisibility() && "
-        "/not used: <b>no driver/.test(node.textContent))"), page.js("$('about').textContent"))
+        "/not used<b>no driver/.test(node.textContent))"), page.js("$('about').textContent"))
     done(page)
     stub.models = was
 
