@@ -50,11 +50,11 @@ while [ ${#ports[@]} -lt 3 ]; do
 done
 front=${ports[0]} one=${ports[1]} two=${ports[2]}
 
-start() { # start <port> [flags]: a server, ready when this returns
+start() { # start <port> [flags]: a server, ready when this returns; two share the machine
     local port=$1
     shift
-    "$binary" serve --port "$port" --base-dir "$source/tools/sample" --trust-proxy "$@" \
-        >"$dir/out.$port" 2>"$dir/log.$port" &
+    "$binary" serve --port "$port" --base-dir "$source/tools/sample" --trust-proxy \
+        --threads 1 --drain-seconds 60 "$@" >"$dir/out.$port" 2>"$dir/log.$port" &
     pids[$port]=$!
     for _ in $(seq 600); do
         curl -sf -o /dev/null "http://127.0.0.1:$port/health" && return
@@ -89,21 +89,32 @@ proxy() { # proxy [sed expressions]: nginx with the example configuration on the
     exit 1
 }
 
+# With exec=exec a call in the background is curl itself, which can be ended; with seed=142 a chat's answer
+# is as long as it may be.
 ask() { # ask <path> <max_tokens> [curl options]: a POST through nginx
     local path=$1 tokens=$2
     shift 2
-    curl -sN --max-time 60 "http://127.0.0.1:$front$path" -H 'Content-Type: application/json' "$@" \
+    ${exec:-} curl -sN --max-time 60 "http://127.0.0.1:$front$path" -H 'Content-Type: application/json' "$@" \
         -d "{\"messages\":[{\"role\":\"user\",\"content\":\"Tell me a story about a dog.\"}],\"prompt\":\"The\",\"temperature\":1,\"seed\":${seed:-3},\"max_tokens\":$tokens}"
 }
 hits() { grep -c " POST $2 $3" "$dir/log.$1" || true; } # hits <port> <path> <code>
-both() { echo "$(hits "$one" "$1" 200) $(hits "$two" "$1" 200)"; }
 active() { curl -s "http://127.0.0.1:$1/health" | sed 's/.*"active":\([0-9]*\).*/\1/'; }
-is_idle() {
-    for _ in $(seq 100); do
-        [ "$(active "$one")$(active "$two")" = 00 ] && return
-        sleep 0.05
+soon() { # soon <command...>: whether it is true now or becomes so
+    for _ in $(seq 500); do
+        "$@" && return
+        sleep 0.02
     done
     return 1
+}
+is_idle() { [ "$(active "$one") $(active "$two")" = "0 0" ]; }
+are_three_each() { [ "$(active "$one") $(active "$two")" = "3 3" ]; }
+is_full() { grep -q '"active":1,"queued":1,' <(curl -s "http://127.0.0.1:$one/health"); }
+is_writing() { # an answer of which something is there
+    grep -q '"generated":[1-9]' <(curl -s "http://127.0.0.1:$one/slots" "http://127.0.0.1:$two/slots")
+}
+leave() { # leave <pids...>: clients end, whatever they wait for
+    kill "$@" 2>/dev/null || true
+    wait "$@" 2>/dev/null || true
 }
 
 start "$one"
@@ -131,19 +142,21 @@ first=$(ask "$chat" 150 -o "$dir/stream" -w '%{time_starttransfer} %{time_total}
 check "tokens go on as they come ($first s)" awk '{ exit !($1 < 0.5 * $2) }' <<<"$first"
 
 # ---- a client stays with its server ----------------------------------------------------------------
-moved=0 at_one=0
-for client in 1 2 3 4 5 6 7 8 9 10 11 12; do
+# A server logs an answer before it sends the end of it.
+moved=0
+of_one=() of_two=()
+for client in tab-{1..12}; do
     before=$(hits "$one" "$chat" 200)
-    for _ in 1 2 3; do ask "$chat" 1 -H "X-Client-Id: tab-$client" >/dev/null; done
-    sleep 0.05
+    for _ in 1 2 3; do ask "$chat" 1 -H "X-Client-Id: $client" >/dev/null; done
     case $(($(hits "$one" "$chat" 200) - before)) in
-        0) ;;
-        3) at_one=$((at_one + 1)) ;;
+        0) of_two+=("$client") ;;
+        3) of_one+=("$client") ;;
         *) moved=$((moved + 1)) ;;
     esac
 done
+clients=("${of_one[@]}" "${of_two[@]}")
 check "no client moves" [ $moved -eq 0 ]
-check "clients are spread ($at_one of 12 at the first)" [ $at_one -ge 1 -a $at_one -le 11 ]
+check "clients are spread (${#of_one[@]} of 12 at the first)" [ ${#of_one[@]} -ge 1 -a ${#of_one[@]} -le 11 ]
 say='{"role":"user","content":"Tell me about the sea, the wind and the old harbour where the ships come in."}'
 turn() { # turn <messages>: how much of it was kept
     curl -s "http://127.0.0.1:$front$openai" -H 'Content-Type: application/json' -H 'X-Client-Id: tab-1' \
@@ -154,53 +167,61 @@ kept=$(turn "$say,{\"role\":\"assistant\",\"content\":\"It is\"},{\"role\":\"use
 check "the second turn finds what the first computed ($kept tokens)" [ "$kept" -ge 15 ]
 
 # ---- others go where fewer requests are ------------------------------------------------------------
-before=($(both "$completion"))
-for _ in 1 2 3 4 5 6; do ask "$completion" 200 -o /dev/null & waiting+=($!); done
-for pid in "${waiting[@]}"; do wait "$pid"; done
-sleep 0.1
-after=($(both "$completion"))
-check "six at once are three and three" [ "$((after[0] - before[0])) $((after[1] - before[1]))" = "3 3" ]
+six=()
+for _ in {1..6}; do
+    exec=exec ask "$completion" 1000 -o /dev/null &
+    six+=($!)
+done
+check "six at once are three and three" soon are_three_each
+leave "${six[@]}"
+check "none of them once their clients have left" soon is_idle
 
 # ---- a client that goes away -----------------------------------------------------------------------
 for path in "$chat" "$openai"; do  # as a stream, and whole
-    seed=30 ask "$path" 900 -o /dev/null --max-time 0.05 || true  # of 255 tokens
-    check "an answer ends with its client" is_idle
+    exec=exec seed=142 ask "$path" 1000 -o /dev/null &
+    client=$!
+    check "an answer is being written" soon is_writing
+    leave $client
+    check "an answer ends with its client" soon is_idle
     seen=$(($(hits "$one" "$path" 499) + $(hits "$two" "$path" 499)))
     check "whose end the server has seen" [ $seen -eq 1 ]
 done
 
 # ---- a server that is gone, and comes back ---------------------------------------------------------
-answered() { # answered <requests>: whether all were answered by somebody
-    local good=0
-    for i in $(seq "$1"); do
-        ask "$chat" 1 -H "X-Client-Id: other-$i" | grep -q '"done": true' && good=$((good + 1))
+answered() { # whether chats of all clients, the first server's first, and as many completions are answered
+    local good=0 client
+    for client in "${clients[@]}"; do
+        ask "$chat" 1 -H "X-Client-Id: $client" | grep -q '"done": true' && good=$((good + 1))
         ask "$completion" 1 | grep -q text_completion && good=$((good + 1))
     done
-    [ $good -eq $((2 * $1)) ]
+    [ $good -eq 24 ]
+}
+# nginx knows whole seconds of the clock only: it asks a server again when the present one is more than the
+# 5 of fail_timeout behind that in which it failed, which is 5 to 6 s later.
+wait_for_retry() { # wait_for_retry <second>
+    while ((EPOCHSECONDS - $1 <= 5)); do sleep 0.02; done
 }
 stop "$one" KILL
-check "one server killed: all is answered by the other" answered 10
+check "one server killed: all is answered by the other" answered
+failed_at=$EPOCHSECONDS
+check "it is left out after one failure of either kind" \
+    [ "$(grep -c 'temporarily disabled' "$dir/nginx.err")" -eq 2 ]
 start "$one"
-sleep 5.5 # fail_timeout
-before=$(hits "$one" "$completion" 200)
-check "it is back: all is answered" answered 6
-sleep 0.1
-check "also by it" [ "$(hits "$one" "$completion" 200)" -gt "$before" ]
+wait_for_retry $failed_at
+check "it is back: all is answered" answered
+check "also by it" [ "$(hits "$one" "$completion" 200)" -ge 1 ]
+check "its clients have come back to it" [ "$(hits "$one" "$chat" 200)" -eq ${#of_one[@]} ]
 
 # A server told to stop: its stream ends in peace, all others are answered elsewhere.
-for n in $(seq 20); do # a client of the first server
-    before=$(hits "$one" "$chat" 200)
-    ask "$chat" 1 -H "X-Client-Id: stay-$n" >/dev/null
-    sleep 0.05
-    [ "$(hits "$one" "$chat" 200)" -eq "$before" ] || break
-done
-ask "$chat" 300 -H "X-Client-Id: stay-$n" >"$dir/last" &
+seed=142 ask "$chat" 500 -H "X-Client-Id: ${of_one[0]:-}" >"$dir/last" &
 last=$!
-sleep 0.3
+check "a stream runs" soon is_writing
 kill -TERM "${pids[$one]}"
-check "one server drains: all is answered by the other" answered 6
+check "one server drains: all is answered by the other" answered
+failed_at=$EPOCHSECONDS
 wait $last || true
 check "its stream came to its end" grep -q '"done": true' "$dir/last"
+check "after it was told to stop" grep -q " POST $chat 200" <(sed '1,/^stopping/d' "$dir/log.$one")
 status=0
 wait "${pids[$one]}" || status=$?
 unset "pids[$one]"
@@ -208,30 +229,30 @@ check "it ended with 0" [ $status -eq 0 ]
 
 # A full queue is a reason to ask the other one.
 start "$one" --slots 1 --queue 1
-sleep 5.5
-full=0
-waiting=()
-for i in 1 2 3 4 5 6; do
-    ask "$completion" 60 >"$dir/full.$i" & waiting+=($!)
+wait_for_retry $failed_at
+filling=()
+for _ in 1 2; do
+    front=$one exec=exec ask "$completion" 1000 -o /dev/null &
+    filling+=($!)
 done
-for pid in "${waiting[@]}"; do wait "$pid" || true; done
-for i in 1 2 3 4 5 6; do grep -q text_completion "$dir/full.$i" && full=$((full + 1)); done
-check "a full server passes on what it cannot take ($full of 6)" [ $full -eq 6 ]
+check "its queue is full" soon is_full
+check "a full server passes on what it cannot take" answered
+check "once of either kind, then it is left out" \
+    [ "$(hits "$one" "$chat" 503) $(hits "$one" "$completion" 503)" = "1 1" ]
+leave "${filling[@]}"
 
 # ---- the other variant: least_conn for all ---------------------------------------------------------
 stop "$one"
 start "$one"
-sleep 5.5
 proxy -e 's/nanogpt_stay;$/nanogpt_least;/'
-before=($(both "$chat"))
-waiting=()
-for _ in 1 2 3 4 5 6; do ask "$chat" 150 -H 'X-Client-Id: one' -o /dev/null & waiting+=($!); done
-for pid in "${waiting[@]}"; do wait "$pid"; done
-sleep 0.1
-after=($(both "$chat"))
-check "least_conn for all: six of one client are three and three" \
-    [ "$((after[0] - before[0])) $((after[1] - before[1]))" = "3 3" ]
-check "both are idle" is_idle
+six=()
+for _ in {1..6}; do
+    exec=exec seed=142 ask "$chat" 1000 -H 'X-Client-Id: one' -o /dev/null &
+    six+=($!)
+done
+check "least_conn for all: six of one client are three and three" soon are_three_each
+leave "${six[@]}"
+check "both are idle" soon is_idle
 
 echo "$passed passed, $failed failed"
 [ $failed -eq 0 ]
