@@ -234,35 +234,45 @@ unset "pids[$one]"
 check "it ended with 0" [ $status -eq 0 ]
 
 # A full queue is a reason to ask the other one.
-start "$one" --slots 1 --queue 1
-filling=()
-fill() { # fill <port>
-    for _ in 1 2; do
-        front=$1 exec=exec ask "$completion" 1000 -o /dev/null &
-        filling+=($!)
+while_full() { # while_full <command> <ports...>: whether it is true while these servers' queues are full
+    local filling port full result
+    for _ in {1..20}; do  # until the answers that fill them outlast the command
+        filling=() full=1 result=1
+        for port in "${@:2}"; do
+            for _ in 1 2; do
+                front=$port exec=exec ask "$completion" 1000 -o /dev/null &
+                filling+=($!)
+            done
+            soon is_full "$port" || full=0
+        done
+        "$1" && result=0
+        for port in "${@:2}"; do is_full "$port" || full=0; done
+        leave "${filling[@]}"
+        soon is_idle
+        ((full)) && return $result
     done
-    check "the queue of $([ "$1" = "$one" ] && echo one || echo the other) is full" soon is_full "$1"
+    return 1
 }
-fill "$one"
-check "a full server passes on what it cannot take" answered
-check "each of its clients' chats" [ "$(hits "$one" "$chat" 503)" -eq ${#of_one[@]} ]
+passes_on() {
+    local before
+    before=$(hits "$one" "$chat" 503)
+    answered && [ $(($(hits "$one" "$chat" 503) - before)) -eq ${#of_one[@]} ]
+}
+start "$one" --slots 1 --queue 1
+check "a full server passes on what it cannot take" while_full passes_on "$one"
 # Where all are full, each says so, and only those who ask for an answer are told so.
+code() { curl -s -o /dev/null -w '%{http_code}' "http://127.0.0.1:$front$1"; }
+tells_each() {
+    local client
+    for client in "${clients[@]}"; do
+        ask "$openai" 1 -H "X-Client-Id: $client" -i >"$dir/full"
+        grep -qi '^retry-after:' "$dir/full" && grep -q '"code":"queue_full"' "$dir/full" || return
+        [ "$(code /) $(code /v1/models)" = "200 200" ] || return
+    done
+}
 stop "$two"
 start "$two" --slots 1 --queue 1
-fill "$two"
-refused=0
-for client in "${clients[@]}"; do
-    ask "$openai" 1 -H "X-Client-Id: $client" -i >"$dir/full"
-    grep -qi '^retry-after:' "$dir/full" && grep -q '"code":"queue_full"' "$dir/full" && refused=$((refused + 1))
-done
-check "all are full: each client is told so" [ $refused -eq ${#clients[@]} ]
-come=0
-for _ in {1..10}; do
-    [ "$(curl -s -o /dev/null -w '%{http_code}' "http://127.0.0.1:$front/")$(curl -s -o /dev/null \
-        -w '%{http_code}' "http://127.0.0.1:$front/v1/models")" = 200200 ] && come=$((come + 1))
-done
-check "and has the page and the list meanwhile" [ $come -eq 10 ]
-leave "${filling[@]}"
+check "all are full: who asks is told so, and has the page and the list" while_full tells_each "$one" "$two"
 
 # ---- what nginx itself says ------------------------------------------------------------------------
 said() { # said <file> <status> <code>
