@@ -388,6 +388,16 @@ void set_allow_origin(Options& o, const Given& g) {
     o.allow_origins.emplace_back(g.text);
 }
 
+// A file's lines are keys: what stands in a command is seen by all who list processes.
+void read_keys(Options& o, const Given& g) {
+    const std::vector<std::byte> bytes = detail::read_file(not_empty(g), 64u << 10);
+    const std::vector<std::string> keys = split(detail::as_text(bytes), "\r\n");
+    const auto fits = [](const std::string& key) { return key.size() <= 256; };
+    if (keys.empty() || !std::all_of(keys.begin(), keys.end(), fits))
+        bad_value(g, "a file with a key of up to 256 bytes in each line");
+    o.api_keys.insert(o.api_keys.end(), keys.begin(), keys.end());
+}
+
 // ---- the table of flags
 
 struct Flag {
@@ -423,6 +433,7 @@ constexpr Flag kFlags[] = {
     {'p', "port", "N", "serve", "to listen on; 0 = let the system choose (default 8000)", SET(o.port = whole(g, 0, 65535))},
     {0, "host", "ADDR", "serve", "address to listen on; any but a loopback one needs a key (default 127.0.0.1)", SET(o.host = not_empty(g, 255))},
     {0, "api-key", "KEY", "serve", "what clients have to know; may be repeated (default: made up if --host is not loopback)", SET(o.api_keys.push_back(not_empty(g, 256)))},
+    {0, "api-key-file", "FILE", "serve", "a file with such keys, one in a line: a command can be seen by others here", read_keys},
     {0, "open", "", "serve", "no key, though others can reach the server", SET(o.open = true)},
     {0, "allow-origin", "URL", "serve", "a web page's origin that may use the server; may be repeated", set_allow_origin},
     {0, "allow-host", "NAME", "serve", "another name the server is known by; may be repeated", SET(o.allow_hosts.push_back(not_empty(g, 255)))},
@@ -6468,7 +6479,7 @@ enum class Style { nanochat, chat, completion, why, walk };
 struct Exchange : Job {  // a job with how its answer is told
     Style style = Style::chat;
     bool streams = false, head_sent = false, include_usage = false;
-    std::string answer_id, text;
+    std::string answer_id, fingerprint, text;
     std::vector<Token> answer_tokens;  // why
     std::string last_comment;
     int position = 0, dropped_messages = 0;
@@ -6550,7 +6561,7 @@ private:
 
     Options& options_;
     std::vector<std::string> keys_, hosts_;
-    std::string nonce_, page_, etag_;
+    std::string nonce_, page_, etag_, fingerprint_;
     std::shared_ptr<const Catalog> catalog_, fresh_;
     std::mutex fresh_mutex_;  // guards fresh_
     bool scanning_ = false;
@@ -6960,6 +6971,7 @@ std::shared_ptr<Exchange> Server::new_exchange(const Connection& c, const Form& 
     x->params.stop = chat_stop_tokens(*x->offer->tokenizer);
     if (style == Style::chat || style == Style::completion) {
         x->answer_id = (x->chat ? "chatcmpl-" : "cmpl-") + random_hex(24);
+        x->fingerprint = fingerprint_;
         x->streams = form.flag("stream");
         if (const Json* options = form.find("stream_options"))
             x->include_usage = Form(*options, 400, "stream_options").flag("include_usage");
@@ -7196,7 +7208,7 @@ Members answer_members(const Exchange& x, const char* chat, const Value& choices
             {"object", x.style == Style::chat ? chat : "text_completion"},
             {"created", x.created_unix},
             {"model", x.offer->info.id},
-            {"system_fingerprint", cat("nanogpt-", version())},
+            {"system_fingerprint", x.fingerprint},
             {"choices", choices}};
 }
 std::string chunk(const Exchange& x, const Value& choices, const Value& usage) {
@@ -7554,8 +7566,11 @@ Server::Server(Options& o) : options_(o), nonce_(random_hex(32)) {
     ::gethostname(name, sizeof name - 1);
     for (const std::string& host : {o.host, std::string(name), cat(name, ".local")})
         hosts_.push_back(lower(host));
-    const bool cuda = place_for(o).cuda;
-    slots_ = o.slots > 0 ? static_cast<std::size_t>(o.slots) : cuda ? 256 : 8;
+    const Place place = place_for(o);
+    const std::optional<GpuInfo> gpu = gpu_in_use(place.cuda);
+    const std::string device = gpu ? cat("sm", gpu->major, gpu->minor) : "cpu";
+    fingerprint_ = cat("nanogpt-", version(), "-", device, "-", name_of(place.dtype));
+    slots_ = o.slots > 0 ? static_cast<std::size_t>(o.slots) : gpu ? 256 : 8;
     catalog_ = look_around(o, nullptr);
     open(o.host, o.port);
 }

@@ -1693,8 +1693,9 @@ std::string openai_events(const Stream& s, const char* finish, const std::string
     const std::string begin =
         "data: {\"id\":" + json_string(text_at(first, "id")) +
         ",\"object\":\"chat.completion.chunk\",\"created\":" + text_at(first, "created") +
-        ",\"model\":" + json_string(text_at(first, "model")) +
-        ",\"system_fingerprint\":" + json_string(text_at(first, "system_fingerprint")) +
+        ",\"model\":" + json_string(text_at(first, "model")) + ",\"system_fingerprint\":" +
+        json_string(ask(port(), get("/health")).field("server").replace(7, 1, "-") +
+                    "-cpu-float32") +
         ",\"choices\":[";
     const std::string end = usage.empty() ? "}\n\n" : ",\"usage\":null}\n\n";
     const auto event = [&](const std::string& delta, const std::string& why) {
@@ -3087,6 +3088,15 @@ TEST_CASE("server: with a key nothing is answered without it but health and the 
     CHECK(ask(s->port(), post("/v1/chat/completions", body, with("bearer open-sesame"))).status ==
           200);
     CHECK(!contains(s->output(), "sesame"));
+    const test::TempDir dir;
+    test::write_file(dir / "keys", "one-key\r\n\nanother key\n");
+    const auto filed = start(zoo(), {"--api-key-file", (dir / "keys").string()});
+    for (const auto& [key, status] :
+         {std::pair("one-key", 200), {"another key", 200}, {"one-key another key", 401}}) {
+        CAPTURE(std::string(key));
+        CHECK(ask(filed->port(), get("/v1/models", with(std::string("Bearer ") + key))).status ==
+              status);
+    }
 }
 
 TEST_CASE(
@@ -3432,6 +3442,10 @@ TEST_CASE("server: wrong usage and ports that cannot be had") {
         CAPTURE(std::string(flags));
         CHECK(exit_of(flags + base) == 2);
     }
+    const std::string keys = (logs() / "keys").string();
+    CHECK(exit_of("-p 0 --api-key-file " + keys + base) == 3);
+    test::write_file(keys, "\n");
+    CHECK(exit_of("-p 0 --api-key-file " + keys + base) == 2);
     CHECK(exit_of("-p " + std::to_string(port()) + base) == 7);
     CHECK(exit_of("--host 192.0.2.1 -p 0 --open" + base) == 7);
     CHECK(exit_of("--host no.such.host.invalid -p 0 --open" + base) == 7);
