@@ -1213,13 +1213,13 @@ Tokens base_tokenizer(const fs::path& base) {
     }
 }
 
-// The checkpoints of a base directory; those that its tokenizer does not fit cannot be used. Who knows
-// the tokenizer has looked here before, and is told nothing twice.
+// The checkpoints of a base directory; those that its tokenizer, if not known read here, does not fit
+// cannot be used. Who has looked here before is told nothing twice.
 std::vector<ModelInfo> models_in(const fs::path& base, const Options& o,
-                                 const Tokens* known = nullptr) {
+                                 const Tokens* known = nullptr, bool tell = true) {
     std::vector<std::string> skipped;
     std::vector<ModelInfo> models = find_models(base, o.overrides, &skipped);
-    if (known == nullptr) {
+    if (tell) {
         for (const std::string& warning : skipped) note(warning);
     }
     const bool any = !models.empty() && o.tokenizer.empty();
@@ -1967,9 +1967,9 @@ struct Catalog {  // the checkpoints as they were last seen
 Catalog read_catalog(const Options& o) {
     Catalog c;
     c.base = base_dir(o.base_dir);
-    c.models = models_in(c.base, o);
-    if (c.models.empty()) no_checkpoints(c.base);
     c.tokens = base_tokenizer(c.base);
+    c.models = models_in(c.base, o, &c.tokens);
+    if (c.models.empty()) no_checkpoints(c.base);
     c.default_id = default_of(c.models);
     return c;
 }
@@ -6805,7 +6805,7 @@ std::shared_ptr<const Catalog> look_around(const Options& o, const Catalog* befo
         const bool same = before != nullptr && before->base == c->base &&
                           before->tokenizer_time == c->tokenizer_time;
         c->tokens = same ? before->tokens : base_tokenizer(c->base);
-        c->models = models_in(c->base, o, &c->tokens);
+        c->models = models_in(c->base, o, &c->tokens, before == nullptr);
     };
     look_in(base_dir(o.base_dir));
     const Wanted w = wanted(o);
