@@ -320,6 +320,11 @@ std::string not_empty(const Given& given, std::size_t most = 4096) {
         bad_value(given, cat("a text of 1 to ", most, " bytes"));
     return std::string(given.text);
 }
+std::string_view trim(std::string_view text) {
+    const std::size_t first = text.find_first_not_of(" \t");
+    if (first == text.npos) return {};
+    return text.substr(first, text.find_last_not_of(" \t") + 1 - first);
+}
 std::vector<std::string> split(std::string_view text, std::string_view separators) {
     std::vector<std::string> parts;
     while (!text.empty()) {
@@ -388,14 +393,18 @@ void set_allow_origin(Options& o, const Given& g) {
     o.allow_origins.emplace_back(g.text);
 }
 
-// A file's lines are keys: what stands in a command is seen by all who list processes.
+// Keys that do not stand in a command, which all can see who list processes.
 void read_keys(Options& o, const Given& g) {
     const std::vector<std::byte> bytes = detail::read_file(not_empty(g), 64u << 10);
-    const std::vector<std::string> keys = split(detail::as_text(bytes), "\r\n");
-    const auto fits = [](const std::string& key) { return key.size() <= 256; };
-    if (keys.empty() || !std::all_of(keys.begin(), keys.end(), fits))
-        bad_value(g, "a file with a key of up to 256 bytes in each line");
-    o.api_keys.insert(o.api_keys.end(), keys.begin(), keys.end());
+    const std::size_t before = o.api_keys.size();
+    for (const std::string& line : split(detail::as_text(bytes), "\r\n")) {
+        const std::string key(trim(line));
+        const auto plain = [](char c) { return c >= ' ' && c <= '~'; };
+        if (key.size() > 256 || !std::all_of(key.begin(), key.end(), plain))
+            bad_value(g, "a file with a key of up to 256 plain characters in each line");
+        if (!key.empty()) o.api_keys.push_back(key);
+    }
+    if (o.api_keys.size() == before) bad_value(g, "a file with a key in each line");
 }
 
 // ---- the table of flags
@@ -433,7 +442,7 @@ constexpr Flag kFlags[] = {
     {'p', "port", "N", "serve", "to listen on; 0 = let the system choose (default 8000)", SET(o.port = whole(g, 0, 65535))},
     {0, "host", "ADDR", "serve", "address to listen on; any but a loopback one needs a key (default 127.0.0.1)", SET(o.host = not_empty(g, 255))},
     {0, "api-key", "KEY", "serve", "what clients have to know; may be repeated (default: made up if --host is not loopback)", SET(o.api_keys.push_back(not_empty(g, 256)))},
-    {0, "api-key-file", "FILE", "serve", "a file with such keys, one in a line: a command can be seen by others here", read_keys},
+    {0, "api-key-file", "FILE", "serve", "a file with a key in each line; unlike --api-key it is not seen in the list of processes", read_keys},
     {0, "open", "", "serve", "no key, though others can reach the server", SET(o.open = true)},
     {0, "allow-origin", "URL", "serve", "a web page's origin that may use the server; may be repeated", set_allow_origin},
     {0, "allow-host", "NAME", "serve", "another name the server is known by; may be repeated", SET(o.allow_hosts.push_back(not_empty(g, 255)))},
@@ -4537,11 +4546,6 @@ bool has_controls(std::string_view text) {
         return (static_cast<unsigned char>(c) < 0x20 && c != '\t') || c == 0x7f;
     });
 }
-std::string_view trim(std::string_view text) {
-    const std::size_t first = text.find_first_not_of(" \t");
-    if (first == text.npos) return {};
-    return text.substr(first, text.find_last_not_of(" \t") + 1 - first);
-}
 
 // ---- a request, read
 
@@ -4858,9 +4862,9 @@ protected:
     virtual void gone(Connection& c) = 0;      // the client of an answer that is being made
     virtual void answered(Connection& c) = 0;  // for the log
     virtual void woken() = 0;
-    virtual bool hurried() const = 0;  // woken() has to be called too soon to sleep till then
+    virtual bool hurried() const = 0;  // the next woken() is nearer than a sleeping thread's waking
     virtual void pass(Connection&) {}  // some 4 times a second for each
-    virtual bool go_on() = 0;          // as often: whether to
+    virtual bool go_on() = 0;          // before each wait: whether to
 
     void open(const std::string& host, int port);
     void stop_listening() {
@@ -5858,8 +5862,10 @@ bool Scheduler::step(Loaded& m) {
     const Clock::time_point start = Clock::now();
     const std::size_t read = read_prompts(m, rows);
     sample(m, rows);
-    if (beside) m.pace.learn(seconds_since(start), read);
-    hurried_ = m.device.cuda && beside && m.pace.step < 1e-3;
+    if (beside) {
+        m.pace.learn(seconds_since(start), read);
+        hurried_ = m.device.cuda && m.pace.step < 1e-3;
+    }
     return walk_on(m) || beside || read > 0;
 }
 
@@ -6253,19 +6259,18 @@ void refuse_unsupported(const Form& form) {
         const Json* type = format->find("type");
         if (type == nullptr || type->string != "text") not_supported("response_format");
     }
-    // In these words they ask for nothing.
-    const auto only = [&](const char* name, std::initializer_list<std::string_view> harmless) {
+    if (const Json* modalities = form.find("modalities")) {
+        const auto text = [](const Json& v) { return v.string == "text"; };
+        const auto& list = modalities->array;
+        if (modalities->kind == Json::Kind::array ? !std::all_of(list.begin(), list.end(), text)
+                                                  : !text(*modalities))
+            not_supported("modalities");
+    }
+    for (const char* name : {"tool_choice", "function_call"}) {
         const Json* value = form.find(name);
-        if (value == nullptr) return;
-        const bool list = value->kind == Json::Kind::array;
-        for (const Json& one : list ? std::span<const Json>(value->array) : std::span(value, 1)) {
-            if (!has(harmless, one.string)) not_supported(name);
-        }
-    };
-    only("modalities", {"text"});
-    only("tool_choice", {"none", "auto"});
-    only("function_call", {"none", "auto"});
-    only("reasoning_effort", {"none"});
+        if (value != nullptr && value->string != "none" && value->string != "auto")
+            not_supported(name);
+    }
 }
 
 // ---- conversations
@@ -7429,11 +7434,15 @@ void Server::slots(Connection& c) {
 }
 void Server::props(Connection& c) {
     const SamplingParams& d = options_.sampling;
-    // For a command that finds the same checkpoints. No absolute path leaves this machine.
+    // For a command that finds the same checkpoints. Who asks from elsewhere is not told the path, as far
+    // as that can be seen.
     const bool usual = options_.base_dir.empty() && environment("NANOCHAT_BASE_DIR").empty() &&
                        !is_path(options_.model);
-    const bool here = (c.peer.starts_with("127.") || c.peer == "::1") &&
-                      c.request().find("x-forwarded-for") == nullptr;
+    const char* const proxied[] = {"x-forwarded-for", "x-real-ip", "forwarded", "via"};
+    const bool here = (c.peer.starts_with("127.") || c.peer == "::1") && !trust_proxy_ &&
+                      std::none_of(std::begin(proxied), std::end(proxied), [&](const char* field) {
+                          return c.request().find(field) != nullptr;
+                      });
     std::error_code error;
     const std::string base = here ? fs::absolute(catalog_->base, error).string() : "DIR";
     send_json(c, object({{"version", version()},
@@ -8570,7 +8579,7 @@ async function poll() {
     away = false;
     const text = JSON.stringify([list.models, list.device]);
     if (text !== seen) {
-      props = await askFor('props');
+      props = await askFor('props').catch(() => ({}));
       seen = text;
       takeModels(list);
     }
@@ -9268,7 +9277,7 @@ function again(turn) {
   regenerate(turn);
   const [why, remedy] = temperature === 0 ? ['At temperature 0', 'Raise it']
     : seed !== null ? [`With the seed ${seed}`, 'Empty it'] : [];
-  if (why && last) toast(`${why} the answer stays the same. ${remedy} in the settings for another.`);
+  if (why && last) toast(`${why} there is one answer only. ${remedy} in the settings for others.`);
 }
 
 function proceed(turn) {

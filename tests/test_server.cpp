@@ -205,6 +205,13 @@ bool idle(int where, double ms = 5'000) {
     return false;
 }
 
+// Waits until it is true; false if that takes longer than a machine can be busy.
+bool soon(const std::function<bool()>& is_true) {
+    for (const auto start = Clock::now(); http::ms_since(start) < 30'000; http::sleep_ms(5))
+        if (is_true()) return true;
+    return false;
+}
+
 // Waits until something is running.
 bool busy(int where) {
     for (const auto start = Clock::now(); http::ms_since(start) < 60'000; http::sleep_ms(5))
@@ -1268,8 +1275,6 @@ std::vector<FieldCase> openai_fields() {
         bad(name, kUnsupported, {"\"required\"", "\"f\"", R"({"name":"f"})", "7"});
         fine(name, {"null", "\"none\"", "\"auto\""});
     }
-    bad("reasoning_effort", kUnsupported, {"\"low\"", "\"high\""});
-    fine("reasoning_effort", {"null", "\"none\""});
     bad("audio", kUnsupported, {R"({"voice":"x"})"});
     fine("audio", {"null"});
     for (const char* name : {"user", "metadata", "store", "unknown", "x_y", "parallel_tool_calls"})
@@ -1545,7 +1550,14 @@ TEST_CASE("server: requests: what cannot fit the context is refused at once, and
     for (const Big& b : t) {
         INFO(b.route << " " << b.body.size() << " " << shown(b.body));
         Response r;
-        CHECK(took(post(b.route, b.body), r) < 1'000);
+        double fastest = 1e9, unread = 1e9;  // of three; the latter with a fault that is seen first
+        std::string faulty = b.body;
+        faulty.insert(faulty.size() - 1, R"(,"n":2)");
+        for (int i = 0; i < 3; i++) {
+            unread = std::min(unread, took(post(b.route, faulty), r));
+            fastest = std::min(fastest, took(post(b.route, b.body), r));
+        }
+        CHECK(fastest < 20 * unread + 200);
         CHECK(r.status == 400);
         CHECK(code_of(r) == "context_length_exceeded");
         CHECK(text_at(json_of(r.body), "error.param") == b.param);
@@ -2036,7 +2048,10 @@ TEST_CASE("server: health, stats, slots, props and metrics say what is going on"
     CHECK(now["nanogpt_kv_blocks_used"] >= 1);
     CHECK(now["nanogpt_kv_blocks_used"] <= 64);
     CHECK(now["nanogpt_kv_blocks_total"] >= 8 * 64);  // of each model 8 contexts of 4096 tokens
+    const std::string gone = "nanogpt_cancelled_total{why=\"client\"}";
+    const double left = now[gone];
     running.close();
+    CHECK(soon([&] { return metrics_of(port())[gone] == left + 1; }));
     CHECK(idle(port()));
     CHECK(ask(port(), get("/props")).status == 200);
     const Response metrics = ask(port(), get("/metrics"));
@@ -2058,10 +2073,10 @@ TEST_CASE("server: health, stats, slots, props and metrics say what is going on"
                    ? -1
                    : now["nanogpt_" + name] - before["nanogpt_" + name];
     };
-    for (int i = 0; i < 200 && grown("cancelled_total{why=\"client\"}") != 1; i++) {
-        http::sleep_ms(20);  // monitors see what was 50 ms ago
+    soon([&] {  // monitors see what was 50 ms ago
         now = metrics_of(port());
-    }
+        return grown("cancelled_total{why=\"client\"}") == 1;
+    });
     const std::string route = "requests_total{route=\"/v1/chat/completions\",code=\"";
     CHECK(grown(route + "200\"}") == 3);
     CHECK(grown(route + "404\"}") == 1);
@@ -3089,7 +3104,7 @@ TEST_CASE("server: with a key nothing is answered without it but health and the 
           200);
     CHECK(!contains(s->output(), "sesame"));
     const test::TempDir dir;
-    test::write_file(dir / "keys", "one-key\r\n\nanother key\n");
+    test::write_file(dir / "keys", " one-key \r\n\n \nanother key\n");
     const auto filed = start(zoo(), {"--api-key-file", (dir / "keys").string()});
     for (const auto& [key, status] :
          {std::pair("one-key", 200), {"another key", 200}, {"one-key another key", 401}}) {
@@ -3235,7 +3250,8 @@ TEST_CASE("server: --log-content logs words, --json a line of JSON for each requ
     const auto words = start(zoo(), {"--log-content"}), lines = start(zoo(), {"--json"});
     for (const auto* s : {&words, &lines})
         CHECK(ask((*s)->port(), post("/v1/chat/completions", asked)).status == 200);
-    http::sleep_ms(100);
+    for (const auto* s : {&words, &lines})
+        CHECK(soon([&] { return contains((*s)->output(), "/v1/chat/completions"); }));
     const std::string log = words->output();
     INFO(log);
     CHECK(contains(log, "xyzzy"));
@@ -3293,14 +3309,12 @@ TEST_CASE(
     for (Connection& c : both) CHECK(c.receive(60'000).status == 200);
     CHECK(answers(kChain));  // the slow one is now the one used longest ago
     CHECK(answers("base/d9/100"));
-    http::sleep_ms(100);  // monitors see what was 50 ms ago
+    CHECK(soon([&] { return in_memory(*s, "base/d9/100"); }));
     CHECK(in_memory(*s, kChain));
-    CHECK(in_memory(*s, "base/d9/100"));
     CHECK(!in_memory(*s, kSlow));
     CHECK(times(s->output(), "loaded " + kSlow) == 1);
     CHECK(answers(kSlow));
-    http::sleep_ms(100);
-    CHECK(!in_memory(*s, kChain));
+    CHECK(soon([&] { return !in_memory(*s, kChain); }));
     CHECK(times(s->output(), "loaded " + kSlow) == 2);
 }
 
@@ -3385,8 +3399,7 @@ TEST_CASE("server: 1,024 connections, and the next one is told that there are no
         CHECK(open[i].receive().status == 200);
     }
     open.erase(open.begin() + 1'000, open.end());
-    http::sleep_ms(50);
-    CHECK(ask(s->port(), get("/health"), 120).status == 200);
+    CHECK(soon([&] { return ask(s->port(), get("/health"), 120).status == 200; }));
     open.clear();
     ::setrlimit(RLIMIT_NOFILE, &files);
 }
@@ -3444,8 +3457,10 @@ TEST_CASE("server: wrong usage and ports that cannot be had") {
     }
     const std::string keys = (logs() / "keys").string();
     CHECK(exit_of("-p 0 --api-key-file " + keys + base) == 3);
-    test::write_file(keys, "\n");
-    CHECK(exit_of("-p 0 --api-key-file " + keys + base) == 2);
+    for (const char* wrong : {"", "\n \n", "\xEF\xBB\xBFkey\n", "a\tkey\n"}) {
+        test::write_file(keys, wrong);
+        CHECK(exit_of("-p 0 --api-key-file " + keys + base) == 2);
+    }
     CHECK(exit_of("-p " + std::to_string(port()) + base) == 7);
     CHECK(exit_of("--host 192.0.2.1 -p 0 --open" + base) == 7);
     CHECK(exit_of("--host no.such.host.invalid -p 0 --open" + base) == 7);

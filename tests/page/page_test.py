@@ -275,11 +275,11 @@ def chatting(page):
     act(page, "Regenerate")
     check("chat: regenerate with the same seed gives the same answer", page.wait(
         f"!run && {TEXT} === {json.dumps(first)}"))
-    check("chat: and says that it will", "At temperature 0 the answer stays the same" in page.js(
+    check("chat: and says that it will", "At temperature 0 there is one answer only" in page.js(
         "$('toast').textContent"), page.js("$('toast').textContent"))
     page.js("set('temperature', 0.5)")
     act(page, "Regenerate")
-    check("chat: with a seed too", page.wait("!run") and "With the seed 5 the answer stays" in page.js(
+    check("chat: with a seed too", page.wait("!run") and "With the seed 5 there is one answer only" in page.js(
         "$('toast').textContent"), page.js("$('toast').textContent"))
     page.js("set('seed', ''); $('toast').hidePopover()")
     act(page, "Regenerate")
@@ -323,8 +323,8 @@ def why(page):
     shown = page.js("""(async () => { const shown = [];
         for (const button of document.querySelectorAll('.tokens button')) {
           button.click();
-          while (!document.querySelector('.why h3')?.textContent.startsWith(
-            `Token ${shown.length + 1} of`)) await new Promise((done) => setTimeout(done, 5));
+          for (let i = 0; i < 1000 && !document.querySelector('.why h3')?.textContent.startsWith(
+            `Token ${shown.length + 1} of`); i++) await new Promise((done) => setTimeout(done, 5));
           shown.push([button.textContent, /by the calculator/.test(
             document.querySelector('.why.card').textContent)]);
         } return shown; })()""")
