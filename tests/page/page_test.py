@@ -230,12 +230,14 @@ def models(page, put):
     page.js("$('dialog').querySelector('td button').click()")
     check("models: chosen from the table", page.js("$('model').value === 'sft/d4/2600' && "
                                                    "!$('dialog').open"))
-    page.js("window.rows = [$('model').options[3], $('examples').firstChild]; rows[1].focus(); "
-            "takeModels({models: models.map((m) => ({...m, loaded: !m.loaded})), device, "
-            "default: model.id})")
-    check("models: where only a flag changes, list and examples stay, with the focus", page.js(
-        "rows.every((row) => row.isConnected) && document.activeElement === rows[1] && "
-        "/loaded/.test($('about').textContent) === !!model.loaded"))
+    kept = page.js("""(() => {  // in one go, so that no list that comes meanwhile is in between
+        const rows = [$('model').options[3], $('examples').firstChild];
+        rows[1].focus();
+        const before = document.activeElement === rows[1];
+        takeModels({models: models.map((m) => ({...m, loaded: !m.loaded})), device, default: model.id});
+        return [before, ...rows.map((row) => row.isConnected), document.activeElement === rows[1],
+          /loaded/.test($('about').textContent) === !!model.loaded]; })()""")
+    check("models: where only a flag changes, list and examples stay, with the focus", all(kept), kept)
     put("chatsft", 3000, {"val_bpb": 1.1})
     check("models: a new checkpoint appears by itself, and is the best now", page.wait(
         "[...$('model').options].some((o) => /3,000.*★/.test(o.textContent)) && "
@@ -286,6 +288,8 @@ def chatting(page):
     check("chat: without one nothing is said", page.wait("!run") and not page.js(
         "$('toast').matches(':popover-open')"))
     page.js("set('temperature', 0); set('seed', 5)")
+    act(page, "Regenerate")
+    page.wait(f"!run && {TEXT} === {json.dumps(first)}")
     act(page, "Copy")
     check("chat: an answer can be copied", page.wait(
         f"navigator.clipboard.readText().then((text) => text.length > 3 && !text.includes('<|'))"))
