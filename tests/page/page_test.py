@@ -236,7 +236,7 @@ def models(page, put):
         const before = document.activeElement === rows[1];
         takeModels({models: models.map((m) => ({...m, loaded: !m.loaded})), device, default: model.id});
         return [before, ...rows.map((row) => row.isConnected), document.activeElement === rows[1],
-          /loaded/.test($('about').textContent) === !!model.loaded]; })()""")
+          /, loaded/.test($('about').textContent) === !!model.loaded]; })()""")
     check("models: where only a flag changes, list and examples stay, with the focus", all(kept), kept)
     put("chatsft", 3000, {"val_bpb": 1.1})
     check("models: a new checkpoint appears by itself, and is the best now", page.wait(
